@@ -1,0 +1,35 @@
+"""hicode: a talking head learned from a short video, spoken by any audio.
+
+The same steps as the command line, importable by name; nothing heavy loads until a name is used.
+
+    clip = hicode.prepare("me.mp4", "me.clip")
+    avatar = hicode.train(clip, "me.hicode", preset="draft")
+    hicode.speak(avatar, "hello.wav", "out.mp4")
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "prepare": "hicode.prepare",
+    "Clip": "hicode.clip",
+    "train": "hicode.training.run",
+    "Avatar": "hicode.avatar.avatar",
+    "speak": "hicode.synthesis",
+    "Stream": "hicode.synthesis",
+    "synthesize": "hicode.synthesis",
+    "evaluate": "hicode.evaluation.report",
+    "rasterize": "hicode.render",
+    "Gaussians": "hicode.gaussians",
+    "Camera": "hicode.camera",
+    "Motion": "hicode.motion",
+    "FaceTrack": "hicode.motion",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'hicode' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,146 @@
+"""Files: written whole or not at all, versioned, self-describing, never pickles.
+
+`*.safetensors` written here carry a header with `schema`, `version` and `config` (JSON); a damaged, foreign or newer file is refused with
+its name and the reason.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hicode.errors import FileFormatError, OutputError
+
+
+def _os_error(path: Path, error: OSError) -> OutputError:
+    if error.errno == errno.ENOSPC:
+        return OutputError(f"Disk full while writing {path}. Free some space, or write elsewhere.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return OutputError(f"Cannot write {path}: no permission. Choose another place with -o.")
+    return OutputError(f"Cannot write {path}: {error.strerror or error}. Choose another place with -o.")
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path`; on success it is synced and renamed over it, on failure removed. Nothing half-written stays.
+
+    The suffix is kept, so writers that look at it (video containers) behave. Raises OutputError where the place cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _os_error(path, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno is None:
+            raise
+        raise _os_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_writable(path: Path | str) -> None:
+    """Raise OutputError now, before the long work, where `path` cannot be written later."""
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, not a file. Give a file name.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _os_error(path, error) from error
+
+
+def check_free_space(folder: Path, need_bytes: int) -> None:
+    """Raise OutputError where `folder`'s disk has less than `need_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise OutputError(f"{folder} has {free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB are needed. Free some space.")
+
+
+def write_json(path: Path | str, value) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str, schema: str | None = None, version: int | None = None) -> dict:
+    """Parsed JSON; with `schema` and `version`, checked against the fields of that name."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileFormatError(f"{path} does not exist.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise FileFormatError(f"{path} is not readable JSON ({error}). The file is damaged: make it anew.") from error
+    if schema is not None:
+        _check(path, value if isinstance(value, dict) else {}, schema, version)
+    return value
+
+
+def save_tensors(
+    path: Path | str, tensors: dict[str, Tensor | np.ndarray], schema: str, version: int, config: dict | None = None
+) -> None:
+    """One safetensors file whose header says what it is."""
+    from safetensors.torch import save_file
+
+    header = {"schema": schema, "version": str(version), "config": json.dumps(config or {}, sort_keys=True)}
+    out = {k: torch.as_tensor(v).detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(out, str(temporary), metadata=header)
+
+
+def load_tensors(path: Path | str, schema: str, version: int) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, config) of a file that `save_tensors` wrote; FileFormatError says what is wrong with any other."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.exists():
+        raise FileFormatError(f"{path} does not exist.")
+    if path.is_dir():
+        raise FileFormatError(f"{path} is a folder, not a {schema} file.")
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            header = f.metadata() or {}
+            _check(path, header, schema, version)
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        return tensors, json.loads(header.get("config", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileFormatError(f"{path} is damaged or not a {schema} file ({error}). Make it anew.") from error
+
+
+def _check(path: Path, header: dict, schema: str, version: int) -> None:
+    found = header.get("schema")
+    if found != schema:
+        raise FileFormatError(f"{path} is not a {schema} file (it says: {found or 'nothing'}). Give the right file.")
+    try:
+        number = int(header.get("version", ""))
+    except (TypeError, ValueError) as error:
+        raise FileFormatError(f"{path} names no version. The file is damaged: make it anew.") from error
+    if number > version:
+        raise FileFormatError(f"{path} is {schema} version {number}; this hicode reads up to {version}. Update hicode.")
+    if number < version:
+        raise FileFormatError(f"{path} is {schema} version {number}, older than {version} and without an upgrade. Make it anew.")

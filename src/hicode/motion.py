@@ -1,0 +1,108 @@
+"""Motion: what moves a head. One type with two producers, tracking a video and predicting from speech.
+
+Frames run at `fps`; the 478 landmarks are MediaPipe's, in the canonical head frame: the pose is taken out, so speech can predict them.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hicode.camera import Camera
+
+EXPRESSION_DIM = 64
+IDENTITY_DIM = 80
+N_LANDMARKS = 478
+
+# Names for MediaPipe's landmark indices. LIPS lists the outer ring, then the inner one; left and right are the subject's.
+LIPS_OUTER = np.array([61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185])
+LIPS_INNER = np.array([78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 415, 310, 311, 312, 13, 82, 81, 80, 191])
+LIPS = np.concatenate([LIPS_OUTER, LIPS_INNER])
+FACE_OVAL = np.array([
+    10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377,
+    152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109,
+])  # fmt: skip
+RIGHT_EYE_OUTER, LEFT_EYE_OUTER = 33, 263
+RIGHT_EYE_RING = np.array([33, 7, 163, 144, 145, 153, 154, 155, 133, 173, 157, 158, 159, 160, 161, 246])
+LEFT_EYE_RING = np.array([263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466])
+RIGHT_IRIS, LEFT_IRIS = np.arange(468, 473), np.arange(473, 478)
+UPPER_LIP_INNER, LOWER_LIP_INNER = 13, 14
+MOUTH_CORNERS_INNER = (78, 308)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """t frames of control: expression "t 64", landmarks "t 478 3" (canonical, head units), T_camera_head "t 4 4"."""
+
+    expression: Float[Tensor, "t 64"]
+    landmarks: Float[Tensor, "t 478 3"]
+    T_camera_head: Float[Tensor, "t 4 4"]
+    fps: float = 25.0
+
+    def __len__(self) -> int:
+        return self.expression.shape[0]
+
+    def __getitem__(self, frames: slice | Tensor | np.ndarray) -> "Motion":
+        return replace(
+            self,
+            expression=self.expression[frames],
+            landmarks=self.landmarks[frames],
+            T_camera_head=self.T_camera_head[frames],
+        )
+
+    def __post_init__(self):
+        t = self.expression.shape[0]
+        assert self.expression.shape == (t, EXPRESSION_DIM), self.expression.shape
+        assert self.landmarks.shape == (t, N_LANDMARKS, 3), self.landmarks.shape
+        assert self.T_camera_head.shape == (t, 4, 4), self.T_camera_head.shape
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "expression": self.expression,
+            "landmarks": self.landmarks,
+            "T_camera_head": self.T_camera_head,
+        }
+
+
+@dataclass(frozen=True)
+class FaceTrack:
+    """A tracked clip: its motion, one identity and camera, and the measured landmarks.
+
+    identity     "80"       of the 3DMM, from training frames only
+    landmarks_px "t 478 2"  as detected, in crop pixels (continuous, pixel centres at +0.5)
+    confidence   "t"        face presence in [0, 1]; 0 where the frame had no face and the values are interpolated
+    """
+
+    motion: Motion
+    identity: Float[Tensor, "80"]
+    camera: Camera
+    landmarks_px: Float[Tensor, "t 478 2"]
+    confidence: Float[Tensor, "t"]
+
+    def __len__(self) -> int:
+        return len(self.motion)
+
+    def camera_at(self, t: int) -> Camera:
+        return self.camera.with_pose(self.motion.T_camera_head[t])
+
+    def mouth_box(self, t: int, padding: float = 0.35) -> tuple[int, int, int, int]:
+        """x0, y0, x1, y1 in px around the lips, padded by a fraction of their width, clipped to the image, never empty."""
+        lips = self.landmarks_px[t, torch.from_numpy(LIPS)]
+        low, high = lips.amin(0), lips.amax(0)
+        pad = padding * float(high[0] - low[0])
+        x0 = int(np.clip(np.floor(float(low[0]) - pad), 0, self.camera.width - 2))
+        y0 = int(np.clip(np.floor(float(low[1]) - pad), 0, self.camera.height - 2))
+        x1 = int(np.clip(np.ceil(float(high[0]) + pad), x0 + 1, self.camera.width))
+        y1 = int(np.clip(np.ceil(float(high[1]) + pad), y0 + 1, self.camera.height))
+        return x0, y0, x1, y1
+
+
+def bounce(length: int, start: int, count: int) -> np.ndarray:
+    """`count` frame indices that run back and forth through `length` frames from `start` without a jump (… 2 1 0 1 2 …)."""
+    if length <= 1:
+        return np.zeros(count, np.int64)
+    period = 2 * (length - 1)
+    phase = (start + np.arange(count)) % period
+    return np.where(phase < length, phase, period - phase)
