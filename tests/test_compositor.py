@@ -1,0 +1,203 @@
+"""Composition: what must stay, what must not leak, and what the untrained generator is."""
+
+import numpy as np
+import pytest
+import torch
+
+from hicode.avatar.compositor import (
+    Compositor,
+    CompositorConfig,
+    background_plate,
+    compose,
+    dilate_mask,
+    fill_smoothly,
+    plain_composite,
+    seam_of,
+)
+
+
+def disc(size: int = 128, radius: float = 30, centre: tuple[float, float] | None = None) -> np.ndarray:
+    """A soft-edged head mask."""
+    cx, cy = centre or (size / 2, size / 2)
+    y, x = np.mgrid[:size, :size] + 0.5
+    return (255 * np.clip(radius + 0.5 - np.hypot(x - cx, y - cy), 0, 1)).astype(np.uint8)
+
+
+def noise(rng: np.random.Generator, size: int = 128) -> np.ndarray:
+    return rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def scene(seed: int = 0, size: int = 128):
+    """(rgb over black, alpha, frame, head mask, plate) of an orange disc before a smooth background."""
+    rng = np.random.default_rng(seed)
+    mask = disc(size)
+    alpha = mask.astype(np.float32) / 255
+    rgb = alpha[..., None] * np.float32([0.8, 0.5, 0.3])
+    ramp = np.linspace(40, 200, size)[None, :, None] + np.linspace(0, 40, size)[:, None, None] + np.zeros(3)
+    plate = ramp.astype(np.uint8)
+    frame = np.clip(ramp + rng.integers(-3, 4, ramp.shape), 0, 255).astype(np.uint8)
+    return rgb, alpha, frame, mask, plate
+
+
+def trained_looking(seed: int = 0) -> Compositor:
+    """A generator with a last layer that is not zero, so that it changes something."""
+    torch.manual_seed(seed)
+    compositor = Compositor()
+    torch.nn.init.normal_(compositor.out.weight, std=0.02)
+    return compositor.for_inference()
+
+
+@pytest.mark.parametrize("generator", [None, trained_looking()], ids=["plain", "generator"])
+def test_pixels_outside_the_dilated_mask_are_the_inputs(generator):
+    rgb, alpha, _, mask, plate = scene()
+    frame = noise(np.random.default_rng(1))
+    out = compose(rgb + 0.1, np.ones_like(alpha), frame, mask, plate, generator)
+    outside = dilate_mask(mask) == 0
+    assert outside.any() and np.array_equal(out[outside], frame[outside])
+    assert not np.array_equal(out, frame)
+
+
+@pytest.mark.parametrize("generator", [None, trained_looking()], ids=["plain", "generator"])
+def test_no_input_pixel_inside_the_dilated_mask_can_leak(generator):
+    rgb, alpha, frame, mask, plate = scene()
+    inside = dilate_mask(mask) > 0
+    swapped = frame.copy()
+    swapped[inside] = noise(np.random.default_rng(2))[inside]
+    assert np.array_equal(
+        compose(rgb, alpha, frame, mask, plate, generator), compose(rgb, alpha, swapped, mask, plate, generator)
+    )
+
+
+def test_untrained_generator_is_the_plain_composite():
+    rgb, alpha, frame, mask, plate = scene()
+    assert np.array_equal(compose(rgb, alpha, frame, mask, plate, Compositor()), compose(rgb, alpha, frame, mask, plate))
+
+
+def test_head_is_the_alpha_composite_over_the_background():
+    rgb, alpha, _, mask, plate = scene()
+    out = compose(rgb, alpha, plate, mask, plate)
+    expected = 255 * (rgb + (1 - alpha)[..., None] * (plate / 255.0))
+    # The frame is the plate, so the fill is the plate; uint8 rounding leaves half a level, the feather nothing (both sides are equal).
+    assert np.abs(out - expected).max() <= 0.51
+
+
+def test_background_meets_a_brighter_frame_without_a_step():
+    """The plate was taken under other light: the fill follows the frame at hand, so no edge shows where nothing was rendered."""
+    _, alpha, _, mask, plate = scene()
+    frame = np.clip(plate.astype(int) + 30, 0, 255).astype(np.uint8)
+    out = compose(np.zeros((*mask.shape, 3), np.float32), np.zeros_like(alpha), frame, mask, plate)
+    assert np.abs(out.astype(int) - frame).max() <= 1  # a constant offset is carried exactly; rounding takes at most one level
+
+
+def test_empty_mask_gives_the_frame_back():
+    rgb, alpha, frame, mask, plate = scene()
+    assert np.array_equal(compose(rgb, alpha, frame, np.zeros_like(mask), plate, trained_looking()), frame)
+
+
+@pytest.mark.parametrize("where", [(0, 0), (127, 64), (64, 140), (20, 64)])
+def test_heads_at_the_border_compose(where):
+    rgb, alpha, frame, _, plate = scene()
+    mask = disc(centre=where)
+    out = compose(rgb, alpha, frame, mask, plate, trained_looking())
+    outside = dilate_mask(mask) == 0
+    assert out.shape == frame.shape and np.array_equal(out[outside], frame[outside])
+
+
+@pytest.mark.parametrize("shape", [(96, 131), (70, 50), (33, 200)])
+def test_any_image_size_composes(shape):
+    rng = np.random.default_rng(0)
+    mask = np.zeros(shape, np.uint8)
+    mask[shape[0] // 3 : shape[0] // 2, shape[1] // 3 : shape[1] // 2] = 255
+    frame = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    out = compose(np.ones((*shape, 3), np.float32), np.ones(shape, np.float32), frame, mask, frame, trained_looking())
+    assert out.shape == frame.shape and (out[mask > 0] != frame[mask > 0]).any()
+
+
+def test_a_full_frame_mask_needs_no_background():
+    rgb, alpha, frame, mask, plate = scene()
+    out = compose(rgb, alpha, frame, np.full_like(mask, 255), plate)
+    assert np.abs(out - 255 * (rgb + (1 - alpha)[..., None] * (plate / 255.0))).max() <= 0.51
+
+
+def test_dilation_reaches_further_down_than_up():
+    dilated = dilate_mask(disc(512, 100)) > 0
+    rows = np.flatnonzero(dilated.any(1))
+    above, below = 156 - rows[0], rows[-1] - 355
+    assert 14 <= above <= 18 and 22 <= below <= 26  # 16 px, and 8 more for the jaw; the soft edge and the chamfer metric take 2
+
+
+def test_dilation_contains_the_mask_and_grows_with_it():
+    small, large = disc(radius=20), disc(radius=30)
+    assert (dilate_mask(large)[large > 0] == 255).all()
+    assert (dilate_mask(large) >= dilate_mask(small)).all()
+
+
+def test_plate_is_the_background_that_a_moving_head_uncovers():
+    rng = np.random.default_rng(0)
+    background = np.tile(np.linspace(30, 220, 128)[None, :, None], (128, 1, 3)).astype(np.uint8)
+    frames, masks = [], []
+    for x in np.linspace(20, 108, 12):
+        mask = disc(radius=18, centre=(x, 64))
+        frame = np.where(mask[..., None] > 0, rng.integers(0, 256), background).astype(np.uint8)
+        frames.append(frame), masks.append(mask)
+    plate = background_plate(iter(frames), iter(masks))
+    assert np.abs(plate.astype(int) - background).max() <= 1  # every pixel is uncovered in some frame
+
+
+def test_plate_fills_what_was_never_seen_smoothly():
+    mask = disc(radius=30)
+    background = np.tile(np.linspace(60, 180, 128)[:, None, None], (1, 128, 3)).astype(np.uint8)
+    frame = np.where(mask[..., None] > 0, 255, background).astype(np.uint8)
+    plate = background_plate([frame] * 3, [mask] * 3)
+    hole = mask > 0
+    assert plate[hole].max() <= 185 and plate[hole].min() >= 55  # a blend of what surrounds it, none of the head's white
+    assert np.abs(np.diff(plate.astype(int), axis=0)).max() <= 6  # no step at the hole's border
+
+
+def test_long_clips_take_bounded_memory_for_the_plate():
+    """The number of kept frames is bounded: a generator of many small frames gives the plate of an even sample."""
+    frames = (np.full((16, 16, 3), t % 200, np.uint8) for t in range(1000))
+    plate = background_plate(frames, (np.zeros((16, 16), np.uint8) for _ in range(1000)), max_frames=8)
+    assert 60 <= plate[0, 0, 0] <= 140  # the median of an even sample of 0..199
+
+
+def test_filling_keeps_the_known_and_invents_nothing_beyond_its_range():
+    rng = np.random.default_rng(0)
+    known = (rng.random((61, 47)) < 0.02).astype(np.float32)
+    values = rng.random((61, 47, 3)).astype(np.float32) * known[..., None]
+    filled = fill_smoothly(values, known)
+    assert np.array_equal(filled[known > 0], values[known > 0])
+    seen = values[known > 0]
+    assert filled.min() >= seen.min() - 1e-6 and filled.max() <= seen.max() + 1e-6
+
+
+def test_filling_with_nothing_known_is_zero():
+    assert not fill_smoothly(np.zeros((20, 30, 3), np.float32), np.zeros((20, 30), np.float32)).any()
+
+
+def test_generator_is_local_so_crops_train_the_whole():
+    """A crop's result equals the whole's away from the crop's border: there is no normalisation over the image."""
+    generator = trained_looking()
+    x = torch.rand(1, 11, 256, 256)
+    with torch.inference_mode():
+        whole, crop = generator(x), generator(x[..., 32:224, 32:224])
+    # 64 px in from the crop's border: the receptive field (some 100 px) is not fully inside, but its far part carries little.
+    assert (whole[..., 96:160, 96:160] - crop[..., 64:128, 64:128]).abs().max() < 0.02 * whole.abs().max()
+
+
+def test_state_round_trip_gives_the_same_compositor():
+    generator = Compositor(CompositorConfig(filters=8))
+    torch.nn.init.normal_(generator.out.weight, std=0.02)
+    tensors, config = generator.state()
+    again = Compositor.from_state(tensors, config)
+    x = torch.rand(1, 11, 48, 64)
+    with torch.inference_mode():
+        # Channels-last weights may choose another kernel: float32 rounding only.
+        torch.testing.assert_close(again(x), generator(x), rtol=1e-4, atol=1e-5)
+
+
+def test_generator_sees_the_frame_zeroed_inside():
+    rgb, alpha, frame, mask, plate = scene()
+    composite = plain_composite(rgb, alpha, frame, plate, seam_of(mask))
+    assert not composite.surround[composite.seam.inside].any()
+    assert composite.generator_input().shape == (*composite.alpha.shape, 11)
