@@ -1,0 +1,148 @@
+"""Sound in and out: any file that FFmpeg reads, as mono float samples at one rate, aligned to the video it belongs to.
+
+Samples are float32 "n" in [-1, 1]; sample 0 sounds when the video's first frame shows. Time stamps place the sound: a track that starts
+late is padded with silence, one that starts early is cut, gaps inside it become silence.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from jaxtyping import Float32
+
+from hicode.errors import InputError
+from hicode.files import atomic_path
+from hicode.media.video import open_media
+
+# Stamps of a continuous track jitter by rounding (a millisecond in Matroska); what is off by more is a real gap or overlap.
+_GAP_S = 0.03
+_LONGEST_GAP_S = 3600.0
+_SILENCE_DB = -60.0
+
+_FULL_SCALE = {"u8": 128.0, "s16": 32768.0, "s32": 2147483648.0, "s64": 9223372036854775808.0, "flt": 1.0, "dbl": 1.0}
+# What speech loses least by: the centre channel carries it, the sides carry rooms and music, the subwoofer nothing.
+_CHANNEL_WEIGHTS = {"FC": 1.0, "FL": 0.7, "FR": 0.7, "LFE": 0.0, "LFE2": 0.0}
+_OTHER_CHANNEL_WEIGHT = 0.35
+
+
+def read_audio(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n"] | None:
+    """The first sound track of a video or sound file, mono at `rate_hz`; None where the file has none.
+
+    InputError where the file cannot be read, or a sample is not a finite number.
+    """
+    import soxr
+
+    path = Path(path)
+    with open_media(path) as container:
+        if not container.streams.audio:
+            return None
+        start_s = _first_frame_s(path) if container.streams.video else None
+        pieces = []
+        resampler = None
+        source_rate_hz = None
+        for samples, source_rate_hz in _mono(container, path, start_s):
+            if resampler is None:
+                resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
+            pieces.append(resampler.resample_chunk(samples, last=False))
+        if resampler is not None:
+            pieces.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def read_speech(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n"]:
+    """`read_audio` for sound that is to drive an avatar: InputError where there is none, nothing in it, or only silence."""
+    samples = read_audio(path, rate_hz)
+    if samples is None:
+        raise InputError(f"{path} has no sound track. Give a file with speech.")
+    if len(samples) < rate_hz // 25:
+        raise InputError(f"{path} holds {len(samples) / rate_hz:.3f} s of sound, less than one frame. Give a file with speech.")
+    loudest_db = level_db(samples)
+    if loudest_db < _SILENCE_DB:
+        raise InputError(f"{path} is silent (loudest 20 ms at {loudest_db:.0f} dB). Give a file with speech.")
+    return samples
+
+
+def level_db(samples: Float32[np.ndarray, "n"], window: int = 320) -> float:
+    """Level of the loudest window in dB below full scale; -120 for digital silence."""
+    if len(samples) == 0:
+        return -120.0
+    padded = np.pad(samples, (0, -len(samples) % window)).reshape(-1, window)
+    return float(10 * np.log10(max((padded.astype(np.float64) ** 2).mean(1).max(), 1e-12)))
+
+
+def write_audio(path: Path | str, samples: Float32[np.ndarray, "n"], rate_hz: int) -> None:
+    """A 16-bit mono WAV file, whole or not at all."""
+    import soundfile
+
+    with atomic_path(path) as temporary:
+        soundfile.write(str(temporary), np.clip(samples, -1, 1), rate_hz, subtype="PCM_16", format="WAV")
+
+
+def _first_frame_s(path: Path) -> float | None:
+    """Presentation time of the first picture; None where the pictures are only cover art, or do not decode."""
+    with open_media(path) as container:
+        for stream in container.streams.video:
+            if stream.disposition & av.stream.Disposition.attached_pic:
+                continue
+            try:
+                return next((f.time for f in container.decode(stream)), None)
+            except av.error.FFmpegError:
+                return None
+    return None
+
+
+def _mono(container, path: Path, start_s: float | None) -> Iterator[tuple[np.ndarray, int]]:
+    """(samples, source rate), continuous from `start_s` (without one, from the track's own start)."""
+    stream = container.streams.audio[0]
+    cursor = 0
+    rate_hz = None
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            continue  # the time stamps of what follows turn it into silence of the right length
+        except av.error.FFmpegError as error:
+            raise InputError(f"The sound of {path} cannot be decoded ({error.strerror}). Export it again as WAV or MP4.") from error
+        for frame in frames:
+            if rate_hz is None:
+                rate_hz = frame.sample_rate
+                if start_s is None:
+                    start_s = frame.time or 0.0
+                tolerance = 0
+            elif frame.sample_rate != rate_hz:
+                raise InputError(f"The sound of {path} changes from {rate_hz} to {frame.sample_rate} Hz midway. Export it again at one rate.")
+            samples = _to_mono(frame)
+            if not np.isfinite(samples).all():
+                at = cursor / rate_hz
+                raise InputError(f"The sound of {path} has samples that are not numbers (NaN or infinite) at {at:.2f} s. Export it again.")
+            gap = 0 if frame.time is None else round((frame.time - start_s) * rate_hz) - cursor
+            if abs(gap) <= tolerance:
+                gap = 0
+            if gap > _LONGEST_GAP_S * rate_hz:
+                raise InputError(f"The sound of {path} jumps by {gap / rate_hz:.0f} s: its time stamps are broken. Export it again.")
+            tolerance = round(_GAP_S * rate_hz)
+            if gap > 0:
+                yield np.zeros(gap, np.float32), rate_hz
+            elif gap < 0:
+                samples = samples[-gap:]
+            cursor += max(gap, 0) + len(samples)
+            if len(samples):
+                yield samples, rate_hz
+
+
+def _to_mono(frame: av.AudioFrame) -> Float32[np.ndarray, "n"]:
+    kind = frame.format.name.removesuffix("p")
+    data = frame.to_ndarray()
+    channels = frame.layout.nb_channels
+    if not frame.format.is_planar:
+        data = data.reshape(-1, channels).T
+    if kind == "u8":
+        data = data.astype(np.float32) - 128
+    data = data.astype(np.float32) / np.float32(_FULL_SCALE[kind])
+    if channels == 1:
+        return np.ascontiguousarray(data[0])
+    weights = np.array([_CHANNEL_WEIGHTS.get(c.name, _OTHER_CHANNEL_WEIGHT) for c in frame.layout.channels], np.float32)
+    if weights.sum() == 0:
+        weights = np.ones(channels, np.float32)
+    return weights / weights.sum() @ data
