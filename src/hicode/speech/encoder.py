@@ -1,0 +1,451 @@
+"""Speech features: 50 a second, feature j describing the sound of [20 j, 20 (j + 1)) ms, so video frame i at 25 fps owns features 2i and 2i + 1.
+
+Three encoders of one shape (`AudioEncoder`):
+
+    embedded  the first two layers of a Whisper-derived encoder, 384-d, from a package (the default; see `hicode.assets`)
+    hubert    HuBERT (the paper's), from a local folder or a model hub, through transformers
+    logmel    log-mel energies, 160-d, no learning: a baseline
+
+An encoder slides a window over the sound and reads only its inner rows, because what a transformer says of a moment depends on where in the
+window it stands. The window is the same for a file and for a stream, so both give the same features, in constant memory for any length:
+`lead` rows of past, `hop` rows that are read, `look` rows of future. Loudness is normalised by one level for the whole sound, or by a running
+estimate where the sound is not known in advance.
+"""
+
+import math
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hicode import assets
+from hicode.errors import InputError
+
+AUDIO_RATE_HZ = 16000
+FEATURE_RATE_HZ = 50
+SAMPLES_PER_FEATURE = AUDIO_RATE_HZ // FEATURE_RATE_HZ
+EncoderName = Literal["embedded", "hubert", "logmel"]
+
+# Below this RMS (-54 dB of full scale) a sound counts as silence and is not amplified further.
+QUIETEST_LEVEL = 2e-3
+
+
+class Window(NamedTuple):
+    """Rows of 20 ms: of past, read at once, and of future. `lead` and `look` are multiples of `hop`, since rows come in hops."""
+
+    lead: int
+    hop: int
+    look: int
+
+    @property
+    def rows(self) -> int:
+        return self.lead + self.hop + self.look
+
+
+class AudioEncoder(Protocol):
+    """What turns 16 kHz mono sound into features; files record `name`, `dim` and `rate_hz`, and consumers check them."""
+
+    name: str
+    dim: int
+    rate_hz: int
+
+    def encode(self, samples: Float[np.ndarray, "n"], level: float | None = None) -> Float[Tensor, "t d"]:
+        """All ceil(n / 320) features of a sound. `level`: its speech RMS, measured where not given."""
+
+    def stream(self, level: float | None = None) -> "EncoderStream":
+        """An incremental encoding; with the same `level`, the same features as `encode`."""
+
+
+def create_encoder(name: EncoderName = "embedded", path: str | Path | None = None) -> AudioEncoder:
+    """The encoder of that name. `path`: HuBERT's local folder or hub name (default facebook/hubert-base-ls960)."""
+    if name == "embedded":
+        return EmbeddedEncoder()
+    if name == "hubert":
+        return HubertEncoder(path or "facebook/hubert-base-ls960")
+    if name == "logmel":
+        return LogMelEncoder()
+    raise InputError(f"No speech encoder is called {name!r}. There are: embedded, hubert, logmel.")
+
+
+def match_frames(features: Float[Tensor, "t d"], frames: int) -> Float[Tensor, "2*frames d"]:
+    """Exactly two features a video frame: cut, or the last one repeated, where sound and picture end apart."""
+    assert len(features) > 0 or frames == 0, "no features to repeat"
+    return features[torch.arange(2 * frames).clamp(max=len(features) - 1)]
+
+
+def speech_level(samples: Float[np.ndarray, "n"]) -> float:
+    """RMS of the louder 20 ms frames: those above a tenth of the 95th percentile, so pauses do not count. Never below QUIETEST_LEVEL."""
+    if len(samples) == 0:
+        return QUIETEST_LEVEL
+    rms = _frame_rms(np.pad(samples, (0, -len(samples) % SAMPLES_PER_FEATURE)))
+    loud = rms[rms > 0.1 * np.percentile(rms, 95)]
+    return max(float(np.sqrt((loud**2).mean())) if len(loud) else 0.0, QUIETEST_LEVEL)
+
+
+def _frame_rms(samples: Float[np.ndarray, "n"]) -> Float[np.ndarray, "t"]:
+    return np.sqrt((samples.reshape(-1, SAMPLES_PER_FEATURE).astype(np.float64) ** 2).mean(1))
+
+
+class _RunningLevel:
+    """Speech level of a sound that is still coming: an average over active frames that forgets with a half-life of 20 s.
+
+    It starts from a usual speech level (-26 dB) that weighs as much as one second.
+    """
+
+    FORGET = 0.5 ** (1 / (20 * FEATURE_RATE_HZ))
+
+    def __init__(self):
+        self.power, self.weight, self.peak = 0.05**2 * FEATURE_RATE_HZ, float(FEATURE_RATE_HZ), 0.0
+
+    def update(self, rms: Float[np.ndarray, "t"]) -> float:
+        for value in rms:
+            self.peak = max(self.peak * self.FORGET, value)
+            if value > 0.1 * self.peak and value > QUIETEST_LEVEL:
+                self.power = self.power * self.FORGET + value**2
+                self.weight = self.weight * self.FORGET + 1
+        return max(math.sqrt(self.power / self.weight), QUIETEST_LEVEL)
+
+
+class EncoderStream:
+    """Sound in pieces of any size, features out as soon as their window is complete (hop + look rows after the sound)."""
+
+    def __init__(self, encoder: "_WindowedEncoder", level: float | None):
+        self.encoder, self.level = encoder, level
+        self._running = _RunningLevel()
+        # Not yet turned into rows; starts `margin` before the next row. Silence comes before the beginning.
+        self._samples = np.zeros(encoder.window.lead * SAMPLES_PER_FEATURE + encoder.margin, np.float32)
+        self._rows: Tensor | None = None
+        self._received, self._emitted, self._finished = 0, 0, False
+
+    def push(self, samples: Float[np.ndarray, "n"]) -> Float[Tensor, "k d"]:
+        """The features that became complete. Raises InputError where the sound is not finite or not mono."""
+        assert not self._finished, "the stream is finished"
+        samples = _checked(samples)
+        self._received += len(samples)
+        return self._advance(samples)
+
+    def finish(self) -> Float[Tensor, "k d"]:
+        """The remaining features, as if silence followed. In all, ceil(n / 320) have come out."""
+        assert not self._finished, "the stream is finished"
+        self._finished = True
+        total = -(-self._received // SAMPLES_PER_FEATURE)
+        window, emitted = self.encoder.window, self._emitted
+        wanted = -(-total // window.hop) * window.hop + window.look  # rows that the last window needs
+        silence = wanted * SAMPLES_PER_FEATURE + self.encoder.margin - self._received
+        return self._advance(np.zeros(silence, np.float32))[: total - emitted]
+
+    def _advance(self, samples: np.ndarray) -> Tensor:
+        encoder, window = self.encoder, self.encoder.window
+        self._samples = np.concatenate([self._samples, samples])
+        block = window.hop * SAMPLES_PER_FEATURE
+        outputs = []
+        while len(self._samples) >= block + 2 * encoder.margin:
+            # With a known level many blocks go at once; a running level is held for one block, whatever the pieces' sizes.
+            blocks = (len(self._samples) - 2 * encoder.margin) // block
+            blocks = min(blocks, encoder.batch) if self.level is not None else 1
+            n = blocks * block
+            level = self.level
+            if level is None:
+                level = self._running.update(_frame_rms(self._samples[encoder.margin : encoder.margin + n]))
+            audio = torch.from_numpy(self._samples[: n + 2 * encoder.margin]) / level
+            self._samples = self._samples[n:]
+            rows = encoder._local(audio)
+            self._rows = rows if self._rows is None else torch.cat([self._rows, rows])
+            windows = (len(self._rows) - window.rows) // window.hop + 1
+            if windows > 0:
+                outputs.append(encoder._contextual(self._rows.unfold(0, window.rows, window.hop)[:windows].transpose(1, 2)).flatten(0, 1))
+                self._rows = self._rows[windows * window.hop :]
+        out = torch.cat(outputs) if outputs else torch.zeros(0, encoder.dim)
+        self._emitted += len(out)
+        return out
+
+
+def _checked(samples) -> np.ndarray:
+    samples = np.asarray(samples, dtype=np.float32)
+    if samples.ndim != 1:
+        raise InputError(f"The sound has shape {samples.shape}, expected one channel. Mix it down to mono.")
+    bad = int((~np.isfinite(samples)).sum())
+    if bad:
+        raise InputError(f"The sound has {bad} samples that are not numbers (first at {np.argmin(np.isfinite(samples))}). Repair the file.")
+    return samples
+
+
+class _WindowedEncoder:
+    """Sliding-window encoding out of two pieces: `_local` turns sound into one row per 20 ms, `_contextual` turns windows of rows into features.
+
+    margin  samples that a row sees beyond its own 20 ms on either side
+    batch   windows that are worked on at once
+    """
+
+    name: str
+    dim: int
+    rate_hz = FEATURE_RATE_HZ
+    window: Window
+    margin = 0
+    batch = 16
+
+    def _local(self, audio: Float[Tensor, "n"]) -> Float[Tensor, "t c"]:
+        """(n - 2 margin) / 320 rows."""
+        raise NotImplementedError
+
+    def _contextual(self, rows: Float[Tensor, "b w c"]) -> Float[Tensor, "b hop d"]:
+        raise NotImplementedError
+
+    @property
+    def latency_features(self) -> int:
+        """How many features of sound must have come after a feature's beginning before it is known."""
+        return self.window.hop + self.window.look + -(-self.margin // SAMPLES_PER_FEATURE)
+
+    def stream(self, level: float | None = None) -> EncoderStream:
+        return EncoderStream(self, level)
+
+    def encode(self, samples: Float[np.ndarray, "n"], level: float | None = None) -> Float[Tensor, "t d"]:
+        samples = _checked(samples)
+        stream = self.stream(speech_level(samples) if level is None else level)
+        piece = 60 * AUDIO_RATE_HZ  # bounds the memory in between
+        parts = [stream.push(samples[start : start + piece]) for start in range(0, len(samples), piece)]
+        return torch.cat([*parts, stream.finish()])
+
+
+# --- log-mel -----------------------------------------------------------------------------------------------------------------------------
+
+N_FFT, MEL_HOP, N_MELS = 400, 160, 80
+# log10 of mel power at RMS 1 peaks near 2 in loud vowels; Whisper clamps 8 decades under the maximum. A fixed reference instead of the
+# window's maximum keeps a moment's value independent of its neighbours.
+LOG_MEL_REFERENCE, LOG_MEL_DECADES = 2.0, 8.0
+
+
+def mel_filters(n_mels: int = N_MELS, n_fft: int = N_FFT, rate_hz: int = AUDIO_RATE_HZ) -> Float[np.ndarray, "m f"]:
+    """Triangular filters on Slaney's mel scale (linear to 1 kHz, then 27 steps per factor 6.4), each of unit area in Hz."""
+    step = math.log(6.4) / 27
+
+    def to_mel(hz: float) -> float:
+        return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) / step
+
+    mels = np.linspace(0, to_mel(rate_hz / 2), n_mels + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * step))
+    hz = np.linspace(0, rate_hz / 2, n_fft // 2 + 1)
+    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    triangle = np.minimum((hz - low) / (centre - low), (high - hz) / (high - centre)).clip(0)
+    return triangle * (2 / (high - low))
+
+
+class _LogMel:
+    """Whisper's 80 log-mel energies (25 ms Hann windows every 10 ms), scaled to about [-1, 1.5], against a fixed reference."""
+
+    def __init__(self):
+        self.filters = torch.from_numpy(mel_filters()).float()
+        self.hann = torch.hann_window(N_FFT)
+
+    def __call__(self, audio: Float[Tensor, "n"]) -> Float[Tensor, "80 t"]:
+        """Frames lie wholly inside the audio: t = (n - 400) / 160 + 1, the first centred on sample 200."""
+        power = torch.fft.rfft(audio.unfold(0, N_FFT, MEL_HOP) * self.hann).abs().square()
+        log_power = (self.filters @ power.T).clamp(min=1e-10).log10()
+        return (log_power.clamp(min=LOG_MEL_REFERENCE - LOG_MEL_DECADES) + 4) / 4
+
+
+class LogMelEncoder(_WindowedEncoder):
+    """Two log-mel frames a feature, 160-d."""
+
+    name, dim, window, margin = "logmel", 2 * N_MELS, Window(4, 4, 0), 120
+
+    def __init__(self):
+        self._mel = _LogMel()
+
+    def _local(self, audio: Tensor) -> Tensor:
+        # Frames centred 80 and 240 samples into each row: the margin is 200 - 80.
+        frames = self._mel(audio).T
+        return frames.reshape(-1, self.dim)
+
+    def _contextual(self, rows: Tensor) -> Tensor:
+        return rows[:, self.window.lead : self.window.lead + self.window.hop]
+
+
+# --- embedded ----------------------------------------------------------------------------------------------------------------------------
+
+
+class EmbeddedEncoder(_WindowedEncoder):
+    """The input of the third encoder layer (`add_268`) of Smart Turn v3.2, a Whisper-tiny-derived network; 384-d.
+
+    Rebuilt in torch from the graph's weights: onnxruntime would run the int8 graph (whose features differ: cosine about .97) with a fixed
+    8 s window, 40 times the arithmetic. Here convolutions run once over the sound, and the second layer only where it is read.
+    """
+
+    name, dim, margin = "embedded", 384, 360
+    window = Window(lead=88, hop=4, look=8)
+    HEADS = 6
+
+    def __init__(self):
+        w = _onnx_weights(assets.path("speech_encoder"))
+        self._mel = _LogMel()
+        prefix = "inner.encoder."
+        self._conv1 = (w[prefix + "conv1.weight"], w[prefix + "conv1.bias"])
+        self._conv2 = (w[prefix + "conv2.weight"], w[prefix + "conv2.bias"])
+        self._positions = w[prefix + "embed_positions.weight"][: self.window.rows]
+        self._layers = []
+        # The graph's exporter numbered the matrices; queries, keys, values, output, and the feed-forward pair.
+        for layer, numbers in enumerate([(17, 25, 32, 75, 79, 88), (92, 100, 107, 148, 152, 161)]):
+            matrices = dict(zip(("q", "k", "v", "out", "up", "down"), (w[f"val_{n}"] for n in numbers)))
+            p = f"{prefix}layers.{layer}."
+            vectors = {
+                "q_bias": "self_attn.q_proj.bias", "v_bias": "self_attn.v_proj.bias", "out_bias": "self_attn.out_proj.bias",
+                "up_bias": "fc1.bias", "down_bias": "fc2.bias",
+                "norm1": "self_attn_layer_norm.weight", "norm1_bias": "self_attn_layer_norm.bias",
+                "norm2": "final_layer_norm.weight", "norm2_bias": "final_layer_norm.bias",
+            }  # fmt: skip
+            self._layers.append(matrices | {k: w[p + v] for k, v in vectors.items()})
+
+    @torch.no_grad()
+    def _local(self, audio: Tensor) -> Tensor:
+        # Row t is conv2's output centred on mel frame 2t; mel frame m is centred on sample 160 (m + 1), the middle of a 20 ms span.
+        h = F.gelu(F.conv1d(self._mel(audio)[None], *self._conv1))
+        return F.gelu(F.conv1d(h, *self._conv2, stride=2))[0].T
+
+    @torch.no_grad()
+    def _contextual(self, rows: Tensor) -> Tensor:
+        window = self.window
+        h = rows + self._positions
+        h = self._layer(h, self._layers[0], slice(None))
+        return self._layer(h, self._layers[1], slice(window.lead, window.lead + window.hop))
+
+    def _layer(self, h: Float[Tensor, "b w d"], p: dict[str, Tensor], read: slice) -> Float[Tensor, "b r d"]:
+        """One pre-norm transformer layer, computed at the rows `read` only."""
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
+
+        z = F.layer_norm(h, h.shape[-1:], p["norm1"], p["norm1_bias"])
+        q, k, v = heads(z[:, read] @ p["q"] + p["q_bias"]), heads(z @ p["k"]), heads(z @ p["v"] + p["v_bias"])
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = h[:, read] + attended @ p["out"] + p["out_bias"]
+        z = F.layer_norm(h, h.shape[-1:], p["norm2"], p["norm2_bias"])
+        return h + F.gelu(z @ p["up"] + p["up_bias"]) @ p["down"] + p["down_bias"]
+
+
+def _onnx_weights(path: Path) -> dict[str, Tensor]:
+    """Float weights of an ONNX graph by name, quantised ones dequantised (their `_quantized` suffix dropped).
+
+    Reads the protobuf wire format directly; field numbers are those of onnx.proto. It saves a dependency on the `onnx` package.
+    """
+    model = memoryview(path.read_bytes())
+    graph = next(value for number, value in _protobuf(model) if number == 7)  # ModelProto.graph
+    raw: dict[str, np.ndarray] = {}
+    axes: dict[str, int] = {}
+    for number, value in _protobuf(graph):
+        if number == 5:  # GraphProto.initializer: TensorProto
+            name, array = _onnx_tensor(value)
+            raw[name] = array
+        elif number == 1:  # GraphProto.node: NodeProto
+            fields = list(_protobuf(value))
+            if bytes(next(v for n, v in fields if n == 4)) == b"DequantizeLinear":
+                first_input = bytes(next(v for n, v in fields if n == 1)).decode()
+                for attribute in (dict(_protobuf(v)) for n, v in fields if n == 5):
+                    if bytes(attribute[1]) == b"axis":
+                        axes[first_input] = attribute[3]
+    weights = {}
+    for name, array in raw.items():
+        if array.dtype == np.float32:
+            weights.setdefault(name, torch.from_numpy(array.copy()))
+        elif name.endswith("_quantized"):
+            stem = name.removesuffix("_quantized")
+            scale = raw[f"{stem}_scale"] if f"{stem}_scale" in raw else raw[f"{name}_scale"]
+            zero = raw.get(f"{stem}_zero_point", raw.get(f"{name}_zero_point", np.zeros(1)))
+            shape = [1] * array.ndim
+            if scale.size > 1:
+                shape[axes.get(name, 1)] = scale.size
+            value = (array.astype(np.float32) - zero.astype(np.float32).reshape(shape if zero.size > 1 else -1)) * scale.reshape(shape)
+            # "conv1.weight_quantized" has its scale under "conv1.weight_scale"
+            weights[stem] = torch.from_numpy(value.astype(np.float32))
+    return weights
+
+
+def _onnx_tensor(value: memoryview) -> tuple[str, np.ndarray]:
+    dtypes = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64}
+    shape, kind, name, data, numbers = [], 0, "", b"", []
+    for number, field in _protobuf(value):
+        if number == 1:  # dims, one by one or packed
+            shape += [field] if isinstance(field, int) else list(_varints(field))
+        elif number == 2:
+            kind = field
+        elif number == 8:
+            name = bytes(field).decode()
+        elif number == 5:  # int32_data, for small integers
+            numbers += [field] if isinstance(field, int) else list(_varints(field))
+        elif number in (4, 9):  # float_data and raw_data are laid out alike
+            data = bytes(data) + bytes(field)
+    assert kind in dtypes, f"tensor {name} has ONNX type {kind}"
+    array = np.frombuffer(data, dtypes[kind]) if data else np.array(numbers).astype(dtypes[kind])
+    return name, array.reshape(shape)
+
+
+def _protobuf(message: memoryview):
+    """(field number, value) pairs; nested messages and strings stay bytes."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        wire = key & 7
+        if wire == 0:
+            value, at = _varint(message, at)
+        elif wire == 2:
+            size, at = _varint(message, at)
+            value, at = message[at : at + size], at + size
+        else:
+            size = {1: 8, 5: 4}[wire]
+            value, at = message[at : at + size], at + size
+        yield key >> 3, value
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, at
+
+
+def _varints(message: memoryview):
+    at = 0
+    while at < len(message):
+        value, at = _varint(message, at)
+        yield value
+
+
+# --- HuBERT ------------------------------------------------------------------------------------------------------------------------------
+
+
+class HubertEncoder(_WindowedEncoder):
+    """The last hidden layer of a HuBERT model (Hsu et al. 2021), 768-d for the base model, in 8 s windows of which 2 s are read."""
+
+    name = "hubert"
+    window = Window(lead=200, hop=100, look=100)
+    batch = 2
+
+    def __init__(self, path: str | Path):
+        try:
+            from transformers import HubertModel
+        except ImportError as error:
+            raise InputError("The hubert encoder needs transformers: pip install 'hicode[hubert]', or use --encoder embedded.") from error
+        try:
+            self._model = HubertModel.from_pretrained(str(path)).eval()
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"No HuBERT model at {path} ({reason}). Give a local folder, or use --encoder embedded.") from error
+        self.dim = self._model.config.hidden_size
+
+    def _local(self, audio: Tensor) -> Tensor:
+        return audio.reshape(-1, SAMPLES_PER_FEATURE)
+
+    @torch.no_grad()
+    def _contextual(self, rows: Tensor) -> Tensor:
+        # A row's receptive field is 400 samples: 40 more at each end of the window centre every row on its own 20 ms.
+        audio = F.pad(rows.flatten(1), (40, 40))
+        hidden = self._model(audio).last_hidden_state
+        assert hidden.shape[1] == self.window.rows, hidden.shape
+        return hidden[:, self.window.lead : self.window.lead + self.window.hop]
