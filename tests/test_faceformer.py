@@ -1,0 +1,146 @@
+"""Faceformers: decoding in a stream equals decoding at once, for any length; untrained they are still; files give them back."""
+
+import pytest
+import torch
+
+from hicode.errors import FileFormatError
+from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels, periodic_positions
+
+CONFIG = FaceformerConfig(feature_dim=12, outputs=64, components=8, width=16, window=30, look_ahead=3, look_back=2)
+
+
+def _model(config: FaceformerConfig = CONFIG, seed: int = 0) -> Faceformer:
+    """A model whose output is not zero any more."""
+    torch.manual_seed(seed)
+    model = Faceformer(config).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.5)
+    return model
+
+
+def _pair(trained: bool = True) -> SpeechModels:
+    landmarks = FaceformerConfig(feature_dim=12, outputs=1434, components=8, width=16, window=30, look_ahead=5, look_back=2, style_components=3)
+    make = _model if trained else lambda c: Faceformer(c).eval()
+    models = make(CONFIG), make(landmarks)
+    torch.manual_seed(1)
+    models[1].style_basis.normal_()
+    if trained:
+        torch.nn.init.normal_(models[1].style.weight)
+    return SpeechModels(*models, "embedded", torch.randn(64), torch.randn(478, 3), torch.randn(20, 478, 3), 1.1, 0.9)
+
+
+def test_an_untrained_model_says_the_template():
+    pair = _pair(trained=False)
+    expression, landmarks = pair.predict(torch.randn(20, 12))
+    assert torch.equal(expression, pair.expression_template.expand(10, 64))
+    assert torch.equal(landmarks, pair.landmark_template.expand(10, 478, 3))
+
+
+def test_cached_decoding_equals_uncached():
+    """The roll-out, fed back into the parallel form, reproduces itself: over more frames than the window holds."""
+    model = _model()
+    with torch.no_grad():
+        memory = model.memory(torch.randn(2, 160, 12))
+        style = model.identity_style(None)
+        rolled = model.rollout(memory, style)
+        previous = torch.cat([torch.zeros(2, 1, 8), rolled[:, :-1]], 1)
+        at_once = model(memory, previous, style)
+    # float32 sums in another order
+    torch.testing.assert_close(rolled, at_once, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_is_the_published_one_within_the_window():
+    """Against torch's own transformer decoder layer with the same weights, its bias and its alignment mask."""
+    model = _model(FaceformerConfig(feature_dim=12, outputs=64, components=8, width=16, window=1000, period=5, dropout=0.0))
+    layer = torch.nn.TransformerDecoderLayer(16, 4, 32, dropout=0.0, activation="relu", batch_first=True).eval()
+    with torch.no_grad():
+        layer.self_attn.in_proj_weight.copy_(model.self_qkv.weight)
+        layer.self_attn.in_proj_bias.copy_(model.self_qkv.bias)
+        layer.multihead_attn.in_proj_weight.copy_(torch.cat([model.cross_q.weight, model.cross_kv.weight]))
+        layer.multihead_attn.in_proj_bias.copy_(torch.cat([model.cross_q.bias, model.cross_kv.bias]))
+        pairs = [
+            (layer.self_attn.out_proj, model.self_out), (layer.multihead_attn.out_proj, model.cross_out), (layer.linear1, model.up),
+            (layer.linear2, model.down), (layer.norm1, model.norm1), (layer.norm2, model.norm2), (layer.norm3, model.norm3),
+        ]  # fmt: skip
+        for theirs, ours in pairs:
+            theirs.load_state_dict(ours.state_dict())
+        t = 23
+        memory, previous = torch.randn(1, 2 * t, 16), torch.randn(1, t, 8)
+        i, j = torch.arange(t)[:, None], torch.arange(t)
+        bias = torch.stack([-s * ((i - j) // 5) for s in (1 / 4, 1 / 16, 1 / 64, 1 / 256)]).masked_fill(j > i, float("-inf"))
+        alignment = torch.full((t, 2 * t), float("-inf")).masked_fill(torch.arange(2 * t) // 2 == i, 0.0)
+        tokens = model.remember(previous) + model.start + periodic_positions(5, 16)[torch.arange(t) % 5]
+        expected = model.output(layer(tokens, memory, tgt_mask=bias, memory_mask=alignment))
+        torch.testing.assert_close(model(memory, previous, model.start), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_stream_in_any_pieces_equals_the_whole():
+    pair, features = _pair(), torch.randn(120, 12)
+    whole = pair.predict(features)
+    stream, parts, at = pair.stream(), [], 0
+    for size in (1, 1, 7, 0, 40, 3, 68):
+        parts.append(stream.push(features[at : at + size]))
+        at += size
+    parts.append(stream.finish())
+    for k in (0, 1):
+        torch.testing.assert_close(torch.cat([p[k] for p in parts]), whole[k], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("features,frames", [(0, 0), (1, 1), (2, 1), (3, 2), (50, 25)])
+def test_any_length_of_sound_gives_its_frames(features, frames):
+    expression, landmarks = _pair().predict(torch.randn(features, 12))
+    assert expression.shape == (frames, 64) and landmarks.shape == (frames, 478, 3)
+
+
+def test_memory_of_a_stream_does_not_grow():
+    pair = _pair()
+    stream = pair.stream()
+    for _ in range(60):  # 600 frames: where the reference implementation ends
+        expression, landmarks = stream.push(torch.randn(20, 12))
+        assert expression.isfinite().all() and landmarks.isfinite().all()
+    for part in (stream._expression, stream._landmarks):
+        assert part.state.keys.shape[2] == CONFIG.window
+        assert part._heard.shape[1] <= 2 * (part.model.config.look_back + part.model.config.look_ahead + 1)
+
+
+def test_a_frame_hears_its_look_ahead_and_no_further():
+    model, features = _model(), torch.randn(1, 80, 12, requires_grad=True)
+    out = model.rollout(model.memory(features), model.identity_style(None))
+    frame = 20
+    heard = torch.autograd.grad(out[0, frame].sum(), features)[0][0].abs().sum(1)
+    last = 2 * (frame + CONFIG.look_ahead) + 1
+    assert heard[last] > 0 and torch.equal(heard[last + 1 :], torch.zeros(80 - last - 1))
+
+
+def test_the_stream_is_late_by_its_look_ahead():
+    pair = _pair()
+    assert pair.look_ahead == 5
+    assert len(pair.stream().push(torch.randn(50, 12))[0]) == 25 - 5
+
+
+def test_gain_scales_the_movement_about_the_template():
+    pair, features = _pair(), torch.randn(30, 12)
+    before = pair.predict(features)[0] - pair.expression_template
+    pair.expression_gain *= 2
+    torch.testing.assert_close(pair.predict(features)[0] - pair.expression_template, 2 * before, atol=1e-5, rtol=1e-4)
+
+
+def test_identity_frames_in_any_order_are_the_same_style():
+    pair = _pair()
+    frames = pair.identity_frames
+    a, b = (pair.landmarks.identity_style(f) for f in (frames, frames.flip(0)))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(a, pair.landmarks.identity_style(frames + 1))
+
+
+def test_state_gives_the_same_pair_back():
+    pair, features = _pair(), torch.randn(30, 12)
+    again = SpeechModels.from_state(*pair.state())
+    for a, b in zip(pair.predict(features), again.predict(features)):
+        assert torch.equal(a, b)
+
+
+def test_damaged_state_is_refused():
+    tensors, config = _pair().state()
+    tensors.pop("expression.output.weight")
+    with pytest.raises(FileFormatError, match="speech models are damaged"):
+        SpeechModels.from_state(tensors, config)
