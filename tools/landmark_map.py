@@ -134,11 +134,11 @@ def place_irises(arrays: dict, found: torch.Tensor, bary: torch.Tensor, target: 
     for name, points in (("right_eye", RIGHT_IRIS), ("left_eye", LEFT_IRIS)):
         own = np.flatnonzero(part == head.PARTS.index(name))
         corners = mean[triangles[own]]
-        apex = corners.reshape(-1, 3)[corners.reshape(-1, 3)[:, 2].argmax()]
+        centre = (corners.reshape(-1, 3).min(0) + corners.reshape(-1, 3).max(0)) / 2
         for point in points:
             offset = (target[point] - target[points[0]])[:2].numpy()
             length = np.linalg.norm(offset)
-            xy = apex[:2] + (offset * (IRIS_RADIUS / length) if length > 0 else 0)
+            xy = centre[:2] + (offset * (IRIS_RADIUS / length) if length > 0 else 0)
             a, b, c = corners[:, 0, :2], corners[:, 1, :2], corners[:, 2, :2]
             area = cross(b - a, c - a)
             w = np.stack([cross(b - xy, c - xy), cross(c - xy, a - xy), cross(a - xy, b - xy)], 1) / np.where(area == 0, 1e-12, area)[:, None]
