@@ -206,12 +206,22 @@ def test_generator_sees_the_frame_zeroed_inside():
 # --- training ----------------------------------------------------------------------------------------------------------------------------
 
 
+class Sampled:
+    def __init__(self, call, count: int = 12):
+        self.call, self.count = call, count
+
+    def __len__(self):
+        return self.count
+
+    def __call__(self, k, perturbation=None):
+        return self.call(k, perturbation)
+
+
 def blurred_samples(t: int, seed: int | None):
     """A textured head whose render lacks its texture's contrast and is too dark: something to learn."""
     rng = np.random.default_rng(t)
     mask = disc(128, 36, (64 + t % 5, 60))
     alpha = mask.astype(np.float32) / 255
-    plate = np.full((128, 128, 3), 90, np.uint8)
     y, x = np.mgrid[:128, :128]
     head = 0.5 + 0.2 * np.sin(x / 3 + rng.uniform(0, 6))[..., None] * np.cos(y / 4)[..., None] * np.float32([1, 0.8, 0.6])
     frame = alpha[..., None] * head + (1 - alpha[..., None]) * 90 / 255
@@ -221,7 +231,7 @@ def blurred_samples(t: int, seed: int | None):
     return rgb.astype(np.float32), alpha, (frame * 255 + 0.5).astype(np.uint8), mask
 
 
-SMALL = dict(steps=24, renders=6, crop_px=64, batch=2, validation=2, checkpoint_every=12)
+SMALL = {"steps": 24, "renders": 6, "crop_px": 64, "batch": 2, "validation": 2, "checkpoint_every": 12}
 PLATE = np.full((128, 128, 3), 90, np.uint8)
 
 
@@ -237,36 +247,38 @@ def training():
 
 def test_training_repairs_what_all_renders_share_and_keeps_the_generator(training):
     config = training.CompositorTraining(**SMALL | {"steps": 60})
-    generator, report = training.train_compositor(blurred_samples, range(12), PLATE, config)
+    found = []
+    generator = training.train_compositor(Sampled(blurred_samples), PLATE, config, report=found.append)
+    report = found[0]
     assert report.kept and generator is not None
     assert report.psnr > report.plain_psnr + 3  # a constant darkness of 0.12 is the easiest thing to learn
 
 
 def test_a_generator_that_does_not_help_is_dropped(training):
     def perfect(t, seed):
-        rgb, alpha, frame, mask = blurred_samples(t, None)
+        _, alpha, frame, mask = blurred_samples(t, None)
         return frame.astype(np.float32) / 255, np.ones_like(alpha), frame, mask
 
     config = training.CompositorTraining(**SMALL | {"steps": 4})
-    generator, report = training.train_compositor(perfect, range(12), PLATE, config)
-    assert generator is None and not report.kept
-    assert "plain composite" in str(report)
+    found = []
+    assert training.train_compositor(Sampled(perfect), PLATE, config, report=found.append) is None
+    assert not found[0].kept and "plain composite" in str(found[0])
 
 
 def test_resumed_training_equals_an_uninterrupted_run(training, tmp_path):
     config = training.CompositorTraining(**SMALL)
 
     def run(checkpoint, stop_at=None):
-        def progress(done, total):
-            if done == stop_at:
+        def log(step, terms):
+            if step == stop_at:
                 raise KeyboardInterrupt
 
-        return training.train_compositor(blurred_samples, range(8), PLATE, config, progress, checkpoint=checkpoint)
+        return training.train_compositor(Sampled(blurred_samples), PLATE, config, checkpoint=checkpoint, log=log)
 
-    whole, _ = run(None)
+    whole = run(None)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "compositor.safetensors", stop_at=15)
-    resumed, _ = run(tmp_path / "compositor.safetensors")
+    resumed = run(tmp_path / "compositor.safetensors")
     for a, b in zip(whole.state()[0].values(), resumed.state()[0].values()):
         torch.testing.assert_close(a, b, rtol=0, atol=0)  # every draw is keyed by its step, so nothing may differ
 
@@ -279,7 +291,7 @@ def test_a_render_that_is_not_finite_stops_training_and_says_so(training):
         return rgb * np.nan, alpha, frame, mask
 
     with pytest.raises(TrainingError, match="not finite"):
-        training.train_compositor(broken, range(8), PLATE, training.CompositorTraining(**SMALL))
+        training.train_compositor(Sampled(broken), PLATE, training.CompositorTraining(**SMALL))
 
 
 def test_random_flow_has_the_length_asked_for(training):

@@ -2,7 +2,7 @@
 
 The renderer knows its training frames by heart; on frames it has not seen it is off by a pixel or two. A generator trained on training
 renders as they are learns nothing that carries over, so each crop's render is *misaligned* at random first: shifted, turned and bent by a
-smooth flow of `misalignment_px`, and part of the renders come from perturbed motion (`samples(t, seed)`).
+smooth flow of `misalignment_px`, and part of the renders come from perturbed motion.
 
 What the generator can know decides what it is asked for. At the border it sees the true frame: there the target stays, and it learns to
 join. Deep inside nothing tells where the truth lies, and asking for it teaches blur: there the target moves with the render (`follow`),
@@ -11,10 +11,11 @@ and it learns to sharpen. Shapes: crops of p px, batches of b; images are floats
 Deviation from Eq. 18: the adversarial term is least-squares (log(1 - D) saturates), and the discriminator's features also see the masks.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import cv2
 import numpy as np
@@ -28,9 +29,19 @@ from hicode.errors import TrainingError
 from hicode.files import load_tensors, save_tensors
 from hicode.perceptual import SMALLEST_SIDE_PX, Features, lpips
 
-# Training frame t, rendered over black: (rgb "h w 3", alpha "h w", frame uint8 "h w 3", head mask uint8 "h w"). With a seed, from motion
-# perturbed by it (about 0.3-1 degree, 1-2 px, jittered landmarks); with None, as tracked. Must depend on its arguments only.
-Samples = Callable[[int, int | None], tuple[Tensor | np.ndarray, Tensor | np.ndarray, np.ndarray, np.ndarray]]
+
+class Samples(Protocol):
+    """The renders to learn from. What a call gives depends on its arguments only."""
+
+    def __len__(self) -> int:
+        """Training frames."""
+
+    def __call__(self, k: int, perturbation: int | None = None):
+        """Frame k rendered over black: (rgb "h w 3", alpha "h w", frame uint8 "h w 3", head mask uint8 "h w"), rgb and alpha in [0, 1].
+
+        With a seed, from motion perturbed by it as tracking errs (some 0.3-1 degree, 1-2 px); with None, as tracked.
+        """
+
 
 _SCHEMA, _VERSION = "hicode-compositor-training", 1
 _INTERIOR_PX = 24  # depth below the feather at which the target follows the render fully
@@ -74,14 +85,14 @@ class CompositorTraining:
     validation: int = 8
     checkpoint_every: int = 200
     seed: int = 0
-    generator: CompositorConfig = CompositorConfig()
+    generator: CompositorConfig = field(default_factory=CompositorConfig)
 
 
-def compositor_preset(name: Literal["draft", "standard", "paper"]) -> CompositorTraining:
+def compositor_preset(name: Literal["draft", "standard", "paper"], seed: int = 0) -> CompositorTraining:
     """draft: about 30 s on two cores; standard: about 5 min; paper: as long as it helps."""
     if name == "draft":
-        return CompositorTraining(steps=60, renders=40, crop_px=96, validation=5)
-    return CompositorTraining() if name == "standard" else CompositorTraining(steps=4000, renders=300)
+        return CompositorTraining(steps=60, renders=40, crop_px=96, validation=5, seed=seed)
+    return CompositorTraining(seed=seed) if name == "standard" else CompositorTraining(steps=4000, renders=300, seed=seed)
 
 
 class Discriminator(nn.Module):
@@ -132,46 +143,67 @@ class CompositorReport:
 
 def train_compositor(
     samples: Samples,
-    frames: Sequence[int],
     plate: np.ndarray,
     config: CompositorTraining = CompositorTraining(),
-    progress: Callable[[int, int], None] | None = None,
-    validation: Sequence[int] | None = None,
+    progress: bool = False,
+    validation: Samples | None = None,
     checkpoint: Path | None = None,
     log: Callable[[int, dict[str, float]], None] | None = None,
-) -> tuple[Compositor | None, CompositorReport]:
-    """The trained generator, or None where validation finds that it does not beat the plain composite; and what was found.
+    report: Callable[[CompositorReport], None] | None = None,
+) -> Compositor | None:
+    """The trained generator, or None where validation finds that it does not beat the plain composite.
 
-    frames      training frames to learn from
-    validation  frames to judge by, best ones that the *renderer* has not trained on either; by default the last tenth of `frames`, which
-                are then not learned from
-    checkpoint  a file to resume from and to save to; the result is that of an uninterrupted run
-    progress    called with (done, total) steps
+    plate       "h w 3" the background behind the head
+    progress    a bar on the terminal and, at the end, a line that says what validation found
+    validation  frames to judge by, best ones that the *renderer* has not trained on either (but of the training part); by default the last
+                tenth of `samples`, which is then not learned from
+    checkpoint  a file to resume from and to save to (every `checkpoint_every` steps): the result is that of an uninterrupted run
     log         called with a step and its loss terms
+    report      called with what validation found
 
     Deterministic by `config.seed` for the same number of threads. Raises TrainingError on a NaN.
     """
-    frames = list(frames)
+    frames = range(len(samples))
     if validation is None:
         held = max(1, len(frames) // 10)
-        frames, validation = frames[:-held] or frames, frames[-held:]
+        learned, judged = frames[:-held] or frames, frames[-held:]
+        validation = samples
+    else:
+        learned, judged = frames, range(len(validation))
     torch.manual_seed(config.seed)  # the networks' first weights; every later draw has a generator of its own
     trainer = _Trainer(config)
     if checkpoint is not None and Path(checkpoint).exists():
         trainer.restore(checkpoint)
-    if trainer.step < config.steps:
-        pool = _draw_pool(samples, frames, plate, config)
-        vgg = Features("vgg16", config.vgg_layers)
-        while trainer.step < config.steps:
-            terms = trainer.train_step(pool, vgg)
-            if log is not None:
-                log(trainer.step, terms)
-            if progress is not None:
-                progress(trainer.step, config.steps)
-            if checkpoint is not None and (trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps):
-                trainer.save(checkpoint)
-    chosen = [validation[i] for i in np.unique(np.linspace(0, len(validation) - 1, config.validation).astype(int))]
-    return _judge(trainer.averaged, samples, chosen, plate, config.seed)
+    with _bar(config.steps, progress) as advance:
+        if trainer.step < config.steps:
+            pool = _draw_pool(samples, learned, plate, config)
+            vgg = Features("vgg16", config.vgg_layers)
+            while trainer.step < config.steps:
+                terms = trainer.train_step(pool, vgg)
+                if log is not None:
+                    log(trainer.step, terms)
+                advance(trainer.step)
+                if checkpoint is not None and (trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps):
+                    trainer.save(checkpoint)
+    chosen = [judged[i] for i in np.unique(np.linspace(0, len(judged) - 1, config.validation).astype(int))]
+    compositor, found = _judge(trainer.averaged, validation, chosen, plate)
+    if report is not None:
+        report(found)
+    if progress:
+        print(found)
+    return compositor
+
+
+@contextmanager
+def _bar(total: int, visible: bool) -> Iterator[Callable[[int], None]]:
+    if not visible:
+        yield lambda done: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("train compositor"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 # --- the pool of renders and its crops ---------------------------------------------------------------------------------------------------
@@ -360,7 +392,7 @@ def _jsonable(config: CompositorTraining) -> dict:
 
 @torch.no_grad()
 def _judge(
-    generator: Compositor, samples: Samples, frames: Sequence[int], plate: np.ndarray, seed: int
+    generator: Compositor, samples: Samples, frames: Sequence[int], plate: np.ndarray
 ) -> tuple[Compositor | None, CompositorReport]:
     """Keep the generator, at the strength that scores best, if LPIPS falls and PSNR does not."""
     generator = generator.for_inference()
