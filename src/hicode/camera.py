@@ -40,6 +40,13 @@ class Camera:
         scale = torch.tensor([width / self.width, height / self.height, 1.0], dtype=self.K.dtype, device=self.K.device)
         return replace(self, K=self.K * scale[:, None], width=width, height=height)
 
+    def cropped(self, x0: int, y0: int, width: int, height: int) -> "Camera":
+        """The window of `width` x `height` px whose corner is pixel (x0, y0): the same rays, fewer pixels."""
+        K = self.K.clone()
+        K[..., 0, 2] -= x0
+        K[..., 1, 2] -= y0
+        return replace(self, K=K, width=width, height=height)
+
     def project(self, points: Float[Tensor, "*b n 3"]) -> tuple[Float[Tensor, "*b n 2"], Float[Tensor, "*b n"]]:
         """Head-frame points to pixel coordinates and depth. Points at or behind the camera give meaningless pixels: check the depth."""
         p = transform(self.T_camera_head, points)

@@ -1,0 +1,193 @@
+"""The avatar: everything needed to make one person speak, in one self-describing file.
+
+It holds the canonical Gaussians with their deformation, the compositor, the speech models, and the driving track: the training part of the clip
+(frames, head masks, poses, upper face) that gives a synthesised head its body, background, head motion and blinks.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from hicode.avatar.compositor import Compositor, compose
+from hicode.avatar.deformation import Deformation
+from hicode.camera import Camera
+from hicode.errors import FileFormatError
+from hicode.files import load_tensors, save_tensors
+from hicode.gaussians import Gaussians
+from hicode.motion import Motion
+from hicode.render import Rendering, rasterize
+from hicode.speech.faceformer import SpeechModels
+
+SCHEMA, VERSION = "hicode-avatar", 1
+JPEG_QUALITY = 95
+MAX_DRIVING_FRAMES = 1500  # one minute: about 90 MB of JPEG; played back and forth, nobody sees it repeat
+
+
+@dataclass(frozen=True)
+class Images:
+    """A sequence of compressed images in one buffer: frame t is `data[offsets[t]:offsets[t + 1]]` (JPEG or PNG)."""
+
+    data: UInt8[Tensor, "b"]
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @staticmethod
+    def encode(images, suffix: str) -> "Images":
+        """RGB or grey images, ".jpg" (4:4:4) or ".png"."""
+        options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+        chunks = []
+        for image in images:
+            ok, chunk = cv2.imencode(suffix, image[..., ::-1] if image.ndim == 3 else image, options if suffix == ".jpg" else [])
+            assert ok, f"could not encode an image of shape {image.shape} as {suffix}"
+            chunks.append(chunk.ravel())
+        offsets = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
+        return Images(torch.from_numpy(np.concatenate(chunks) if chunks else np.zeros(0, np.uint8)), torch.from_numpy(offsets))
+
+    def __getitem__(self, t: int) -> UInt8[np.ndarray, "h w *c"]:
+        chunk = self.data[int(self.offsets[t]) : int(self.offsets[t + 1])].numpy()
+        image = cv2.imdecode(chunk, cv2.IMREAD_UNCHANGED)
+        if image is None:
+            raise FileFormatError(f"Driving frame {t} of the avatar is damaged. Train the avatar anew.")
+        return image[..., ::-1] if image.ndim == 3 else image
+
+
+@dataclass
+class Avatar:
+    """A talking head. Frames are `camera.width` x `camera.height` crops at `driving.fps`.
+
+    driving         t frames of motion: head pose, upper face and eyes of a synthesised head, played back and forth
+    driving_frames, driving_masks  the t frames and soft head masks that composition pastes into
+    plate           "h w 3" background behind the head
+    mouth_expression "64", mouth_landmark_weight "478"  which control speech drives, copied from the head model
+    source          path, sha256 and crop box of the video it came from: for output at its original size
+    info            how it was made: preset, seconds a stage, package version, commit, seed
+    """
+
+    gaussians: Gaussians
+    deformation: Deformation
+    camera: Camera
+    driving: Motion
+    driving_frames: Images
+    driving_masks: Images
+    plate: UInt8[np.ndarray, "h w 3"]
+    mouth_expression: Bool[Tensor, "64"]
+    mouth_landmark_weight: Float[Tensor, "478"]
+    compositor: Compositor | None = None
+    speech: SpeechModels | None = None
+    source: dict = field(default_factory=dict)
+    info: dict = field(default_factory=dict)
+
+    def driving_frame(self, t: int) -> UInt8[np.ndarray, "h w 3"]:
+        return self.driving_frames[t]
+
+    def driving_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
+        return self.driving_masks[t]
+
+    @torch.no_grad()
+    def deformed(self, motion: Motion, t: int) -> Gaussians:
+        """Eqs 7-8 at frame t of a motion."""
+        return self.gaussians.deformed(*self.deformation(self.gaussians.means, motion.expression[t], motion.landmarks[t]))
+
+    @torch.no_grad()
+    def render(self, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto") -> Rendering:
+        """The head at frame t of a motion, over a constant background (black where none is given)."""
+        background = torch.zeros(3) if background is None else background
+        return rasterize(self.deformed(motion, t), self.camera.with_pose(motion.T_camera_head[t]), background, backend=backend)
+
+    def synthesize_frame(
+        self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], backend: str = "auto"
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """The final frame: the head at frame t of a motion, composited onto `frame` within its dilated head mask (Eqs 17-18)."""
+        rendering = self.render(motion, t, backend=backend)
+        return compose(rendering.rgb, rendering.alpha, frame, head_mask, self.plate, self.compositor)
+
+    def save(self, path: Path | str) -> Path:
+        """One file, written whole or not at all."""
+        tensors: dict[str, Tensor] = {f"gaussians.{k}": v for k, v in self.gaussians.tensors().items()}
+        deformation, deformation_config = self.deformation.state()
+        # Indices are below 2^31 and anchors' count below 2^15: half the file of a long binding goes.
+        tensors |= {f"deformation.{k}": v.to(torch.int32) if v.dtype == torch.int64 else v for k, v in deformation.items()}
+        tensors |= {f"driving.{k}": v for k, v in self.driving.tensors().items()}
+        tensors |= {"camera.K": self.camera.K, "plate": torch.from_numpy(self.plate)}
+        tensors |= {"driving_frames.data": self.driving_frames.data, "driving_frames.offsets": self.driving_frames.offsets}
+        tensors |= {"driving_masks.data": self.driving_masks.data, "driving_masks.offsets": self.driving_masks.offsets}
+        tensors |= {"mouth_expression": self.mouth_expression, "mouth_landmark_weight": self.mouth_landmark_weight}
+        config = {
+            "width": self.camera.width,
+            "height": self.camera.height,
+            "fps": self.driving.fps,
+            "deformation": deformation_config,
+            "source": self.source,
+            "info": self.info,
+        }
+        for name in ("compositor", "speech"):
+            part = getattr(self, name)
+            if part is not None:
+                part_tensors, config[name] = part.state()
+                tensors |= {f"{name}.{k}": v for k, v in part_tensors.items()}
+        save_tensors(path, tensors, SCHEMA, VERSION, config)
+        return Path(path)
+
+    @staticmethod
+    def load(path: Path | str) -> "Avatar":
+        """Read an avatar. Raises FileFormatError, naming the file and the reason, for anything else."""
+        tensors, config = load_tensors(path, SCHEMA, VERSION)
+        try:
+            return _assemble(tensors, config)
+        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            raise FileFormatError(f"{path} is an avatar with parts missing or of the wrong shape ({error}). Train it anew.") from error
+
+
+def _assemble(tensors: dict[str, Tensor], config: dict) -> Avatar:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    deformation = {k: v.long() if v.dtype == torch.int32 else v for k, v in part("deformation.").items()}
+    driving = part("driving.")
+    camera = Camera(tensors["camera.K"], torch.eye(4), config["width"], config["height"])
+    return Avatar(
+        Gaussians(**part("gaussians.")),
+        Deformation.from_state(deformation, config["deformation"]).eval().requires_grad_(False),
+        camera,
+        Motion(**driving, fps=config["fps"]),
+        Images(**part("driving_frames.")),
+        Images(**part("driving_masks.")),
+        tensors["plate"].numpy(),
+        tensors["mouth_expression"],
+        tensors["mouth_landmark_weight"],
+        Compositor.from_state(part("compositor."), config["compositor"]) if "compositor" in config else None,
+        SpeechModels.from_state(part("speech."), config["speech"]) if "speech" in config else None,
+        config["source"],
+        config["info"],
+    )
+
+
+def provenance() -> dict:
+    """What made a result: package version, commit where there is one, machine."""
+    import os
+    import platform
+    import subprocess
+
+    import hicode
+
+    root = Path(hicode.__file__).parent
+    try:
+        done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5)
+        commit = done.stdout.strip() if done.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "version": hicode.__version__,
+        "commit": commit,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+    }

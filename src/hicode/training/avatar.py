@@ -1,0 +1,408 @@
+"""Training of the head: canonical Gaussians and their deformation, from a tracked clip (HiCoDe, "Expression-Controlled 3DGS Head Synthesis").
+
+One loop through the three stages. All randomness is a function of (seed, iteration), so a run resumed from a checkpoint gives what the
+uninterrupted run gives. Renders and losses cover the window that the head ever touches, not the whole frame.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from hicode.avatar.deformation import Binding, Carrier, Deformation, bind
+from hicode.camera import Camera
+from hicode.clip import Clip
+from hicode.errors import InputError
+from hicode.face.model import HeadModel
+from hicode.files import load_tensors, save_tensors
+from hicode.gaussians import Gaussians, gaussians_from_points
+from hicode.geometry import rigid, rotation_from_axis_angle
+from hicode.render import RasterStats, rasterize
+from hicode.training.density import GradientStatistics, apply_plan, plan_density
+from hicode.training.losses import Box, HeadLoss, PerceptualLoss, WingLandmarks, check_finite, crop_around, random_crop
+from hicode.training.stages import HeadConfig, Stage
+
+CHECKPOINT_SCHEMA, CHECKPOINT_VERSION = "hicode-head-checkpoint", 1
+VGG_CROP_PX = 128
+WINDOW_MARGIN_PX = 12
+
+Log = Callable[[int, dict[str, float]], None]
+
+
+# ---------------------------------------------------------------------------------------------------------------- training frames
+
+
+class TrainingFrames:
+    """Frames, head masks and mouth boxes of the training part, cut to the window that the head touches; decoded once where memory allows."""
+
+    def __init__(self, clip: Clip, preload_bytes: int, validation: int = 0):
+        self.clip = clip
+        self.frames, _ = training_split(clip, validation)
+        self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
+        x0, y0, x1, y1 = self.window
+        self.fits = len(self.frames) * (x1 - x0) * (y1 - y0) * 4 <= preload_bytes
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def camera(self, t: int) -> Camera:
+        x0, y0, x1, y1 = self.window
+        return self.clip.track.camera_at(t).cropped(x0, y0, x1 - x0, y1 - y0)
+
+    def image_and_mask(self, t: int) -> tuple[UInt8[Tensor, "3 h w"], UInt8[Tensor, "h w"]]:
+        if t in self._cache:
+            return self._cache[t]
+        x0, y0, x1, y1 = self.window
+        image = torch.from_numpy(np.ascontiguousarray(self.clip.image(t)[y0:y1, x0:x1].transpose(2, 0, 1)))
+        mask = torch.from_numpy(np.ascontiguousarray(self.clip.head_mask(t)[y0:y1, x0:x1]))
+        if self.fits:
+            self._cache[t] = image, mask
+        return image, mask
+
+    def target(self, t: int, background: Float[Tensor, "3"]) -> Float[Tensor, "h w 3"]:
+        """The head over a constant colour: decision 21, so that the cloud learns where the head ends."""
+        image, mask = self.image_and_mask(t)
+        alpha = mask.float() / 255
+        over = image.float() * (alpha / 255) + background[:, None, None] * (1 - alpha)
+        return over.permute(1, 2, 0)
+
+    def landmarks_px(self, t: int) -> Float[Tensor, "478 2"]:
+        return self.clip.track.landmarks_px[t] - torch.tensor(self.window[:2], dtype=torch.float32)
+
+    def mouth_box(self, t: int) -> tuple[int, int, int, int]:
+        """In window px, clipped, never empty."""
+        x0, y0, x1, y1 = self.window
+        a, b, c, d = self.clip.track.mouth_box(t, padding=0.2)
+        a, c = np.clip([a - x0, c - x0], 0, x1 - x0)
+        b, d = np.clip([b - y0, d - y0], 0, y1 - y0)
+        return int(a), int(b), int(max(c, a + 1)), int(max(d, b + 1))
+
+
+def training_split(clip: Clip, validation: int) -> tuple[list[int], list[int]]:
+    """(frames the head learns from, frames held back): the last `validation` of the training part, at most a tenth of it."""
+    frames = list(clip.train)
+    held = min(validation, len(frames) // 10)
+    return frames[: len(frames) - held], frames[len(frames) - held :]
+
+
+def head_window(masks: list[UInt8[np.ndarray, "h w"]]) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 around every mask with a margin. Raises InputError where no mask shows a head."""
+    seen = np.max(np.stack(masks), 0) > 0
+    if not seen.any():
+        raise InputError("No head in any training frame's mask. Prepare the clip again with a video that shows one.")
+    h, w = seen.shape
+    ys, xs = np.where(seen.any(1))[0], np.where(seen.any(0))[0]
+    m = WINDOW_MARGIN_PX
+    return max(0, int(xs[0]) - m), max(0, int(ys[0]) - m), min(w, int(xs[-1]) + 1 + m), min(h, int(ys[-1]) + 1 + m)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the start
+
+
+def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gaussians, Deformation]:
+    """Depth-based initialisation (Remark on 3DGS Initialization): a point per sampled pixel of the first training frame's head, and a Deformation
+    bound to it. Points seen in that frame's expression are carried back to the canonical, neutral one.
+    """
+    rng = np.random.default_rng((config.seed, 1))
+    track, t = clip.track, clip.train[0]
+    expression, landmarks = track.motion.expression, track.motion.landmarks
+    train = slice(clip.train[0], clip.train[-1] + 1)
+
+    depth, mask, image = clip.depth(), clip.head_mask(t), clip.image(t)
+    ys, xs = np.where((mask > 127) & np.isfinite(depth))
+    if len(ys) < 100:
+        raise InputError(f"Only {len(ys)} px of the first training frame (frame {t}) show the head. Trim the clip's start.")
+    chosen = rng.choice(len(ys), min(config.gaussians - config.mouth_gaussians, len(ys)), replace=False)
+    ys, xs = ys[chosen], xs[chosen]
+    pixels = torch.from_numpy(np.stack([xs + 0.5, ys + 0.5], 1).astype(np.float32))
+    points = track.camera_at(t).unproject(pixels, torch.from_numpy(depth[ys, xs].astype(np.float32)))
+    colors = torch.from_numpy(image[ys, xs].astype(np.float32) / 255)
+
+    vertices = model.vertices(track.identity, expression[t])
+    if config.mouth_gaussians:
+        inner, inner_colors = _mouth_points(vertices, model, config.mouth_gaussians, rng)
+        points, colors = torch.cat([points, inner]), torch.cat([colors, inner_colors])
+
+    center = vertices.mean(0)
+    radius = float((points - center).norm(dim=1).quantile(0.99))
+    carrier = None
+    if config.deformation.base == "mesh":
+        rest = model.vertices(track.identity)
+        neutral = model.landmarks(rest)
+        basis = torch.stack([model.landmarks(rest + b) - neutral for b in model.expression_basis])
+        carrier = Carrier(model.expression_basis, neutral, basis)
+    torch.manual_seed(config.seed)
+    deformation = Deformation(config.deformation, track.identity, center, radius, carrier)
+    deformation.set_statistics(expression[train], landmarks[train])
+    motion_extent = landmarks[train].std(0).norm(dim=1)
+    deformation.register_buffer("landmark_motion", motion_extent)
+    if carrier is not None:
+        deformation.binding = bind(points, vertices, model.triangles, landmarks[t])
+        points = points - deformation.carry(expression[t], landmarks[t])
+    cloud = gaussians_from_points(points, colors, config.initial_opacity, max_scale=0.1)
+    return cloud, deformation
+
+
+def _mouth_points(vertices: Tensor, model: HeadModel, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Points spread over teeth and tongue by area, dark red until training colours them: the first frame may not show them."""
+    triangles = model.triangles[model.part("upper_teeth", "lower_teeth", "tongue")].long()
+    corners = vertices[triangles]
+    area = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]).norm(dim=1).double().numpy()
+    pick = rng.choice(len(triangles), count, p=area / area.sum())
+    weights = torch.from_numpy(rng.dirichlet([1, 1, 1], count).astype(np.float32))
+    points = (corners[pick] * weights[..., None]).sum(1)
+    return points, torch.tensor([0.35, 0.2, 0.2]).expand(count, 3).clone()
+
+
+# ---------------------------------------------------------------------------------------------------------------- state and loop
+
+
+@dataclass
+class HeadState:
+    """All that training changes; what a checkpoint holds."""
+
+    params: dict[str, Tensor]
+    deformation: Deformation
+    optimizer: torch.optim.Optimizer
+    pose: Float[Tensor, "t 6"]
+    pose_moments: Float[Tensor, "t 13"]
+    statistics: GradientStatistics
+    iteration: int = 0
+
+    def gaussians(self) -> Gaussians:
+        return Gaussians(**self.params)
+
+
+def start(clip: Clip, model: HeadModel, config: HeadConfig) -> HeadState:
+    cloud, deformation = initial_cloud(clip, model, config)
+    params = {k: torch.nn.Parameter(v) for k, v in cloud.tensors().items()}
+    n_frames = len(training_split(clip, config.validation_frames)[0])
+    return HeadState(
+        params,
+        deformation,
+        _optimizer(params, deformation, config),
+        torch.zeros(n_frames, 6),
+        torch.zeros(n_frames, 13),
+        GradientStatistics.zeros(len(cloud)),
+    )
+
+
+def _optimizer(params: dict[str, Tensor], deformation: Deformation, config: HeadConfig) -> torch.optim.Adam:
+    groups = [{"params": [p], "name": k, "lr": getattr(config.rates, k)} for k, p in params.items()]
+    groups.append({"params": list(deformation.control.parameters()), "name": "network", "lr": config.rates.network})
+    return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15, fused=True)
+
+
+def train_head(
+    clip: Clip,
+    model: HeadModel,
+    config: HeadConfig,
+    checkpoint: Path | None = None,
+    log: Log = lambda iteration, scalars: None,
+    preview: Callable[[int, HeadState], None] = lambda iteration, state: None,
+    preview_every: int = 1000,
+    stop_at: int | None = None,
+) -> tuple[Gaussians, Deformation, Float[Tensor, "t 4 4"]]:
+    """Train to the end of the last stage; returns the cloud, its deformation, and the poses of all training frames, refined where they were learned from.
+
+    With `checkpoint`, state is written there every `config.checkpoint_seconds` and on interruption, and training goes on from what is found.
+    `log(iteration, scalars)` is called each iteration. `stop_at` ends early (tests). Raises TrainingError at a NaN, naming step and tensor.
+    """
+    frames = TrainingFrames(clip, config.preload_bytes, config.validation_frames)
+    state = start(clip, model, config)
+    if checkpoint is not None and checkpoint.exists():
+        load_checkpoint(checkpoint, state, config)
+    loss = head_loss(config)
+    last_saved = time.monotonic()
+    end = config.iterations if stop_at is None else min(stop_at, config.iterations)
+    try:
+        while state.iteration < end:
+            scalars = _iterate(state, frames, config, loss)
+            log(state.iteration, scalars)
+            if state.iteration % preview_every == 0 or state.iteration == end:
+                preview(state.iteration, state)
+            if checkpoint is not None and time.monotonic() - last_saved > config.checkpoint_seconds:
+                save_checkpoint(checkpoint, state)
+                last_saved = time.monotonic()
+    except KeyboardInterrupt:
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, state)
+        raise
+    if checkpoint is not None:
+        save_checkpoint(checkpoint, state)
+    state.deformation.requires_grad_(False)
+    tracked = clip.track.motion.T_camera_head[clip.train[0] : clip.train[-1] + 1]
+    poses = torch.cat([torch.stack([_pose(state, frames, k) for k in range(len(frames))]), tracked[len(frames) :]])
+    return state.gaussians().map(lambda v: v.detach().clone()), state.deformation, poses
+
+
+def head_loss(config: HeadConfig) -> HeadLoss:
+    """Eq. 15 with the networks that its weights call for."""
+    perceptual = PerceptualLoss(config.vgg_layers) if config.loss.vgg else None
+    if not config.loss.wing:
+        return HeadLoss(config.loss, perceptual)
+    from hicode.face.landmarks import FaceLandmarker
+
+    return HeadLoss(config.loss, perceptual, WingLandmarks(FaceLandmarker().requires_grad_(False)))
+
+
+def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_loss: HeadLoss) -> dict[str, float]:
+    """One iteration: render a frame, compare, step; then density control if it is due."""
+    stage, within = stage_at(config, state.iteration)
+    if stage.deform and (within == 0 or (stage.name == "refine" and within == stage.iterations // 2)):
+        state.deformation.place_anchors(state.params["means"])
+    k = 0 if stage.frames == "first" else _shuffled_frame(config, state.iteration, len(frames))
+    t = frames.frames[k]
+    chance = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
+    background = torch.rand(3, generator=chance)
+    progress = _set_rates(state, config, stage)
+
+    pose = _pose(state, frames, k)
+    if refining := stage.deform and config.rates.pose > 0:
+        pose = pose.detach().requires_grad_(True)
+    moved = deform(state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform)
+    stats = RasterStats() if stage.density else None
+    rendering = rasterize(moved, frames.camera(t).with_pose(pose), background, stats=stats)
+
+    crop = landmarks = None
+    if state.iteration % config.vgg_every == 0 and progress >= config.vgg_start:
+        crop = _perceptual_crop(frames, t, chance)
+    if stage.deform and state.iteration % config.wing_every == 0:
+        landmarks = frames.landmarks_px(t)
+    loss, terms = head_loss(rendering.rgb, frames.target(t, background), frames.mouth_box(t), face_crop=crop, landmarks_px=landmarks)
+    check_finite(state.iteration, terms, state.params | dict(state.deformation.control.named_parameters()))
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if refining:
+        _refine_pose(state, frames, k, pose.grad, config, progress)
+    state.optimizer.step()
+    state.iteration += 1
+    if stage.density:
+        state.statistics.add(stats.grad_means2d, stats.visible, rendering.rgb.shape[1], rendering.rgb.shape[0])
+        _control_density(state, config, stage)
+    return {"loss": float(loss.detach()), "gaussians": len(state.params["means"]), **{k: float(v) for k, v in terms.items()}}
+
+
+def deform(gaussians: Gaussians, deformation: Deformation, motion, t: int, learned: bool = True) -> Gaussians:
+    """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage)."""
+    expression, landmarks = motion.expression[t], motion.landmarks[t]
+    if learned:
+        return gaussians.deformed(*deformation(gaussians.means, expression, landmarks))
+    return gaussians.deformed(deformation.carry(expression, landmarks), 0.0, 0.0)
+
+
+def stage_at(config: HeadConfig, iteration: int) -> tuple[Stage, int]:
+    """The stage an iteration belongs to, and how far into it."""
+    for stage in config.stages:
+        if iteration < stage.iterations:
+            return stage, iteration
+        iteration -= stage.iterations
+    raise AssertionError(f"iteration beyond the last stage by {iteration}")
+
+
+def _shuffled_frame(config: HeadConfig, iteration: int, n: int) -> int:
+    """Every frame once an epoch, in an order that (seed, epoch) fixes."""
+    epoch, place = divmod(iteration, n)
+    return int(np.random.default_rng((config.seed, 3, epoch)).permutation(n)[place])
+
+
+def _set_rates(state: HeadState, config: HeadConfig, stage: Stage) -> float:
+    """Cosine from the end of the first stage on; returns the overall progress in [0, 1]."""
+    first = config.stages[0].iterations
+    progress = max(0.0, (state.iteration - first) / max(1, config.iterations - first))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    for group in state.optimizer.param_groups:
+        base = getattr(config.rates, group["name"])
+        floor = 0.02 if group["name"] in ("means", "network") else 0.1
+        group["lr"] = base * (floor + (1 - floor) * cosine)
+        if group["name"] == "network" and not stage.deform:
+            group["lr"] = 0.0
+    return progress
+
+
+def _pose(state: HeadState, frames: TrainingFrames, k: int) -> Float[Tensor, "4 4"]:
+    """Tracked pose with the refinement of training frame k applied in the head frame."""
+    delta = state.pose[k]
+    return frames.clip.track.motion.T_camera_head[frames.frames[k]] @ rigid(rotation_from_axis_angle(delta[:3]), delta[3:])
+
+
+def _refine_pose(
+    state: HeadState, frames: TrainingFrames, k: int, grad: Float[Tensor, "4 4"], config: HeadConfig, progress: float
+) -> None:
+    """Adam on one row of the pose table: a dense optimiser would keep moving rows that this iteration did not see."""
+    delta = state.pose[k].clone().requires_grad_(True)
+    tracked = frames.clip.track.motion.T_camera_head[frames.frames[k]]
+    (tracked @ rigid(rotation_from_axis_angle(delta[:3]), delta[3:])).backward(grad)
+    first, second, count = state.pose_moments[k, :6], state.pose_moments[k, 6:12], state.pose_moments[k, 12]
+    count += 1
+    first.mul_(0.7).add_(delta.grad, alpha=0.3)
+    second.mul_(0.9).addcmul_(delta.grad, delta.grad, value=0.1)
+    step = (first / (1 - 0.7**count)) / ((second / (1 - 0.9**count)).sqrt() + 1e-12)
+    state.pose[k] -= config.rates.pose * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))) * step
+
+
+def _control_density(state: HeadState, config: HeadConfig, stage: Stage) -> None:
+    """Grow and prune when a round is due; binding, anchors and statistics follow the cloud."""
+    density = config.density
+    if state.iteration < density.start or state.iteration % density.every:
+        return
+    with torch.no_grad():
+        plan = plan_density(state.params, state.statistics, density, float(state.deformation.control.radius))
+        state.statistics = GradientStatistics.zeros(len(plan.source))
+        if not plan.changes:
+            return
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
+        state.params = apply_plan(plan, state.params, state.optimizer, generator)
+    if state.deformation.binding is not None:
+        state.deformation.binding = state.deformation.binding.select(plan.source)
+    if stage.deform:
+        state.deformation.place_anchors(state.params["means"])
+
+
+def _perceptual_crop(frames: TrainingFrames, t: int, chance: torch.Generator) -> Box:
+    """Where the perceptual term looks: the mouth two times in five (the paper's mouth term), else anywhere on the head."""
+    mask = frames.image_and_mask(t)[1].numpy()
+    if float(torch.rand((), generator=chance)) < 0.4:
+        x0, y0, x1, y1 = frames.mouth_box(t)
+        return crop_around(((x0 + x1) / 2, (y0 + y1) / 2), VGG_CROP_PX, *mask.shape)
+    return random_crop(mask, VGG_CROP_PX, chance)
+
+
+# ---------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, state: HeadState) -> None:
+    tensors = {f"params.{k}": v for k, v in state.params.items()}
+    deformation, config = state.deformation.state()
+    tensors |= {f"deformation.{k}": v for k, v in deformation.items()}
+    tensors |= {"pose": state.pose, "pose_moments": state.pose_moments}
+    tensors |= {"statistics.total": state.statistics.total, "statistics.count": state.statistics.count}
+    for g, group in enumerate(state.optimizer.param_groups):
+        for p, parameter in enumerate(group["params"]):
+            for key, value in state.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{g}.{p}.{key}"] = value
+    save_tensors(path, tensors, CHECKPOINT_SCHEMA, CHECKPOINT_VERSION, {"iteration": state.iteration, "deformation": config})
+
+
+def load_checkpoint(path: Path, state: HeadState, config: HeadConfig) -> None:
+    """Put a checkpoint into a freshly started state of the same configuration. Raises FileFormatError."""
+    tensors, header = load_tensors(path, CHECKPOINT_SCHEMA, CHECKPOINT_VERSION)
+    state.params = {k: torch.nn.Parameter(tensors[f"params.{k}"]) for k in state.params}
+    part = {k.removeprefix("deformation."): v for k, v in tensors.items() if k.startswith("deformation.")}
+    state.deformation = Deformation.from_state(part, header["deformation"])
+    state.optimizer = _optimizer(state.params, state.deformation, config)
+    for g, group in enumerate(state.optimizer.param_groups):
+        for p, parameter in enumerate(group["params"]):
+            prefix = f"optimizer.{g}.{p}."
+            if moments := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
+                state.optimizer.state[parameter] = moments
+    state.pose, state.pose_moments = tensors["pose"], tensors["pose_moments"]
+    state.statistics = GradientStatistics(tensors["statistics.total"], tensors["statistics.count"])
+    state.iteration = header["iteration"]

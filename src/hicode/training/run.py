@@ -1,0 +1,296 @@
+"""Training an avatar from a prepared clip: speech models, head, compositor, each on its own as the paper trains them, then one file.
+
+A run has a folder: `config.json`, `environment.json`, `metrics.jsonl`, TensorBoard events, and a result or checkpoint per part. Training again into
+the same folder with the same clip and configuration goes on where it stopped.
+"""
+
+import hashlib
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar, Images, provenance
+from hicode.avatar.compositor import Compositor, background_plate
+from hicode.avatar.deformation import Deformation
+from hicode.clip import Clip
+from hicode.errors import FileFormatError
+from hicode.face.model import HeadModel
+from hicode.files import check_writable, load_tensors, read_json, save_tensors, write_json
+from hicode.gaussians import Gaussians
+from hicode.geometry import rigid, rotation_from_axis_angle
+from hicode.motion import Motion
+from hicode.runtime import Device, peak_memory_mb, resolve_device, tune_allocator
+from hicode.speech.faceformer import SpeechModels
+from hicode.training.avatar import HeadState, deform, train_head, training_split
+from hicode.training.compositor import compositor_preset, train_compositor
+from hicode.training.speech import adapt
+from hicode.training.stages import HeadConfig, Preset, head_preset
+
+RUN_SCHEMA, RUN_VERSION = "hicode-run", 1
+
+
+def train(
+    clip: Clip | Path | str,
+    out: Path | str,
+    preset: Preset = "standard",
+    *,
+    head: HeadConfig | None = None,
+    run: Path | str | None = None,
+    seed: int = 0,
+    compose: bool = True,
+    device: Device = "auto",
+    progress: bool = True,
+) -> Avatar:
+    """Learn an avatar from a clip and write it to `out`.
+
+    `head` overrides the preset's head configuration; `run` is the run's folder (default: `runs/NAME` beside `out`); `compose=False` keeps the plain
+    composite. A clip without sound trains the renderer alone; its speech models carry the clip's statistics only.
+    """
+    tune_allocator()
+    resolve_device(device)
+    clip = clip if isinstance(clip, Clip) else Clip.open(clip)
+    out = Path(out)
+    check_writable(out)
+    config = head or head_preset(preset)
+    folder = Path(run) if run else out.parent / "runs" / out.stem
+    description = _open_run(folder, clip, config, preset, seed)
+    model = HeadModel.load()
+    report = _Report(folder, progress)
+    try:
+        with report.stage("speech"):
+            speech = _speech(clip, folder, report)
+        with report.stage("head"):
+            gaussians, deformation, poses = _head(clip, model, config, folder, report)
+        with report.stage("compositor"):
+            avatar = _assemble(clip, model, gaussians, deformation, poses, speech)
+            if compose:
+                avatar.compositor = _compositor(clip, avatar, poses, config, preset, folder, report, seed)
+        avatar.info = {
+            "preset": preset,
+            "seed": seed,
+            "seconds": report.seconds,
+            "peak_memory_mb": round(peak_memory_mb()),
+            "config": description["config"],
+            "provenance": provenance(),
+        }
+        avatar.save(out)
+    finally:
+        report.close()
+    return avatar
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _speech(clip: Clip, folder: Path, report: "_Report") -> SpeechModels:
+    stored = folder / "speech.safetensors"
+    if stored.exists():
+        return SpeechModels.from_state(*load_tensors(stored, "hicode-speech", 1))
+    speech = adapt(clip, progress=report.visible)
+    tensors, config = speech.state()
+    save_tensors(stored, tensors, "hicode-speech", 1, config)
+    return speech
+
+
+def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report: "_Report"):
+    def preview(iteration: int, state: HeadState) -> None:
+        report.image(iteration, "render", _preview_image(clip, state))
+
+    return train_head(
+        clip,
+        model,
+        config,
+        checkpoint=folder / "head.safetensors",
+        log=lambda i, scalars: report.log("head", i, config.iterations, scalars),
+        preview=preview,
+        preview_every=max(250, config.iterations // 10),
+    )
+
+
+def _compositor(
+    clip: Clip, avatar: Avatar, poses: Tensor, head: HeadConfig, preset: Preset, folder: Path, report: "_Report", seed: int
+) -> Compositor | None:
+    """The generator, judged on frames that the head has not trained on; None where it does not beat the plain composite."""
+    samples = _Samples(clip, avatar, poses)
+    known, unseen = training_split(clip, head.validation_frames)
+    config = replace(compositor_preset(preset), seed=seed)
+    compositor, found = train_compositor(
+        samples,
+        known,
+        avatar.plate,
+        config,
+        validation=unseen or None,
+        checkpoint=folder / "compositor.safetensors",
+        log=lambda step, terms: report.log("compositor", step, config.steps, terms),
+    )
+    report.say(str(found))
+    write_json(folder / "compositor.json", asdict(found))
+    return compositor
+
+
+class _Samples:
+    """What the compositor learns from: renders of training frames beside the frames themselves, perturbed where a seed is given.
+
+    A trained head knows its training frames by heart; on frames it has not seen its render sits a px or two off. The perturbation moves pose,
+    expression and landmarks about as much as tracking errs, so the compositor meets the renders that it will have to mend.
+    """
+
+    def __init__(self, clip: Clip, avatar: Avatar, poses: Tensor):
+        self.clip, self.avatar, self.poses = clip, avatar, poses
+
+    def __call__(self, t: int, perturbation: int | None):
+        """(rgb "h w 3", alpha "h w", frame uint8, head mask uint8) of training frame t."""
+        motion = replace(self.clip.track.motion[t : t + 1], T_camera_head=self.poses[t - self.clip.train[0]][None])
+        if perturbation is not None:
+            rng = np.random.default_rng((perturbation, t))
+            noise = lambda scale, *shape: torch.from_numpy(rng.normal(0, scale, shape).astype(np.float32))
+            turn = rigid(rotation_from_axis_angle(noise(0.006, 3)), noise(0.004, 3))  # 0.35°, 0.4 mm a standard deviation
+            motion = replace(
+                motion,
+                expression=motion.expression + noise(0.03, 1, 64),
+                landmarks=motion.landmarks + noise(0.004, 1, 1, 3) + noise(0.003, 1, 478, 3),
+                T_camera_head=motion.T_camera_head @ turn,
+            )
+        rendering = self.avatar.render(motion, 0)
+        return rendering.rgb, rendering.alpha, self.clip.image(t), self.clip.head_mask(t)
+
+
+def _assemble(clip: Clip, model: HeadModel, gaussians: Gaussians, deformation: Deformation, poses, speech) -> Avatar:
+    frames = list(clip.train)
+    motion = clip.track.motion[slice(frames[0], frames[-1] + 1)]
+    plate = background_plate((clip.image(t) for t in frames), (clip.head_mask(t) for t in frames))
+    kept = frames[:MAX_DRIVING_FRAMES]
+    driving = Motion(motion.expression, motion.landmarks, poses, motion.fps)[: len(kept)]
+    return Avatar(
+        gaussians,
+        deformation.eval(),
+        clip.track.camera.with_pose(torch.eye(4)),
+        driving,
+        Images.encode((clip.image(t) for t in kept), ".jpg"),
+        Images.encode((clip.head_mask(t) for t in kept), ".png"),
+        plate,
+        model.mouth_expression.clone(),
+        model.mouth_landmark_weight.clone(),
+        speech=speech,
+        source=clip.source | {"crop_box": list(clip.crop_box)},
+    )
+
+
+@torch.no_grad()
+def _preview_image(clip: Clip, state: HeadState) -> np.ndarray:
+    """Truth and render of three training frames, side by side, for TensorBoard."""
+    from hicode.render import rasterize
+
+    rows = []
+    for t in np.linspace(clip.train[0], clip.train[-1], 3).astype(int):
+        moved = deform(state.gaussians(), state.deformation, clip.track.motion, int(t), learned=state.deformation.anchors is not None)
+        rendering = rasterize(moved, clip.track.camera_at(int(t)), torch.full((3,), 0.5))
+        rows.append(np.hstack([clip.image(int(t)), (rendering.rgb.clamp(0, 1) * 255).byte().numpy()]))
+    return np.vstack(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the run's folder
+
+
+def _open_run(folder: Path, clip: Clip, config: HeadConfig, preset: Preset, seed: int) -> dict:
+    """Write what the run is, or find that it is the same as the one in the folder; another run's folder is set aside, never mixed."""
+    description = {
+        "schema": RUN_SCHEMA,
+        "version": RUN_VERSION,
+        "preset": preset,
+        "seed": seed,
+        "clip": _fingerprint(clip),
+        "config": json.loads(json.dumps(asdict(config))),
+    }
+    description["hash"] = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    file = folder / "config.json"
+    if file.exists():
+        try:
+            old = read_json(file, RUN_SCHEMA, RUN_VERSION)
+        except FileFormatError:
+            old = {}
+        if old.get("hash") == description["hash"]:
+            return description
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"{folder} held another run; it is now {aside}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, description)
+    write_json(folder / "environment.json", provenance())
+    return description
+
+
+def _fingerprint(clip: Clip) -> str:
+    """Changes with whatever training reads: the clip's settings and split, and its track."""
+    digest = hashlib.sha256((clip.path / "clip.json").read_bytes())
+    digest.update((clip.path / "track.safetensors").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class _Report:
+    """Progress on the terminal, metrics.jsonl, TensorBoard, and seconds per stage."""
+
+    LOG_EVERY = 25
+
+    def __init__(self, folder: Path, visible: bool):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.visible = visible
+        self.seconds: dict[str, float] = {}
+        self._lines = open(folder / "metrics.jsonl", "a", buffering=1)
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._bar = None
+        self._task = None
+
+    @contextmanager
+    def stage(self, name: str):
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stop_bar()
+            self.seconds[name] = round(time.perf_counter() - started, 1)
+
+    def log(self, part: str, iteration: int, total: int, scalars: dict[str, float]) -> None:
+        if iteration % self.LOG_EVERY and iteration != total:
+            return
+        self._lines.write(json.dumps({"part": part, "iteration": iteration, "time": round(time.time(), 2)} | scalars) + "\n")
+        for name, value in scalars.items():
+            self._writer.add_scalar(f"{part}/{name}", value, iteration)
+        if self.visible:
+            self._show(part, iteration, total, scalars)
+
+    def say(self, line: str) -> None:
+        if self.visible:
+            self._stop_bar()
+            print(line)
+
+    def image(self, iteration: int, name: str, image: np.ndarray) -> None:
+        self._writer.add_image(name, image, iteration, dataformats="HWC")
+
+    def _show(self, part: str, iteration: int, total: int, scalars: dict[str, float]) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(f"train {part}", total=total, loss="")
+        self._bar.update(self._task, completed=iteration, loss=f"loss {scalars.get('loss', float('nan')):.4f}")
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def close(self) -> None:
+        self._stop_bar()
+        self._lines.close()
+        self._writer.close()

@@ -1,0 +1,200 @@
+"""Deformation: Eqs 7-12 and the carrier."""
+
+import pytest
+import torch
+
+from hicode.avatar.deformation import (
+    Anchors,
+    Carrier,
+    Deformation,
+    DeformationConfig,
+    HierarchicalControl,
+    _Interpolate,
+    adain,
+    bind,
+    choose_anchors,
+    landmark_attention,
+    sinusoidal,
+)
+
+G = lambda seed=0: torch.Generator().manual_seed(seed)
+SMALL = dict(channels=8, hidden=16, position_frequencies=3, landmark_frequencies=3)
+
+
+def a_head(n=300, seed=0):
+    points = torch.randn(n, 3, generator=G(seed))
+    return points / points.norm(dim=1, keepdim=True)
+
+
+def a_deformation(trained=True, **options):
+    config = DeformationConfig(**(SMALL | {"anchors": 0} | options))
+    carrier = None
+    if config.base == "mesh":
+        carrier = Carrier(*(torch.randn(*s, generator=G(5)) * 0.02 for s in ((64, 12, 3), (478, 3), (64, 478, 3))))
+    torch.manual_seed(0)
+    deformation = Deformation(config, torch.randn(80, generator=G(1)), torch.zeros(3), 1.0, carrier)
+    if trained:
+        torch.nn.init.normal_(deformation.control.head[-1].weight, std=0.3, generator=G(2))
+    return deformation
+
+
+def signals(seed=3):
+    return torch.randn(64, generator=G(seed)), torch.randn(478, 3, generator=G(seed + 1)) * 0.5
+
+
+@pytest.mark.parametrize("coarse", ["adain", "literal", "none"])
+@pytest.mark.parametrize("fine", ["adain", "none"])
+def test_untrained_deformation_is_the_identity(fine, coarse):
+    deformation = a_deformation(trained=False, base="none", fine=fine, coarse=coarse)
+    for delta in deformation(a_head(), *signals()):
+        assert torch.count_nonzero(delta) == 0
+
+
+def test_attention_matches_a_loop_over_points():
+    q, k, v = torch.randn(5, 4, generator=G(), dtype=torch.float64), *torch.randn(2, 7, 4, generator=G(1), dtype=torch.float64)
+    mean, std = landmark_attention(q, k, v)
+    for i in range(5):
+        score = torch.tensor([float(q[i] @ k[j]) / 2 for j in range(7)], dtype=torch.float64)  # 2 = √c
+        a = score.exp() / score.exp().sum()
+        m = sum(a[j] * v[j] for j in range(7))
+        var = sum(a[j] * (v[j] - m) ** 2 for j in range(7))
+        assert torch.allclose(mean[i], m) and torch.allclose(std[i], (var + 1e-5).sqrt())
+
+
+def test_attention_deviation_survives_sharp_attention():
+    """One landmark takes all: the variance is 0 up to rounding, its root and gradient must stay finite."""
+    q = torch.full((3, 4), 50.0, requires_grad=True)
+    k = torch.eye(4)[:2] * 50
+    mean, std = landmark_attention(q, k, torch.randn(2, 4, generator=G()) * 100)
+    (mean.sum() + std.sum()).backward()
+    assert torch.isfinite(std).all() and torch.isfinite(q.grad).all()
+
+
+def test_adain_gives_the_asked_statistics():
+    x = torch.randn(500, 6, generator=G(), dtype=torch.float64) * 3 + 1
+    mean, std = torch.randn(6, generator=G(1), dtype=torch.float64), torch.rand(6, generator=G(2), dtype=torch.float64) + 0.5
+    y = adain(x, mean, std)
+    # 1e-4: the guard against division by zero shrinks the deviation by 1e-5 relative to σ(x) ≥ 1
+    assert torch.allclose(y.mean(0), mean, atol=1e-9) and torch.allclose(y.std(0, correction=0), std, atol=1e-4)
+
+
+def test_deformation_does_not_depend_on_the_order_of_points():
+    deformation, points = a_deformation(base="none"), a_head()
+    order = torch.randperm(len(points), generator=G(9))
+    for a, b in zip(deformation(points, *signals()), deformation(points[order], *signals())):
+        assert torch.allclose(a[order], b, atol=1e-5)  # float32 sums in another order
+
+
+def test_literal_style_is_blind_to_which_expression_it_is():
+    """Why Eq. 12 as printed is not the default: any permutation of the 3DMM vector gives the same motion."""
+    points, (expression, landmarks) = a_head(), signals()
+    shuffled = expression[torch.randperm(64, generator=G(7))]
+    same = lambda d: torch.allclose(d(points, expression, landmarks)[0], d(points, shuffled, landmarks)[0], atol=1e-6)
+    assert same(a_deformation(base="none", coarse="literal"))
+    assert not same(a_deformation(base="none", coarse="adain"))
+
+
+@pytest.mark.parametrize("missing", ["fine", "coarse"])
+def test_ablated_control_does_not_see_its_signal(missing):
+    deformation, points, (expression, landmarks) = a_deformation(base="none", **{missing: "none"}), a_head(), signals()
+    other = signals(11)
+    changed = (expression, other[1]) if missing == "fine" else (other[0], landmarks)
+    assert torch.equal(deformation(points, expression, landmarks)[0], deformation(points, *changed)[0])
+
+
+def test_control_gradients_match_finite_differences():
+    control = HierarchicalControl(DeformationConfig(**SMALL), torch.zeros(3), 1.0).double()
+    torch.nn.init.normal_(control.head[-1].weight, std=0.3, generator=G(2))
+    points = a_head(6).double()
+    expression, landmarks = (x.double() for x in signals())
+    f = lambda e, l: control(points, l, e, torch.zeros(80, dtype=torch.float64))
+    assert torch.autograd.gradcheck(f, (expression.requires_grad_(), landmarks[:, :].requires_grad_()), fast_mode=True, atol=1e-4)
+
+
+def test_sinusoidal_has_the_stated_width():
+    assert sinusoidal(torch.zeros(4, 3), 10).shape == (4, 63)
+
+
+# --- anchors
+
+
+def test_anchors_reproduce_a_smooth_field():
+    points = a_head(4000)
+    anchors = choose_anchors(points, torch.ones(4000), 600)
+    field = lambda p: torch.stack([(3 * p[:, 0]).sin(), p[:, 1] * p[:, 2]], 1)
+    interpolated = (field(anchors.points)[anchors.index] * anchors.weight[..., None]).sum(1)
+    assert (interpolated - field(points)).abs().mean() < 0.03  # field's range is 2, anchor spacing about 0.14
+
+
+def test_anchors_are_denser_where_asked():
+    points = a_head(4000)
+    importance = torch.where(points[:, 2] > 0, 3.0, 1.0)
+    chosen = choose_anchors(points, importance, 500).points
+    ratio = float((chosen[:, 2] > 0).sum() / (chosen[:, 2] <= 0).sum())
+    assert 5 < ratio < 12  # spacing a third, so about nine times as many on a surface
+
+
+def test_interpolation_gradient_is_the_adjoint():
+    points = a_head(200)
+    anchors = choose_anchors(points, torch.ones(200), 40)
+    table = torch.randn(40, 10, generator=G(), requires_grad=True)
+    weights = torch.randn(200, 10, generator=G(1))
+    (_Interpolate.apply(table, anchors) * weights).sum().backward()
+    reference = table.detach().clone().requires_grad_(True)
+    ((reference[anchors.index] * anchors.weight[..., None]).sum(1) * weights).sum().backward()
+    assert torch.allclose(table.grad, reference.grad, atol=1e-5)
+
+
+def test_as_many_anchors_as_points_is_the_plain_evaluation():
+    points = a_head(200)
+    plain, anchored = a_deformation(base="none"), a_deformation(base="none", anchors=64)
+    anchored.place_anchors(points[:50])
+    assert anchored.anchors is None  # fewer points than anchors: nothing to interpolate
+    anchored.place_anchors(points)
+    assert isinstance(anchored.anchors, Anchors)
+    assert plain(points, *signals())[0].shape == anchored(points, *signals())[0].shape == (200, 3)
+
+
+# --- carrier
+
+
+def a_bound_triangle():
+    vertices = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    triangles = torch.tensor([[0, 1, 2]])
+    landmarks = torch.rand(478, 3, generator=G()) + 5  # far away: they do not pull
+    return vertices, triangles, landmarks
+
+
+def test_points_on_the_surface_ride_with_it():
+    vertices, triangles, landmarks = a_bound_triangle()
+    basis = torch.zeros(64, 3, 3)
+    basis[2] = torch.tensor([[0.0, 0, 0.1], [0, 0, 0.2], [0, 0, 0.3]])
+    carrier = Carrier(basis, landmarks, torch.zeros(64, 478, 3))
+    points = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0.5, 0.5, 0], [0.25, 0.25, 3.0]])
+    binding = bind(points, vertices, triangles, landmarks)
+    expression = torch.zeros(64)
+    expression[2] = 2.0
+    moved = carrier(binding, expression, landmarks)
+    assert torch.allclose(moved[:, 2], torch.tensor([0.2, 0.4, 0.5, 0.0]), atol=1e-4)
+
+
+def test_carrier_follows_landmarks_beyond_the_model_and_forgets_their_mean():
+    landmarks = torch.rand(478, 3, generator=G())
+    carrier = Carrier(torch.zeros(64, 3, 3), landmarks - 0.01, torch.zeros(64, 478, 3))
+    carrier.set_statistics(torch.zeros(4, 64), landmarks.expand(4, 478, 3))
+    vertices = torch.tensor([[9.0, 9, 9], [10, 9, 9], [9, 10, 9]])
+    binding = bind(landmarks[:20], vertices, torch.tensor([[0, 1, 2]]), landmarks)
+    assert carrier(binding, torch.zeros(64), landmarks).abs().max() < 1e-6  # a constant residual is shape, not motion
+    moved = carrier(binding, torch.zeros(64), landmarks + torch.tensor([0.0, 0.03, 0]))
+    assert torch.allclose(moved, torch.tensor([0.0, 0.03, 0]).expand(20, 3), atol=1e-4)
+
+
+def test_state_round_trips_bit_for_bit():
+    deformation = a_deformation(base="mesh", anchors=64)
+    points = a_head()
+    deformation.register_buffer("landmark_motion", torch.rand(478))
+    deformation.binding = bind(points, torch.randn(12, 3, generator=G(4)), torch.randint(0, 12, (9, 3), generator=G(5)), signals()[1])
+    deformation.place_anchors(points)
+    again = Deformation.from_state(*deformation.state())
+    for a, b in zip(deformation(points, *signals()), again(points, *signals())):
+        assert torch.equal(a, b)
