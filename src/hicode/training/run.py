@@ -25,6 +25,7 @@ from hicode.files import check_writable, load_tensors, read_json, save_tensors, 
 from hicode.gaussians import Gaussians
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.motion import Motion
+from hicode.progress import progress_bar
 from hicode.runtime import Device, peak_memory_mb, resolve_device, tune_allocator
 from hicode.speech.faceformer import SpeechModels
 from hicode.training.avatar import HeadState, deform, train_head, training_split
@@ -102,36 +103,39 @@ def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report
     def preview(iteration: int, state: HeadState) -> None:
         report.image(iteration, "render", _preview_image(clip, state))
 
-    return train_head(
-        clip,
-        model,
-        config,
-        checkpoint=folder / "head.safetensors",
-        log=lambda i, scalars: report.log("head", i, config.iterations, scalars),
-        preview=preview,
-        preview_every=max(250, config.iterations // 10),
-    )
+    with progress_bar("training the head", report.visible) as show:
+
+        def log(iteration: int, scalars: dict[str, float]) -> None:
+            report.log("head", iteration, config.iterations, scalars)
+            show(iteration, config.iterations)
+
+        return train_head(
+            clip,
+            model,
+            config,
+            checkpoint=folder / "head.safetensors",
+            log=log,
+            preview=preview,
+            preview_every=max(250, config.iterations // 10),
+        )
 
 
 def _compositor(
     clip: Clip, avatar: Avatar, poses: Tensor, head: HeadConfig, preset: Preset, folder: Path, report: "_Report", seed: int
 ) -> Compositor | None:
     """The generator, judged on frames that the head has not trained on; None where it does not beat the plain composite."""
-    samples = _Samples(clip, avatar, poses)
     known, unseen = training_split(clip, head.validation_frames)
     config = replace(compositor_preset(preset), seed=seed)
-    compositor, found = train_compositor(
-        samples,
-        known,
+    return train_compositor(
+        _Samples(clip, avatar, poses, known),
         avatar.plate,
         config,
-        validation=unseen or None,
+        progress=report.visible,
+        validation=_Samples(clip, avatar, poses, unseen) if unseen else None,
         checkpoint=folder / "compositor.safetensors",
         log=lambda step, terms: report.log("compositor", step, config.steps, terms),
+        report=lambda found: write_json(folder / "compositor.json", asdict(found)),
     )
-    report.say(str(found))
-    write_json(folder / "compositor.json", asdict(found))
-    return compositor
 
 
 class _Samples:
@@ -141,11 +145,15 @@ class _Samples:
     expression and landmarks about as much as tracking errs, so the compositor meets the renders that it will have to mend.
     """
 
-    def __init__(self, clip: Clip, avatar: Avatar, poses: Tensor):
-        self.clip, self.avatar, self.poses = clip, avatar, poses
+    def __init__(self, clip: Clip, avatar: Avatar, poses: Tensor, frames: list[int]):
+        self.clip, self.avatar, self.poses, self.frames = clip, avatar, poses, frames
 
-    def __call__(self, t: int, perturbation: int | None):
-        """(rgb "h w 3", alpha "h w", frame uint8, head mask uint8) of training frame t."""
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __call__(self, k: int, perturbation: int | None = None):
+        """(rgb "h w 3", alpha "h w", frame uint8, head mask uint8) of the k-th frame."""
+        t = self.frames[k]
         motion = replace(self.clip.track.motion[t : t + 1], T_camera_head=self.poses[t - self.clip.train[0]][None])
         if perturbation is not None:
             rng = np.random.default_rng((perturbation, t))
@@ -234,7 +242,7 @@ def _fingerprint(clip: Clip) -> str:
 
 
 class _Report:
-    """Progress on the terminal, metrics.jsonl, TensorBoard, and seconds per stage."""
+    """metrics.jsonl, TensorBoard, and seconds per stage."""
 
     LOG_EVERY = 25
 
@@ -245,8 +253,6 @@ class _Report:
         self.seconds: dict[str, float] = {}
         self._lines = open(folder / "metrics.jsonl", "a", buffering=1)
         self._writer = SummaryWriter(str(folder / "tensorboard"))
-        self._bar = None
-        self._task = None
 
     @contextmanager
     def stage(self, name: str):
@@ -254,7 +260,6 @@ class _Report:
         try:
             yield
         finally:
-            self._stop_bar()
             self.seconds[name] = round(time.perf_counter() - started, 1)
 
     def log(self, part: str, iteration: int, total: int, scalars: dict[str, float]) -> None:
@@ -263,34 +268,10 @@ class _Report:
         self._lines.write(json.dumps({"part": part, "iteration": iteration, "time": round(time.time(), 2)} | scalars) + "\n")
         for name, value in scalars.items():
             self._writer.add_scalar(f"{part}/{name}", value, iteration)
-        if self.visible:
-            self._show(part, iteration, total, scalars)
-
-    def say(self, line: str) -> None:
-        if self.visible:
-            self._stop_bar()
-            print(line)
 
     def image(self, iteration: int, name: str, image: np.ndarray) -> None:
         self._writer.add_image(name, image, iteration, dataformats="HWC")
 
-    def _show(self, part: str, iteration: int, total: int, scalars: dict[str, float]) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._bar is None:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(f"train {part}", total=total, loss="")
-        self._bar.update(self._task, completed=iteration, loss=f"loss {scalars.get('loss', float('nan')):.4f}")
-
-    def _stop_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
     def close(self) -> None:
-        self._stop_bar()
         self._lines.close()
         self._writer.close()
