@@ -11,10 +11,10 @@ so (u, v, s) keep their meaning when the focal length f changes: only perspectiv
     Σ_t Σ_l w_l Huber(|pixel − measured|) + weak depth term        data, at the frames with a face
   + Σ_t Σ_d ρ(second difference of pose)                           robust: dropped frames and real jerks are jumps, not noise
   + Σ_t    |second difference of expression|²                      light
-  + Σ_t    ridge |e|² + sparse Σ e⁺, low <= e <= high              actions are bounded and few
+  + Σ_t    ridge |e|² + sparse Σ e + bound |e outside its range|²  actions are few, one-sided and bounded
   + t ridge |identity|² + prior on log f
 
-It is minimised by projected Gauss-Newton. Identity and focal length come first, jointly with the poses and expressions of some training frames
+It is minimised by Gauss-Newton. Soft bounds, since with hard ones each step ends where the first of many actions meets its own. Identity and focal length come first, jointly with the poses and expressions of some training frames
 (Schur complement); then, with these fixed, all frames of a segment at once (banded normal equations). Training and test frames are separate
 segments under the same objective: nothing of a test frame reaches a training frame.
 """
@@ -64,6 +64,7 @@ class FitConfig:
     depth_weight: float = 0.02  # MediaPipe's z is a guess
     expression_ridge: float = 5.0
     expression_sparse: float = 4.0
+    expression_bound: float = 300.0
     expression_smooth: float = 6.0  # on second differences
     pose_smooth: float = 2000.0  # on second differences, in noise units of landmark motion
     pose_jump: float = 0.12  # second differences beyond this (noise units) count as motion, not noise (Cauchy)
@@ -330,27 +331,19 @@ def _linearise(problem: _Problem, state: _State, frames: np.ndarray) -> _Linear:
 _CHUNK = 16  # frames linearised at once: some 20 MB
 
 
-def _expression_prior(problem: _Problem, e: np.ndarray) -> tuple[float, np.ndarray]:
-    """(curvature, gradient "t 64") of ridge and sparsity; the latter is linear since those actions are one-sided."""
-    ridge = problem.config.expression_ridge
-    return ridge, ridge * e + problem.sparse / 2
+def _expression_prior(problem: _Problem, e: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(curvature "t 64", gradient "t 64") of ridge, sparsity (linear, since those actions are one-sided) and soft bounds."""
+    config = problem.config
+    outside = e - np.clip(e, problem.low, problem.high)
+    curvature = config.expression_ridge + config.expression_bound * (outside != 0)
+    return curvature, config.expression_ridge * e + problem.sparse / 2 + config.expression_bound * outside
 
 
-def _free(problem: _Problem, q: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-    """ "t 70" bool: not held at a bound by a gradient that pushes outwards."""
-    free = np.ones(q.shape, bool)
-    e, g = q[:, POSE_DIM:], gradient[:, POSE_DIM:]
-    free[:, POSE_DIM:] = ~(((e <= problem.low) & (g > 0)) | ((e >= problem.high) & (g < 0)))
-    return free
-
-
-def _step(problem: _Problem, q: np.ndarray, delta: np.ndarray) -> np.ndarray:
-    """q + delta, turning at most a quarter radian, inside the bounds."""
+def _step(q: np.ndarray, delta: np.ndarray) -> np.ndarray:
+    """q + delta, turning at most a quarter radian and not leaping in size or expression."""
     delta[:, :3] = np.clip(delta[:, :3], -0.25, 0.25)
-    delta[:, 5] = np.clip(delta[:, 5], -0.25, 0.25)
-    q = q + delta
-    q[:, POSE_DIM:] = np.clip(q[:, POSE_DIM:], problem.low, problem.high)
-    return q
+    delta[:, 5:] = np.clip(delta[:, 5:], -0.25, 0.25)
+    return q + delta
 
 
 # ---- identity, focal length, offsets: some training frames ----
@@ -401,11 +394,6 @@ def _identity_step(problem: _Problem, state: _State, frames: np.ndarray, damping
         A[:, diagonal, diagonal] *= 1 + damping
         A[:, diagonal[POSE_DIM:], diagonal[POSE_DIM:]] += curvature
         g[:, POSE_DIM:] += slope
-        free = _free(problem, state.q[own], g)
-        A *= free[:, :, None] & free[:, None, :]
-        A[:, diagonal, diagonal] += ~free
-        B *= free[..., None]
-        g *= free
         Gt = G.transpose(0, 2, 1)
         C += (Gt @ G).sum(0)
         h += (Gt @ r).sum(0)[:, 0]
@@ -416,7 +404,7 @@ def _identity_step(problem: _Problem, state: _State, frames: np.ndarray, damping
     move = -np.linalg.solve(C, h) if shape else np.zeros(k)
     move[-1] = np.clip(move[-1], -0.2, 0.2)
     for own, solved in eliminated:
-        state.q[own] = _step(problem, state.q[own], -(solved[..., -1] + solved[..., :-1] @ move))
+        state.q[own] = _step(state.q[own], -(solved[..., -1] + solved[..., :-1] @ move))
     state.identity += move[:-1]
     state.focal *= float(np.exp(move[-1]))
 
@@ -505,11 +493,6 @@ def _frame_step(problem: _Problem, state: _State, segment: np.ndarray, window: n
                 elif j - i == 2:
                     np.add.at(two, at[both], (a * b * weight)[both])
 
-    free = _free(problem, state.q[window], g)
-    A *= free[:, :, None] & free[:, None, :]
-    A[:, diagonal, diagonal] += ~free
-    one *= free[:-1] & free[1:]
-    two *= free[:-2] & free[2:]
     band = np.zeros((2 * _Q + 1 if n > 2 else _Q + 1 if n > 1 else _Q, n * _Q))
     for k in range(_Q):
         band[k].reshape(n, _Q)[:, : _Q - k] = np.diagonal(A, -k, 1, 2)
@@ -517,8 +500,8 @@ def _frame_step(problem: _Problem, state: _State, segment: np.ndarray, window: n
         band[_Q, : (n - 1) * _Q] = one.reshape(-1)
     if n > 2:
         band[2 * _Q, : (n - 2) * _Q] = two.reshape(-1)
-    delta = -solveh_banded(band, (g * free).reshape(-1), overwrite_ab=True, lower=True, check_finite=False).reshape(n, _Q)
-    state.q[window] = _step(problem, state.q[window], delta)
+    delta = -solveh_banded(band, g.reshape(-1), overwrite_ab=True, lower=True, check_finite=False).reshape(n, _Q)
+    state.q[window] = _step(state.q[window], delta)
 
 
 # ---- the result ----
