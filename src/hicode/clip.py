@@ -204,7 +204,7 @@ def read_png(file: Path, grey: bool) -> UInt8[np.ndarray, "h w *c"]:
 def write_png(file: Path, picture: UInt8[np.ndarray, "h w *c"]) -> None:
     """Lossless and quick (level 1); not atomic: whoever writes a series renames the folder when it is whole."""
     stored = picture[..., ::-1] if picture.ndim == 3 else picture
-    done, data = cv2.imencode(".png", np.ascontiguousarray(stored), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    done, data = cv2.imencode(".png", np.ascontiguousarray(stored), [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])
     assert done, picture.shape
     file.write_bytes(data.tobytes())
 

@@ -1,0 +1,50 @@
+"""Progress of whatever takes longer than a second, with the time left: a live bar on a terminal, a line every ten seconds elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_QUIET_S = 10.0
+
+# done so far, out of how many
+Report = Callable[[int, int], None]
+
+
+@contextmanager
+def progress_bar(label: str, show: bool = True) -> Iterator[Report]:
+    """A function to call with (done, total) as work goes on; on standard error, so that results can be piped.
+
+        with progress_bar("Landmarks") as report:
+            report(i + 1, len(frames))
+    """
+    if not show:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(label, console)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(label, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _lines(label: str, console) -> Report:
+    started = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _QUIET_S and 0 < done < total:
+            last = now
+            left = (now - started) * (total - done) / done
+            console.print(f"{label}: {done} of {total}, {left:.0f} s left", highlight=False, soft_wrap=True)
+
+    return report
