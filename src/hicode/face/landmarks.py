@@ -23,7 +23,13 @@ from hicode import assets
 from hicode.errors import InputError
 from hicode.face.tflite import TfliteGraph
 from hicode.motion import (
-    LEFT_EYE_OUTER, LEFT_EYE_RING, LOWER_LIP_INNER, MOUTH_CORNERS_INNER, N_LANDMARKS, RIGHT_EYE_OUTER, RIGHT_EYE_RING, UPPER_LIP_INNER,
+    LEFT_EYE_OUTER,
+    LEFT_EYE_RING,
+    LOWER_LIP_INNER,
+    MOUTH_CORNERS_INNER,
+    RIGHT_EYE_OUTER,
+    RIGHT_EYE_RING,
+    UPPER_LIP_INNER,
 )  # fmt: skip
 
 _MESH = 468  # points of the base mesh; the ten after it are the irises
@@ -271,15 +277,14 @@ def track_faces(
     """
     tracks: list[_Track] = []
     waiting: list[np.ndarray] = []  # the chunk whose regions are known but for the smoothing, which needs the next chunk's
-    done = chunks = 0
-    for chunk in _chunks(frames, config.chunk):
+    done = 0
+    for number, chunk in enumerate(_chunks(frames, config.chunk)):
         start = done + len(waiting)
-        _find(chunk, start, tracks, landmarker, config, look=chunks % config.detect_every == 0)
+        _find(chunk, start, tracks, landmarker, config, look=number % config.detect_every == 0)
         for track in tracks:
             track.refine(waiting, done, landmarker, config)
         done += len(waiting)
         waiting = chunk
-        chunks += 1
         if progress:
             progress(done)
     for track in tracks:

@@ -150,7 +150,8 @@ class TfliteGraph(nn.Module):
                 axis = {0: 0, 1: 2, 2: 3, 3: 1}[axis] if len(shape_out) == 4 else axis
                 return lambda *x: torch.cat(x, axis)
             case "DEPTH_TO_SPACE":
-                return lambda x, n=o.option(0, "int32"): _depth_to_space(x, n)
+                block = o.option(0, "int32")
+                return lambda x: _depth_to_space(x, block)
             case "RESIZE_BILINEAR":
                 size = [int(n) for n in constants[o.inputs[1]]]
                 align, half = o.option(2, "bool"), o.option(3, "bool")
