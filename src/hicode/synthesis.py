@@ -1,0 +1,410 @@
+"""Speaking: sound in, frames out. A `Stream` does it as the sound comes; `synthesize` drains one, `speak` writes what it gives as a video.
+
+    sound ──encoder──▶ features ──Faceformers──▶ mouth ──rest in silence──▶ merged with the driving track ──▶ Motion ──▶ frame
+
+Frame i shows while samples 640 i … 640 (i + 1) of the 16 kHz sound are heard, at 25 fps. Head pose, eyes, upper face and background come from
+the avatar's driving track, which runs back and forth as long as the sound lasts. Memory does not grow with the sound.
+"""
+
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+
+from hicode.avatar.compositor import compose, dilate_mask
+from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
+from hicode.errors import InputError, OutputError
+from hicode.files import check_writable
+from hicode.motion import Motion, bounce
+from hicode.progress import progress_bar
+from hicode.speech.encoder import create_encoder, speech_level
+
+if TYPE_CHECKING:
+    from hicode.avatar.avatar import Avatar
+
+AUDIO_RATE_HZ = 16000
+SAMPLES_PER_FRAME = 640
+# Sound goes to the encoder in pieces of this size whatever comes in, so that the pieces of a live source and of a file give the same frames,
+# bit for bit: two frames, which is also the step in which the embedded encoder answers.
+PIECE = 2 * SAMPLES_PER_FRAME
+SILENT_DB = -60.0
+READ_AHEAD = AUDIO_RATE_HZ  # samples that `synthesize` hands over at a time: bounds the motion that waits for its frames
+
+
+@dataclass
+class Seconds:
+    """Where the time went, in seconds over all frames so far."""
+
+    speech: float = 0.0
+    """features and Faceformers"""
+    driving: float = 0.0
+    """decoding the driving frame and its mask"""
+    head: float = 0.0
+    """deformation and rasterisation"""
+    composite: float = 0.0
+    encode: float = 0.0
+    """original size and video encoding"""
+    frames: int = 0
+
+    def __str__(self) -> str:
+        parts = {k: v for k, v in vars(self).items() if k != "frames"}
+        each = 1000 / max(self.frames, 1)
+        return ", ".join(f"{k} {v * each:.1f}" for k, v in parts.items()) + " ms a frame"
+
+
+@contextmanager
+def _clocked(seconds: Seconds, name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(seconds, name, getattr(seconds, name) + time.perf_counter() - started)
+
+
+class Stream:
+    """An avatar that speaks what it hears.
+
+        stream = Stream(avatar)
+        for chunk in microphone:                  # float32 mono at 16 kHz, chunks of any size
+            for frame in stream.push(chunk):      # uint8 "h w 3", 25 a second
+                show(frame)
+        for frame in stream.flush():
+            show(frame)
+
+    A frame comes `latency_s` after its sound. `level` is the speech's RMS where it is known beforehand (a file), else a running estimate;
+    `start` is the driving frame to begin with; `rest=False` leaves the mouth to the speech models in silence too. Raises InputError where the
+    avatar has no speech models.
+    """
+
+    def __init__(self, avatar: "Avatar", level: float | None = None, start: int = 0, rest: bool = True, encoder=None):
+        if avatar.speech is None:
+            raise InputError("The avatar has no speech models: its clip had no sound. Train it on a clip with sound.")
+        if encoder is None:
+            encoder = create_encoder(avatar.speech.encoder)
+        if encoder.name != avatar.speech.encoder:
+            raise InputError(
+                f"The avatar's speech models take features of the {avatar.speech.encoder} encoder, not {encoder.name}. Leave the encoder out."
+            )
+        self.avatar = avatar
+        self.seconds = Seconds()
+        latency = getattr(encoder, "latency_features", 0) / encoder.rate_hz
+        self.latency_s = latency + avatar.speech.look_ahead * SAMPLES_PER_FRAME / AUDIO_RATE_HZ + PIECE / AUDIO_RATE_HZ
+        self._features, self._mouths = encoder.stream(level), avatar.speech.stream()
+        self._gate = SilenceGate(level) if rest else None
+        self._rest = resting_mouth(avatar.driving, avatar)
+        self._sound = np.zeros(0, np.float32)  # not yet given to the encoder
+        self._gates = np.zeros(0, np.float32)  # gates and mouths that wait for each other
+        self._waiting = self._rest[0].new_zeros(0, *self._rest[0].shape), self._rest[1].new_zeros(0, *self._rest[1].shape)
+        self._motions: deque[tuple[int, Motion]] = deque()
+        self._start, self._received, self._moved, self._flushed = start, 0, 0, False
+
+    def push(self, samples: Float[np.ndarray, "n"]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """The frames that became complete, rendered as they are asked for; what is not asked for comes with a later call.
+
+        Raises InputError where the sound is not finite or not mono.
+        """
+        assert not self._flushed, "the stream is flushed"
+        self._hear(_checked(samples))
+        return self._frames()
+
+    def flush(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """The remaining frames, as if silence followed: in all ceil(n / 640)."""
+        if not self._flushed:
+            self._flushed = True
+            with _clocked(self.seconds, "speech"), torch.inference_mode():
+                self._know(self._sound)
+                mouths = [self._mouths.push(self._features.push(self._sound)), self._mouths.push(self._features.finish())]
+                mouths.append(self._mouths.finish())
+                self._sound = self._sound[:0]
+                if self._gate is not None:
+                    self._gates = np.concatenate([self._gates, self._gate.finish()])
+                for mouth in mouths:
+                    self._move(*mouth)
+            assert self._moved == -(-self._received // SAMPLES_PER_FRAME), (self._moved, self._received)
+        return self._frames()
+
+    def motion(self) -> Iterator[tuple[int, Motion]]:
+        """Instead of frames: (driving frame, motion of one frame), as far as they are complete."""
+        while self._motions:
+            yield self._motions.popleft()
+
+    def _hear(self, samples: np.ndarray) -> None:
+        with _clocked(self.seconds, "speech"), torch.inference_mode():
+            self._received += len(samples)
+            self._sound = np.concatenate([self._sound, samples])
+            whole = len(self._sound) // PIECE * PIECE
+            for begin in range(0, whole, PIECE):
+                piece = self._sound[begin : begin + PIECE]
+                self._know(piece)
+                self._move(*self._mouths.push(self._features.push(piece)))
+            self._sound = self._sound[whole:]
+
+    def _know(self, samples: np.ndarray) -> None:
+        """Gates of the next frames. Only the last piece may hold a part of a frame."""
+        if self._gate is not None and len(samples):
+            self._gates = np.concatenate([self._gates, self._gate.push(frame_rms(samples, SAMPLES_PER_FRAME))])
+
+    def _move(self, expression: torch.Tensor, landmarks: torch.Tensor) -> None:
+        expression, landmarks = torch.cat([self._waiting[0], expression]), torch.cat([self._waiting[1], landmarks])
+        count = len(expression) if self._gate is None else min(len(expression), len(self._gates))
+        self._waiting = expression[count:], landmarks[count:]
+        if count == 0:
+            return
+        expression, landmarks = expression[:count], landmarks[:count]
+        if self._gate is not None:
+            gate = torch.from_numpy(self._gates[:count])
+            self._gates = self._gates[count:]
+            expression = torch.lerp(self._rest[0], expression, gate[:, None])
+            landmarks = torch.lerp(self._rest[1], landmarks, gate[:, None, None])
+        indices = bounce(len(self.avatar.driving), self._start + self._moved, count)
+        motion = merge_motion(self.avatar.driving[indices], expression, landmarks, self.avatar)
+        self._motions.extend((int(t), motion[i : i + 1]) for i, t in enumerate(indices))
+        self._moved += count
+
+    def _frames(self) -> Iterator[np.ndarray]:
+        for t, motion in self.motion():
+            yield self._frame(t, motion)
+
+    def _frame(self, t: int, motion: Motion) -> UInt8[np.ndarray, "h w 3"]:
+        avatar, seconds = self.avatar, self.seconds
+        with _clocked(seconds, "driving"):
+            frame, mask = avatar.driving_frame(t), avatar.driving_mask(t)
+        with _clocked(seconds, "head"):
+            rendering = avatar.render(motion, 0)
+        with _clocked(seconds, "composite"):
+            out = compose(rendering.rgb, rendering.alpha, frame, mask, avatar.plate, avatar.compositor)
+        seconds.frames += 1
+        return out
+
+
+def synthesize(avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int = 0, rest: bool = True) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The frames of a whole sound, ceil(n / 640) of them, rendered as they are asked for: a `Stream`, drained.
+
+    audio: float32 mono at 16 kHz. Raises InputError where it is empty, not finite, not mono, or the avatar cannot speak.
+    """
+    audio = _checked(audio)
+    if len(audio) == 0:
+        raise InputError("The sound is empty. Give a file with speech.")
+    stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest)
+    return (stream._frame(t, motion) for t, motion in _motions(stream, audio))
+
+
+def synthesize_motion(avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int = 0, rest: bool = True) -> Iterator[tuple[int, Motion]]:
+    """What `synthesize` renders: for each frame the driving frame and the motion of one frame."""
+    return _motions(Stream(avatar, level=speech_level(_checked(audio)), start=start, rest=rest), audio)
+
+
+def _motions(stream: Stream, audio: np.ndarray) -> Iterator[tuple[int, Motion]]:
+    for begin in range(0, len(audio), READ_AHEAD):
+        stream._hear(audio[begin : begin + READ_AHEAD])
+        yield from stream.motion()
+    stream.flush()
+    yield from stream.motion()
+
+
+def _checked(samples) -> Float[np.ndarray, "n"]:
+    samples = np.asarray(samples, np.float32)
+    if samples.ndim != 1:
+        raise InputError(f"The sound has shape {samples.shape}, expected one channel. Mix it down to mono.")
+    if not np.isfinite(samples).all():
+        bad = int((~np.isfinite(samples)).sum())
+        raise InputError(f"The sound has {bad} samples that are not numbers (first at {np.argmin(np.isfinite(samples))}). Repair the file.")
+    return samples
+
+
+# --- a video ------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What `speak` wrote: `frames` at 25 fps in `seconds` of work, `parts` says where they went."""
+
+    path: Path
+    frames: int
+    seconds: float
+    parts: Seconds
+
+    @property
+    def fps(self) -> float:
+        return self.frames / max(self.seconds, 1e-9)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.frames} frames ({self.frames / 25:.1f} s) at {self.fps:.1f} frames a second ({self.parts})"
+
+
+def speak(
+    avatar: "Avatar | Path | str",
+    audio: Path | str | Float[np.ndarray, "n"],
+    out: Path | str,
+    *,
+    original_size: bool = False,
+    source_video: Path | str | None = None,
+    start: int = 0,
+    rest: bool = True,
+    progress: bool = True,
+) -> Spoken:
+    """Write an MP4 (H.264 and AAC, 25 fps) of the avatar speaking `audio`: a sound or video file, or 16 kHz samples.
+
+    original_size  paste the head back into the frames of the video that the avatar came from; `source_video` says where that is now
+    start          driving frame to begin with
+    rest           let the lips rest in silence
+
+    Memory does not grow with the sound beyond the sound itself (4 MB a minute). The file appears when it is whole. Raises InputError for a
+    sound or a source that cannot be used, OutputError where `out` cannot be written: both before any work.
+    """
+    from hicode.media.video import VideoWriter
+
+    out = Path(out)
+    _check_out(out, audio, source_video)
+    if isinstance(avatar, (str, Path)):
+        from hicode.avatar.avatar import Avatar
+
+        avatar = Avatar.load(avatar)
+    samples = _sound(audio)
+    stream = Stream(avatar, level=speech_level(samples), start=start, rest=rest)
+    total = -(-len(samples) // SAMPLES_PER_FRAME)
+    original = _Original(avatar, source_video, start, total, out.parent) if original_size else None
+    height, width = avatar.plate.shape[:2]
+    width, height = (width, height) if original is None else original.size
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        if original is not None:
+            stack.enter_context(original)
+        report = stack.enter_context(progress_bar("Speaking", progress))
+        video = stack.enter_context(VideoWriter(out, width, height, float(avatar.driving.fps), audio=samples, audio_rate_hz=AUDIO_RATE_HZ))
+        for done, (t, motion) in enumerate(_motions(stream, samples), 1):
+            frame = stream._frame(t, motion)
+            with _clocked(stream.seconds, "encode"):
+                video.write(frame if original is None else original.paste(t, frame))
+            report(done, total)
+    return Spoken(out, total, time.perf_counter() - started, stream.seconds)
+
+
+def _check_out(out: Path, *inputs) -> None:
+    if out.suffix.lower() not in (".mp4", ".m4v", ".mov"):
+        raise OutputError(f"{out} does not end in .mp4, .m4v or .mov, the kinds of video written here. Choose such a name with -o.")
+    check_writable(out)
+    for path in inputs:
+        if isinstance(path, (str, Path)) and out.exists() and Path(path).exists() and out.samefile(path):
+            raise OutputError(f"{out} is also the input, which would be lost. Choose another name with -o.")
+
+
+def _sound(audio: Path | str | np.ndarray) -> Float[np.ndarray, "n"]:
+    """16 kHz mono samples, or the InputError that says why not."""
+    from hicode.media.audio import level_db, read_audio
+
+    name = "The sound" if isinstance(audio, np.ndarray) else str(audio)
+    samples = _checked(audio) if isinstance(audio, np.ndarray) else read_audio(audio, AUDIO_RATE_HZ)
+    if samples is None:
+        raise InputError(f"{name} has no sound track. Give a file with speech.")
+    if len(samples) == 0:
+        raise InputError(f"{name} holds no sound at all. Give a file with speech.")
+    if level_db(samples) < SILENT_DB:
+        raise InputError(f"{name} is silent (loudest 20 ms at {level_db(samples):.0f} dB). Give a file with speech.")
+    return samples
+
+
+class _Original:
+    """The source video's frames with the composited head in them: the crop's dilated head region, resized, pasted at the crop box.
+
+    The driving track runs back and forth, a video only forward: frames are kept, compressed, in a temporary file where they are needed again.
+    """
+
+    def __init__(self, avatar: "Avatar", source_video: Path | str | None, start: int, frames: int, folder: Path):
+        from hicode.media.video import probe
+
+        source = avatar.source
+        path = source_video or source.get("path")
+        if path is None:
+            raise InputError("The avatar does not say which video it came from. Name it with --source-video.")
+        self.path = Path(path)
+        if not self.path.exists():
+            raise InputError(
+                f"{self.path}, the video that the avatar came from, is gone. Name its new place with --source-video, or leave --original-size out."
+            )
+        if "crop_box" not in source:
+            raise InputError("The avatar does not know where its crop lies in the video. Train it anew, or leave --original-size out.")
+        info = probe(self.path)
+        self.size = info.width, info.height
+        self.box = x0, y0, side = tuple(round(v) for v in source["crop_box"])
+        if x0 < 0 or y0 < 0 or x0 + side > info.width or y0 + side > info.height:
+            raise InputError(
+                f"{self.path} is {info.width}x{info.height}, too small for the avatar's crop at ({x0}, {y0}), {side} px wide: "
+                "it is not the video that the avatar came from. Name that one with --source-video."
+            )
+        self.avatar, self.folder = avatar, folder
+        self._first = int(source.get("first_frame", 0))
+        self._keep = start + frames > len(avatar.driving)
+
+    def __enter__(self) -> Self:
+        from hicode.media.video import read_video
+
+        self._frames = read_video(self.path, float(self.avatar.driving.fps))
+        self._read = -self._first  # driving frame that comes next
+        self._spool = tempfile.TemporaryFile(dir=self.folder) if self._keep else None
+        self._offsets = [0]
+        self._latest: tuple[int, np.ndarray] | None = None
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._frames.close()
+        if self._spool is not None:
+            self._spool.close()
+
+    def paste(self, t: int, crop: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        """The source frame of driving frame t with the crop's dilated head region in it."""
+        import cv2
+
+        x0, y0, side = self.box
+        out = self._frame(t).copy()
+        region = dilate_mask(self.avatar.driving_mask(t))
+        if crop.shape[0] != side:
+            # Area averages are right for reducing, Lanczos for enlarging; the region's edge becomes soft by a crop's pixel.
+            crop = cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA if side < crop.shape[0] else cv2.INTER_LANCZOS4)
+            region = cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA if side < region.shape[0] else cv2.INTER_LINEAR)
+        weight = region[..., None].astype(np.float32) / 255
+        target = out[y0 : y0 + side, x0 : x0 + side]
+        target[:] = np.where(weight > 0, target + weight * (crop.astype(np.float32) - target) + 0.5, target).astype(np.uint8)
+        return out
+
+    def _frame(self, t: int) -> np.ndarray:
+        import cv2
+
+        if self._latest is not None and self._latest[0] == t:
+            return self._latest[1]
+        while self._read <= t:
+            frame = next(self._frames, None)
+            if frame is None:
+                raise InputError(f"{self.path} ends before driving frame {t}: it is not the video that the avatar came from.")
+            if self._read >= 0:
+                self._latest = self._read, frame
+                self._store(frame)
+            self._read += 1
+        if self._latest is None or self._latest[0] != t:
+            assert self._spool is not None, f"driving frame {t} is needed again and was not kept"
+            self._spool.seek(self._offsets[t])
+            data = np.frombuffer(self._spool.read(self._offsets[t + 1] - self._offsets[t]), np.uint8)
+            self._latest = t, np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
+        return self._latest[1]
+
+    def _store(self, frame: np.ndarray) -> None:
+        if self._spool is None:
+            return
+        import cv2
+
+        options = [cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+        _, data = cv2.imencode(".jpg", np.ascontiguousarray(frame[..., ::-1]), options)
+        try:
+            self._spool.seek(self._offsets[-1])
+            self._spool.write(data.tobytes())
+        except OSError as error:
+            raise OutputError(f"Cannot keep the source's frames in {self.folder}: {error.strerror}. Free some space.") from error
+        self._offsets.append(self._offsets[-1] + len(data))

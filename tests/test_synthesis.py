@@ -1,0 +1,404 @@
+"""Speaking: the stream, the merge of speech with the driving track, rest in silence, and the video."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hicode.avatar.compositor import dilate_mask
+from hicode.avatar.driving import SilenceConfig, SilenceGate, frame_rms, merge_motion, resting_mouth
+from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
+from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion, bounce
+from hicode.render import Rendering
+from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
+from hicode.synthesis import AUDIO_RATE_HZ, SAMPLES_PER_FRAME, Stream, _motions, speak, synthesize, synthesize_motion
+
+SIZE = 64
+DRIVING = 20
+
+
+def motion_of(count: int, seed: int = 0) -> Motion:
+    g = torch.Generator().manual_seed(seed)
+    pose = torch.eye(4).repeat(count, 1, 1)
+    pose[:, 0, 3] = torch.arange(count) / 100
+    return Motion(torch.rand(count, 64, generator=g), torch.randn(count, 478, 3, generator=g), pose)
+
+
+def speech_models(seed: int = 0) -> SpeechModels:
+    """Real Faceformers over log-mel features with random weights: nothing of them is faked but what they have learned."""
+    torch.manual_seed(seed)
+    models = []
+    for outputs in (64, 478 * 3):
+        model = Faceformer(FaceformerConfig(feature_dim=160, outputs=outputs, components=8))
+        torch.nn.init.normal_(model.output.weight, std=0.3)
+        torch.nn.init.normal_(model.basis, std=0.1)
+        models.append(model)
+    return SpeechModels(*models, "logmel", torch.zeros(64), torch.zeros(478, 3), torch.zeros(20, 478, 3))
+
+
+@dataclass
+class FakeAvatar:
+    """An avatar whose render is a disc: its colour tells the expression, its place the pose."""
+
+    speech: SpeechModels | None = field(default_factory=speech_models)
+    driving: Motion = field(default_factory=lambda: motion_of(DRIVING))
+    compositor: None = None
+    source: dict = field(default_factory=dict)
+    plate: np.ndarray = field(default_factory=lambda: np.full((SIZE, SIZE, 3), 60, np.uint8))
+    rendered: int = 0
+
+    def __post_init__(self):
+        self.mouth_expression = torch.arange(64) < 40
+        self.mouth_landmark_weight = torch.linspace(0, 1, 478)
+
+    def driving_frame(self, t: int) -> np.ndarray:
+        assert 0 <= t < len(self.driving)
+        return np.full((SIZE, SIZE, 3), 60 + t, np.uint8)
+
+    def driving_mask(self, t: int) -> np.ndarray:
+        y, x = np.mgrid[:SIZE, :SIZE]
+        return np.where(np.hypot(x - 32, y - 30) < 14, 255, 0).astype(np.uint8)
+
+    def render(self, motion: Motion, t: int, background=None) -> Rendering:
+        self.rendered += 1
+        alpha = torch.from_numpy(self.driving_mask(0) / 255.0).float()
+        colour = torch.stack([motion.expression[t, 0], motion.expression[t, 50], motion.landmarks[t, 400, 0]]).sigmoid()
+        return Rendering(alpha[..., None] * colour, alpha)
+
+
+def speechlike(seconds: float, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    n = round(seconds * AUDIO_RATE_HZ)
+    syllables = np.clip(np.sin(2 * np.pi * 4 * np.arange(n) / AUDIO_RATE_HZ), 0, 1)
+    return (0.1 * syllables * rng.standard_normal(n)).astype(np.float32)
+
+
+# --- motion ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_speech_moves_the_mouth_and_the_track_everything_else():
+    driving, spoken, avatar = motion_of(5, 1), motion_of(5, 2), FakeAvatar()
+    merged = merge_motion(driving, spoken.expression, spoken.landmarks, avatar)
+    mouth = avatar.mouth_expression
+    assert torch.equal(merged.expression[:, mouth], spoken.expression[:, mouth])
+    assert torch.equal(merged.expression[:, ~mouth], driving.expression[:, ~mouth])
+    assert torch.equal(merged.landmarks[:, 0], driving.landmarks[:, 0])  # weight 0
+    torch.testing.assert_close(merged.landmarks[:, 477], spoken.landmarks[:, 477])  # weight 1
+    w = avatar.mouth_landmark_weight[200]
+    torch.testing.assert_close(merged.landmarks[:, 200], (1 - w) * driving.landmarks[:, 200] + w * spoken.landmarks[:, 200])
+    assert torch.equal(merged.T_camera_head, driving.T_camera_head) and merged.fps == driving.fps
+
+
+def test_merging_a_track_with_itself_changes_nothing():
+    driving = motion_of(7)
+    merged = merge_motion(driving, driving.expression, driving.landmarks, FakeAvatar())
+    assert torch.equal(merged.expression, driving.expression) and torch.equal(merged.landmarks, driving.landmarks)
+
+
+def test_merging_leaves_its_inputs_alone():
+    driving, spoken = motion_of(3, 1), motion_of(3, 2)
+    before = driving.expression.clone(), spoken.landmarks.clone()
+    merge_motion(driving, spoken.expression, spoken.landmarks, FakeAvatar())
+    assert torch.equal(driving.expression, before[0]) and torch.equal(spoken.landmarks, before[1])
+
+
+def test_resting_mouth_is_of_frames_with_closed_lips():
+    driving = motion_of(50)
+    landmarks = torch.zeros(50, 478, 3)
+    landmarks[:, torch.from_numpy(LIPS), 0] = torch.linspace(-0.25, 0.25, len(LIPS))
+    opening = torch.rand(50, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.02
+    opening[[7, 21, 22, 30, 41]] = 0.001
+    landmarks[:, UPPER_LIP_INNER, 1], landmarks[:, LOWER_LIP_INNER, 1] = opening / 2, -opening / 2
+    expression = torch.rand(50, 64)
+    closed = torch.tensor([7, 21, 22, 30, 41])
+    rest, _ = resting_mouth(Motion(expression, landmarks, driving.T_camera_head), FakeAvatar())
+    torch.testing.assert_close(rest, expression[closed].mean(0))
+
+
+# --- silence -----------------------------------------------------------------------------------------------------------------------------
+
+
+def gates_of(rms, level=0.1, **config) -> np.ndarray:
+    gate = SilenceGate(level, SilenceConfig(**config))
+    return np.concatenate([gate.push(np.array(rms)), gate.finish()])
+
+
+def test_lips_rest_in_silence_and_speak_in_speech():
+    gates = gates_of([0.0] * 20 + [0.1] * 20 + [0.0] * 20)
+    assert len(gates) == 60
+    assert not gates[:15].any() and (gates[20:40] == 1).all() and not gates[52:].any()
+
+
+def test_the_mouth_wakes_before_the_sound():
+    gates = gates_of([0.0] * 20 + [0.1] * 20)
+    assert gates[18] > 0 and gates[17] > 0 and gates[16] == 0  # three frames of look-ahead
+
+
+def test_the_closure_of_a_plosive_is_not_silence():
+    gates = gates_of([0.1] * 20 + [0.0] * 3 + [0.1] * 20)
+    assert (gates[5:] == 1).all()  # 120 ms without sound
+
+
+def test_gates_never_jump():
+    rng = np.random.default_rng(0)
+    gates = gates_of(rng.choice([0.0, 0.1], 300))
+    assert np.abs(np.diff(gates)).max() <= 0.5  # a third of the way a frame, eased: at most 13/27
+
+
+def test_gates_do_not_depend_on_how_levels_arrive():
+    rms = np.random.default_rng(0).choice([0.0, 0.002, 0.01, 0.1], 100)
+    for level in (0.1, None):
+        gate, whole = SilenceGate(level), SilenceGate(level)
+        pieces = [gate.push(part) for part in np.split(rms, [1, 2, 30, 77])]
+        assert np.array_equal(np.concatenate([*pieces, gate.finish()]), np.concatenate([whole.push(rms), whole.finish()]))
+
+
+def test_quiet_recordings_still_move_the_mouth():
+    quiet = np.full(200, 0.004)
+    assert gates_of(quiet, level=0.004)[50:].min() == 1
+    running = SilenceGate(None)
+    assert running.push(quiet)[-1] > 0.5  # -22 dB below a usual level: heard even before the running level has adapted
+
+
+def test_rms_of_a_frame_is_its_root_mean_square():
+    np.testing.assert_allclose(frame_rms(np.float32([3, 4, 0, 0, 6]), 2), [np.sqrt(12.5), 0, np.sqrt(18)])
+
+
+# --- stream ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [160, 640, 1000, 7001, 10**6])
+def test_streaming_equals_offline(chunk):
+    from hicode.speech.encoder import speech_level
+
+    audio = speechlike(1.7)
+    offline = list(synthesize(FakeAvatar(), audio))
+    stream = Stream(FakeAvatar(), level=speech_level(audio))
+    live = [frame for begin in range(0, len(audio), chunk) for frame in stream.push(audio[begin : begin + chunk])]
+    early = len(live)
+    live += stream.flush()
+    assert len(live) == len(offline) == -(-len(audio) // SAMPLES_PER_FRAME)
+    assert all(np.array_equal(a, b) for a, b in zip(live, offline))  # bit for bit: sound is cut into the same pieces
+    if chunk <= 1000:
+        assert early >= len(offline) - round(stream.latency_s * 25) - 1  # frames come as soon as the look-ahead allows
+
+
+@pytest.mark.parametrize("samples", [1, 319, 640, 641, 1279, 1281, 12345])
+def test_a_sound_of_any_length_gives_a_frame_for_every_40_ms(samples):
+    audio = np.full(samples, 0.1, np.float32)
+    assert len(list(synthesize(FakeAvatar(), audio))) == -(-samples // SAMPLES_PER_FRAME)
+
+
+def test_frames_depend_on_the_sound():
+    a, b = (np.stack(list(synthesize(FakeAvatar(), speechlike(1.0, seed)))) for seed in (1, 2))
+    assert not np.array_equal(a, b)
+
+
+def test_silence_shows_the_resting_mouth():
+    avatar = FakeAvatar()
+    audio = np.concatenate([speechlike(1.0), np.zeros(2 * AUDIO_RATE_HZ, np.float32)])
+    expression, landmarks = resting_mouth(avatar.driving, avatar)
+    _, motion = list(synthesize_motion(avatar, audio))[-5]
+    mouth = avatar.mouth_expression
+    torch.testing.assert_close(motion.expression[0, mouth], expression[mouth])
+    torch.testing.assert_close(motion.landmarks[0, 477], landmarks[477])
+
+
+def test_the_driving_track_runs_back_and_forth_from_the_start_asked_for():
+    frames = [t for t, _ in synthesize_motion(FakeAvatar(), speechlike(2.4), start=5)]
+    assert frames == bounce(DRIVING, 5, 60).tolist()
+    assert np.abs(np.diff(frames)).max() == 1
+
+
+def test_head_pose_is_the_driving_frames_own():
+    avatar = FakeAvatar()
+    for t, motion in synthesize_motion(avatar, speechlike(1.5)):
+        assert torch.equal(motion.T_camera_head[0], avatar.driving.T_camera_head[t])
+
+
+def test_frames_not_asked_for_are_not_lost_and_not_rendered():
+    avatar = FakeAvatar()
+    stream = Stream(avatar)
+    stream.push(speechlike(1.0))
+    assert avatar.rendered == 0
+    assert len(list(stream.flush())) == 25 == avatar.rendered
+
+
+def test_waiting_motion_stays_bounded():
+    """A long sound is handed over a second at a time: only that much motion waits for its frames."""
+    stream, most = Stream(FakeAvatar(), level=0.1), 0
+    for i, _ in enumerate(_motions(stream, speechlike(30))):
+        most = max(most, len(stream._motions))
+    assert i == 749 and most <= 2 * 25
+
+
+def test_pixels_outside_the_dilated_mask_are_the_driving_frames():
+    avatar = FakeAvatar()
+    outside = dilate_mask(avatar.driving_mask(0)) == 0
+    for i, frame in enumerate(synthesize(avatar, speechlike(0.5))):
+        assert np.array_equal(frame[outside], avatar.driving_frame(i)[outside])
+
+
+@pytest.mark.parametrize(
+    "audio, message",
+    [
+        (np.zeros(0, np.float32), "empty"),
+        (np.array([0.1, np.nan, 0.2], np.float32), r"1 samples that are not numbers \(first at 1\)"),
+        (np.full((100, 2), 0.1, np.float32), "one channel"),
+    ],
+)
+def test_unusable_sound_is_refused_with_its_reason(audio, message):
+    with pytest.raises(InputError, match=message):
+        list(synthesize(FakeAvatar(), audio))
+
+
+def test_a_stream_refuses_nan_and_goes_on():
+    stream = Stream(FakeAvatar())
+    with pytest.raises(InputError, match="not numbers"):
+        stream.push(np.array([np.inf], np.float32))
+    assert len(list(stream.push(speechlike(1.0)))) + len(list(stream.flush())) == 25
+
+
+def test_an_avatar_without_speech_says_so():
+    with pytest.raises(InputError, match="no speech models"):
+        Stream(FakeAvatar(speech=None))
+
+
+def test_another_encoder_than_the_avatars_is_refused():
+    with pytest.raises(InputError, match="logmel encoder, not other"):
+        Stream(FakeAvatar(), encoder=SimpleNamespace(name="other"))
+
+
+# --- video -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wav(tmp_path):
+    from hicode.media.audio import write_audio
+
+    path = tmp_path / "speech.wav"
+    write_audio(path, speechlike(1.3), AUDIO_RATE_HZ)
+    return path
+
+
+def test_speak_writes_a_video_with_its_sound(tmp_path, wav):
+    from hicode.media.audio import read_audio
+    from hicode.media.video import probe, read_video
+
+    out = tmp_path / "out.mp4"
+    spoken = speak(FakeAvatar(), wav, out, progress=False)
+    frames = list(read_video(out))
+    info = probe(out)
+    assert (info.width, info.height, info.codec) == (SIZE, SIZE, "h264") and info.fps == 25
+    assert spoken.frames == len(frames) == 33 and spoken.parts.frames == 33
+    original, sound = read_audio(wav), read_audio(out)
+    assert abs(len(sound) - len(original)) <= 1024 + SAMPLES_PER_FRAME  # an AAC packet of padding
+    n = min(len(sound), len(original))
+    correlation = np.correlate(sound[:n] ** 2, np.pad(original[:n] ** 2, 640), "valid")
+    assert abs(int(correlation.argmax()) - 640) <= SAMPLES_PER_FRAME  # in sync to one frame
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "speech.wav"]  # no temporary file stays
+
+
+def test_speak_takes_samples_and_other_rates_and_channels(tmp_path):
+    import soundfile
+
+    stereo = tmp_path / "stereo.flac"
+    soundfile.write(stereo, np.stack([np.repeat(speechlike(0.5), 3)] * 2, 1), 3 * AUDIO_RATE_HZ)
+    assert speak(FakeAvatar(), stereo, tmp_path / "a.mp4", progress=False).frames == 13
+    assert speak(FakeAvatar(), speechlike(0.5), tmp_path / "b.mp4", progress=False).frames == 13
+    assert speak(FakeAvatar(), np.full(1, 0.5, np.float32), tmp_path / "c.mp4", progress=False).frames == 1
+
+
+@pytest.mark.parametrize(
+    "audio, out, error, message",
+    [
+        ("missing.wav", "out.mp4", InputError, "does not exist"),
+        ("silent.wav", "out.mp4", InputError, "silent"),
+        ("empty.wav", "out.mp4", InputError, "no sound at all"),
+        ("text.wav", "out.mp4", InputError, "text.wav"),
+        ("speech.wav", "out.avi", OutputError, "does not end in .mp4"),
+        ("speech.wav", ".", OutputError, "does not end in .mp4"),
+        ("speech.wav", "file.txt/out.mp4", OutputError, "Cannot write"),
+        ("own.mp4", "own.mp4", OutputError, "also the input"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, wav, audio, out, error, message):
+    from hicode.media.audio import write_audio
+
+    write_audio(tmp_path / "silent.wav", np.zeros(16000, np.float32), 16000)
+    write_audio(tmp_path / "empty.wav", np.zeros(0, np.float32), 16000)
+    (tmp_path / "text.wav").write_text("not a sound")
+    (tmp_path / "file.txt").write_text("in the way")
+    (tmp_path / "own.mp4").write_bytes(wav.read_bytes())
+    before = {p.name for p in tmp_path.iterdir()}
+    avatar = FakeAvatar()
+    with pytest.raises(error, match=message) as caught:
+        speak(avatar, tmp_path / audio, tmp_path / out, progress=False)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, HicodeError)
+    assert {p.name for p in tmp_path.iterdir()} == before and avatar.rendered == 0
+
+
+def test_an_avatar_that_is_none_is_refused(tmp_path, wav):
+    with pytest.raises(FileFormatError):
+        speak(wav, wav, tmp_path / "out.mp4", progress=False)
+
+
+def test_an_interrupted_video_leaves_nothing(tmp_path, wav):
+    class Failing(FakeAvatar):
+        def driving_frame(self, t):
+            if t == 9:
+                raise KeyboardInterrupt
+            return super().driving_frame(t)
+
+    with pytest.raises(KeyboardInterrupt):
+        speak(Failing(), wav, tmp_path / "out.mp4", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["speech.wav"]
+
+
+# --- original size -----------------------------------------------------------------------------------------------------------------------
+
+
+def source_video(path, count=30, width=160, height=120):
+    from hicode.media.video import VideoWriter
+
+    with VideoWriter(path, width, height, crf=1) as video:
+        for t in range(count):
+            video.write(np.full((height, width, 3), 100 + 3 * t, np.uint8))
+
+
+@pytest.mark.parametrize("side", [SIZE, 100, 40])
+def test_original_size_pastes_the_head_into_the_sources_frames(tmp_path, wav, side):
+    from hicode.media.video import probe, read_video
+
+    source_video(tmp_path / "source.mp4")
+    avatar = FakeAvatar(source={"path": str(tmp_path / "source.mp4"), "crop_box": [30, 10, side]})
+    spoken = speak(avatar, wav, tmp_path / "out.mp4", original_size=True, progress=False)
+    info = probe(tmp_path / "out.mp4")
+    assert (info.width, info.height) == (160, 120) and spoken.frames == 33
+    scale = side / SIZE
+    head = (30 + round(32 * scale), 10 + round(30 * scale))
+    for i, (frame, t) in enumerate(zip(read_video(tmp_path / "out.mp4"), bounce(DRIVING, 0, 33))):
+        # H.264 on flat grey is off by a level or two; a frame's grey differs from its neighbours' by three.
+        assert abs(int(frame[5, 5, 0]) - (100 + 3 * t)) <= 2 and abs(int(frame[110, 150, 1]) - (100 + 3 * t)) <= 2, i
+        assert np.abs(frame[head[1], head[0]].astype(int) - (100 + 3 * t)).max() > 4, i
+
+
+def test_original_size_needs_the_source(tmp_path, wav):
+    gone = FakeAvatar(source={"path": str(tmp_path / "gone.mp4"), "crop_box": [0, 0, 64]})
+    with pytest.raises(InputError, match="is gone. Name its new place"):
+        speak(gone, wav, tmp_path / "out.mp4", original_size=True, progress=False)
+    with pytest.raises(InputError, match="does not say which video"):
+        speak(FakeAvatar(), wav, tmp_path / "out.mp4", original_size=True, progress=False)
+
+
+def test_a_source_that_is_another_video_is_refused(tmp_path, wav):
+    source_video(tmp_path / "small.mp4", width=64, height=48)
+    avatar = FakeAvatar(source={"path": str(tmp_path / "gone.mp4"), "crop_box": [30, 10, 100]})
+    with pytest.raises(InputError, match="is 64x48, too small"):
+        speak(avatar, wav, tmp_path / "out.mp4", original_size=True, source_video=tmp_path / "small.mp4", progress=False)
+    source_video(tmp_path / "short.mp4", count=5)
+    with pytest.raises(InputError, match="ends before driving frame 5"):
+        speak(avatar, wav, tmp_path / "out.mp4", original_size=True, source_video=tmp_path / "short.mp4", progress=False)
+    assert not (tmp_path / "out.mp4").exists()
