@@ -87,7 +87,9 @@ def test_speech_moves_the_mouth_and_the_track_everything_else():
     assert torch.equal(merged.landmarks[:, 0], driving.landmarks[:, 0])  # weight 0
     torch.testing.assert_close(merged.landmarks[:, 477], spoken.landmarks[:, 477])  # weight 1
     w = avatar.mouth_landmark_weight[200]
-    torch.testing.assert_close(merged.landmarks[:, 200], (1 - w) * driving.landmarks[:, 200] + w * spoken.landmarks[:, 200])
+    torch.testing.assert_close(
+        merged.landmarks[:, 200], (1 - w) * driving.landmarks[:, 200] + w * spoken.landmarks[:, 200]
+    )
     assert torch.equal(merged.T_camera_head, driving.T_camera_head) and merged.fps == driving.fps
 
 
@@ -152,7 +154,9 @@ def test_gates_do_not_depend_on_how_levels_arrive():
     for level in (0.1, None):
         gate, whole = SilenceGate(level), SilenceGate(level)
         pieces = [gate.push(part) for part in np.split(rms, [1, 2, 30, 77])]
-        assert np.array_equal(np.concatenate([*pieces, gate.finish()]), np.concatenate([whole.push(rms), whole.finish()]))
+        assert np.array_equal(
+            np.concatenate([*pieces, gate.finish()]), np.concatenate([whole.push(rms), whole.finish()])
+        )
 
 
 def test_quiet_recordings_still_move_the_mouth():
@@ -229,7 +233,7 @@ def test_frames_not_asked_for_are_not_lost_and_not_rendered():
 def test_waiting_motion_stays_bounded():
     """A long sound is handed over a second at a time: only that much motion waits for its frames."""
     stream, most = Stream(FakeAvatar(), level=0.1), 0
-    for i, _ in enumerate(_motions(stream, speechlike(30))):
+    for i, _ in enumerate(_motions(stream, [speechlike(30)])):
         most = max(most, len(stream._motions))
     assert i == 749 and most <= 2 * 25
 
@@ -397,8 +401,12 @@ def test_a_source_that_is_another_video_is_refused(tmp_path, wav):
     source_video(tmp_path / "small.mp4", width=64, height=48)
     avatar = FakeAvatar(source={"path": str(tmp_path / "gone.mp4"), "crop_box": [30, 10, 100]})
     with pytest.raises(InputError, match="is 64x48, too small"):
-        speak(avatar, wav, tmp_path / "out.mp4", original_size=True, source_video=tmp_path / "small.mp4", progress=False)
+        speak(
+            avatar, wav, tmp_path / "out.mp4", original_size=True, source_video=tmp_path / "small.mp4", progress=False
+        )
     source_video(tmp_path / "short.mp4", count=5)
     with pytest.raises(InputError, match="ends before driving frame 5"):
-        speak(avatar, wav, tmp_path / "out.mp4", original_size=True, source_video=tmp_path / "short.mp4", progress=False)
+        speak(
+            avatar, wav, tmp_path / "out.mp4", original_size=True, source_video=tmp_path / "short.mp4", progress=False
+        )
     assert not (tmp_path / "out.mp4").exists()

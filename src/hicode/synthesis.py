@@ -9,7 +9,7 @@ the avatar's driving track, which runs back and forth as long as the sound lasts
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from hicode.errors import InputError, OutputError
 from hicode.files import check_writable
 from hicode.motion import Motion, bounce
 from hicode.progress import progress_bar
-from hicode.speech.encoder import create_encoder, speech_level
+from hicode.speech.encoder import SAMPLES_PER_FEATURE, create_encoder, level_of_frames, speech_level
 
 if TYPE_CHECKING:
     from hicode.avatar.avatar import Avatar
@@ -36,7 +36,9 @@ SAMPLES_PER_FRAME = 640
 # bit for bit: two frames, which is also the step in which the embedded encoder answers.
 PIECE = 2 * SAMPLES_PER_FRAME
 SILENT_DB = -60.0
-READ_AHEAD = AUDIO_RATE_HZ  # samples that `synthesize` hands over at a time: bounds the motion that waits for its frames
+VIDEO_AUDIO_RATE_HZ = 48000
+# Samples handed over at a time when all are at hand: bounds the motion that waits for its frames.
+READ_AHEAD = AUDIO_RATE_HZ
 
 
 @dataclass
@@ -102,7 +104,10 @@ class Stream:
         self._rest = resting_mouth(avatar.driving, avatar)
         self._sound = np.zeros(0, np.float32)  # not yet given to the encoder
         self._gates = np.zeros(0, np.float32)  # gates and mouths that wait for each other
-        self._waiting = self._rest[0].new_zeros(0, *self._rest[0].shape), self._rest[1].new_zeros(0, *self._rest[1].shape)
+        self._waiting = (
+            self._rest[0].new_zeros(0, *self._rest[0].shape),
+            self._rest[1].new_zeros(0, *self._rest[1].shape),
+        )
         self._motions: deque[tuple[int, Motion]] = deque()
         self._start, self._received, self._moved, self._flushed = start, 0, 0, False
 
@@ -121,7 +126,10 @@ class Stream:
             self._flushed = True
             with _clocked(self.seconds, "speech"), torch.inference_mode():
                 self._know(self._sound)
-                mouths = [self._mouths.push(self._features.push(self._sound)), self._mouths.push(self._features.finish())]
+                mouths = [
+                    self._mouths.push(self._features.push(self._sound)),
+                    self._mouths.push(self._features.finish()),
+                ]
                 mouths.append(self._mouths.finish())
                 self._sound = self._sound[:0]
                 if self._gate is not None:
@@ -185,7 +193,9 @@ class Stream:
         return out
 
 
-def synthesize(avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int = 0, rest: bool = True) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+def synthesize(
+    avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int = 0, rest: bool = True
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The frames of a whole sound, ceil(n / 640) of them, rendered as they are asked for: a `Stream`, drained.
 
     audio: float32 mono at 16 kHz. Raises InputError where it is empty, not finite, not mono, or the avatar cannot speak.
@@ -194,18 +204,22 @@ def synthesize(avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int = 0, 
     if len(audio) == 0:
         raise InputError("The sound is empty. Give a file with speech.")
     stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest)
-    return (stream._frame(t, motion) for t, motion in _motions(stream, audio))
+    return (stream._frame(t, motion) for t, motion in _motions(stream, [audio]))
 
 
-def synthesize_motion(avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int = 0, rest: bool = True) -> Iterator[tuple[int, Motion]]:
+def synthesize_motion(
+    avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int = 0, rest: bool = True
+) -> Iterator[tuple[int, Motion]]:
     """What `synthesize` renders: for each frame the driving frame and the motion of one frame."""
-    return _motions(Stream(avatar, level=speech_level(_checked(audio)), start=start, rest=rest), audio)
+    audio = _checked(audio)
+    return _motions(Stream(avatar, level=speech_level(audio), start=start, rest=rest), [audio])
 
 
-def _motions(stream: Stream, audio: np.ndarray) -> Iterator[tuple[int, Motion]]:
-    for begin in range(0, len(audio), READ_AHEAD):
-        stream._hear(audio[begin : begin + READ_AHEAD])
-        yield from stream.motion()
+def _motions(stream: Stream, pieces: Iterable[np.ndarray]) -> Iterator[tuple[int, Motion]]:
+    for piece in pieces:
+        for begin in range(0, len(piece), READ_AHEAD):
+            stream._hear(piece[begin : begin + READ_AHEAD])
+            yield from stream.motion()
     stream.flush()
     yield from stream.motion()
 
@@ -216,7 +230,9 @@ def _checked(samples) -> Float[np.ndarray, "n"]:
         raise InputError(f"The sound has shape {samples.shape}, expected one channel. Mix it down to mono.")
     if not np.isfinite(samples).all():
         bad = int((~np.isfinite(samples)).sum())
-        raise InputError(f"The sound has {bad} samples that are not numbers (first at {np.argmin(np.isfinite(samples))}). Repair the file.")
+        raise InputError(
+            f"The sound has {bad} samples that are not numbers (first at {np.argmin(np.isfinite(samples))}). Repair the file."
+        )
     return samples
 
 
@@ -257,7 +273,7 @@ def speak(
     start          driving frame to begin with
     rest           let the lips rest in silence
 
-    Memory does not grow with the sound beyond the sound itself (4 MB a minute). The file appears when it is whole. Raises InputError for a
+    Memory does not grow with the sound. The file appears when it is whole. Raises InputError for a
     sound or a source that cannot be used, OutputError where `out` cannot be written: both before any work.
     """
     from hicode.media.video import VideoWriter
@@ -268,9 +284,9 @@ def speak(
         from hicode.avatar.avatar import Avatar
 
         avatar = Avatar.load(avatar)
-    samples = _sound(audio)
-    stream = Stream(avatar, level=speech_level(samples), start=start, rest=rest)
-    total = -(-len(samples) // SAMPLES_PER_FRAME)
+    sound = _Sound.of(audio)
+    stream = Stream(avatar, level=sound.level, start=start, rest=rest)
+    total = -(-sound.samples // SAMPLES_PER_FRAME)
     original = _Original(avatar, source_video, start, total, out.parent) if original_size else None
     height, width = avatar.plate.shape[:2]
     width, height = (width, height) if original is None else original.size
@@ -279,8 +295,12 @@ def speak(
         if original is not None:
             stack.enter_context(original)
         report = stack.enter_context(progress_bar("Speaking", progress))
-        video = stack.enter_context(VideoWriter(out, width, height, float(avatar.driving.fps), audio=samples, audio_rate_hz=AUDIO_RATE_HZ))
-        for done, (t, motion) in enumerate(_motions(stream, samples), 1):
+        video = stack.enter_context(
+            VideoWriter(
+                out, width, height, avatar.driving.fps, audio=sound.pieces(sound.rate_hz), audio_rate_hz=sound.rate_hz
+            )
+        )
+        for done, (t, motion) in enumerate(_motions(stream, sound.pieces(AUDIO_RATE_HZ)), 1):
             frame = stream._frame(t, motion)
             with _clocked(stream.seconds, "encode"):
                 video.write(frame if original is None else original.paste(t, frame))
@@ -290,26 +310,59 @@ def speak(
 
 def _check_out(out: Path, *inputs) -> None:
     if out.suffix.lower() not in (".mp4", ".m4v", ".mov"):
-        raise OutputError(f"{out} does not end in .mp4, .m4v or .mov, the kinds of video written here. Choose such a name with -o.")
+        raise OutputError(
+            f"{out} does not end in .mp4, .m4v or .mov, the kinds of video written here. Choose such a name with -o."
+        )
     check_writable(out)
     for path in inputs:
         if isinstance(path, (str, Path)) and out.exists() and Path(path).exists() and out.samefile(path):
             raise OutputError(f"{out} is also the input, which would be lost. Choose another name with -o.")
 
 
-def _sound(audio: Path | str | np.ndarray) -> Float[np.ndarray, "n"]:
-    """16 kHz mono samples, or the InputError that says why not."""
-    from hicode.media.audio import level_db, read_audio
+@dataclass(frozen=True)
+class _Sound:
+    """Sound to speak, in pieces of any size; files are read as often as needed and never held."""
 
-    name = "The sound" if isinstance(audio, np.ndarray) else str(audio)
-    samples = _checked(audio) if isinstance(audio, np.ndarray) else read_audio(audio, AUDIO_RATE_HZ)
-    if samples is None:
-        raise InputError(f"{name} has no sound track. Give a file with speech.")
-    if len(samples) == 0:
-        raise InputError(f"{name} holds no sound at all. Give a file with speech.")
-    if level_db(samples) < SILENT_DB:
-        raise InputError(f"{name} is silent (loudest 20 ms at {level_db(samples):.0f} dB). Give a file with speech.")
-    return samples
+    source: Path | np.ndarray
+    samples: int
+    """at 16 kHz"""
+    level: float
+    """RMS of its speech"""
+
+    @staticmethod
+    def of(audio: Path | str | np.ndarray) -> "_Sound":
+        """Heard through once; InputError where it cannot be used."""
+        audio = _checked(audio) if isinstance(audio, np.ndarray) else Path(audio)
+        name = "The sound" if isinstance(audio, np.ndarray) else str(audio)
+        count, rms, rest = 0, [], np.zeros(0, np.float32)
+        for piece in _Sound(audio, 0, 0.0).pieces(AUDIO_RATE_HZ):
+            count += len(piece)
+            piece = np.concatenate([rest, piece])
+            whole = len(piece) // SAMPLES_PER_FEATURE * SAMPLES_PER_FEATURE
+            rms.append(frame_rms(piece[:whole], SAMPLES_PER_FEATURE))
+            rest = piece[whole:]
+        levels = np.concatenate([*rms, frame_rms(rest, SAMPLES_PER_FEATURE)])
+        if count == 0:
+            raise InputError(f"{name} holds no sound at all. Give a file with speech.")
+        loudest_db = 20 * np.log10(max(levels.max(), 1e-6))
+        if loudest_db < SILENT_DB:
+            raise InputError(f"{name} is silent (loudest 20 ms at {loudest_db:.0f} dB). Give a file with speech.")
+        return _Sound(audio, count, level_of_frames(levels))
+
+    @property
+    def rate_hz(self) -> int:
+        """At which it goes into the video: samples as they are, a file's in full quality."""
+        return AUDIO_RATE_HZ if isinstance(self.source, np.ndarray) else VIDEO_AUDIO_RATE_HZ
+
+    def pieces(self, rate_hz: int) -> Iterator[np.ndarray]:
+        from hicode.media.audio import stream_audio
+
+        if isinstance(self.source, np.ndarray):
+            return iter([self.source])
+        pieces = stream_audio(self.source, rate_hz)
+        if pieces is None:
+            raise InputError(f"{self.source} has no sound track. Give a file with speech.")
+        return pieces
 
 
 class _Original:
@@ -331,7 +384,9 @@ class _Original:
                 f"{self.path}, the video that the avatar came from, is gone. Name its new place with --source-video, or leave --original-size out."
             )
         if "crop_box" not in source:
-            raise InputError("The avatar does not know where its crop lies in the video. Train it anew, or leave --original-size out.")
+            raise InputError(
+                "The avatar does not know where its crop lies in the video. Train it anew, or leave --original-size out."
+            )
         info = probe(self.path)
         self.size = info.width, info.height
         self.box = x0, y0, side = tuple(round(v) for v in source["crop_box"])
@@ -368,11 +423,17 @@ class _Original:
         region = dilate_mask(self.avatar.driving_mask(t))
         if crop.shape[0] != side:
             # Area averages are right for reducing, Lanczos for enlarging; the region's edge becomes soft by a crop's pixel.
-            crop = cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA if side < crop.shape[0] else cv2.INTER_LANCZOS4)
-            region = cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA if side < region.shape[0] else cv2.INTER_LINEAR)
+            crop = cv2.resize(
+                crop, (side, side), interpolation=cv2.INTER_AREA if side < crop.shape[0] else cv2.INTER_LANCZOS4
+            )
+            region = cv2.resize(
+                region, (side, side), interpolation=cv2.INTER_AREA if side < region.shape[0] else cv2.INTER_LINEAR
+            )
         weight = region[..., None].astype(np.float32) / 255
         target = out[y0 : y0 + side, x0 : x0 + side]
-        target[:] = np.where(weight > 0, target + weight * (crop.astype(np.float32) - target) + 0.5, target).astype(np.uint8)
+        target[:] = np.where(weight > 0, target + weight * (crop.astype(np.float32) - target) + 0.5, target).astype(
+            np.uint8
+        )
         return out
 
     def _frame(self, t: int) -> np.ndarray:
@@ -383,7 +444,9 @@ class _Original:
         while self._read <= t:
             frame = next(self._frames, None)
             if frame is None:
-                raise InputError(f"{self.path} ends before driving frame {t}: it is not the video that the avatar came from.")
+                raise InputError(
+                    f"{self.path} ends before driving frame {t}: it is not the video that the avatar came from."
+                )
             if self._read >= 0:
                 self._latest = self._read, frame
                 self._store(frame)
@@ -406,5 +469,7 @@ class _Original:
             self._spool.seek(self._offsets[-1])
             self._spool.write(data.tobytes())
         except OSError as error:
-            raise OutputError(f"Cannot keep the source's frames in {self.folder}: {error.strerror}. Free some space.") from error
+            raise OutputError(
+                f"Cannot keep the source's frames in {self.folder}: {error.strerror}. Free some space."
+            ) from error
         self._offsets.append(self._offsets[-1] + len(data))

@@ -31,23 +31,33 @@ def read_audio(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n
 
     InputError where the file cannot be read, or a sample is not a finite number.
     """
-    import soxr
+    pieces = stream_audio(path, rate_hz)
+    if pieces is None:
+        return None
+    return np.concatenate([np.zeros(0, np.float32), *pieces])
 
+
+def stream_audio(path: Path | str, rate_hz: int = 16000) -> Iterator[Float32[np.ndarray, "n"]] | None:
+    """What `read_audio` gives, in pieces: sound of any length in constant memory."""
     path = Path(path)
     with open_media(path) as container:
         if not container.streams.audio:
             return None
+    return _resampled(path, rate_hz)
+
+
+def _resampled(path: Path, rate_hz: int) -> Iterator[np.ndarray]:
+    import soxr
+
+    with open_media(path) as container:
         start_s = _first_frame_s(path) if container.streams.video else None
-        pieces = []
         resampler = None
-        source_rate_hz = None
         for samples, source_rate_hz in _mono(container, path, start_s):
             if resampler is None:
                 resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
-            pieces.append(resampler.resample_chunk(samples, last=False))
+            yield resampler.resample_chunk(samples, last=False)
         if resampler is not None:
-            pieces.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 def read_speech(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n"]:

@@ -79,9 +79,13 @@ def match_frames(features: Float[Tensor, "t d"], frames: int) -> Float[Tensor, "
 
 def speech_level(samples: Float[np.ndarray, "n"]) -> float:
     """RMS of the louder 20 ms frames: those above a tenth of the 95th percentile, so pauses do not count. Never below QUIETEST_LEVEL."""
-    if len(samples) == 0:
+    return level_of_frames(_frame_rms(np.pad(samples, (0, -len(samples) % SAMPLES_PER_FEATURE))))
+
+
+def level_of_frames(rms: Float[np.ndarray, "t"]) -> float:
+    """`speech_level` of a sound too long to hold, from the RMS of its 20 ms frames."""
+    if len(rms) == 0:
         return QUIETEST_LEVEL
-    rms = _frame_rms(np.pad(samples, (0, -len(samples) % SAMPLES_PER_FEATURE)))
     loud = rms[rms > 0.1 * np.percentile(rms, 95)]
     return max(float(np.sqrt((loud**2).mean())) if len(loud) else 0.0, QUIETEST_LEVEL)
 
