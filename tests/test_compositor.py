@@ -70,7 +70,9 @@ def test_no_input_pixel_inside_the_dilated_mask_can_leak(generator):
 
 def test_untrained_generator_is_the_plain_composite():
     rgb, alpha, frame, mask, plate = scene()
-    assert np.array_equal(compose(rgb, alpha, frame, mask, plate, Compositor()), compose(rgb, alpha, frame, mask, plate))
+    assert np.array_equal(
+        compose(rgb, alpha, frame, mask, plate, Compositor()), compose(rgb, alpha, frame, mask, plate)
+    )
 
 
 def test_head_is_the_alpha_composite_over_the_background():
@@ -86,7 +88,9 @@ def test_background_meets_a_brighter_frame_without_a_step():
     _, alpha, _, mask, plate = scene()
     frame = np.clip(plate.astype(int) + 30, 0, 255).astype(np.uint8)
     out = compose(np.zeros((*mask.shape, 3), np.float32), np.zeros_like(alpha), frame, mask, plate)
-    assert np.abs(out.astype(int) - frame).max() <= 1  # a constant offset is carried exactly; rounding takes at most one level
+    assert (
+        np.abs(out.astype(int) - frame).max() <= 1
+    )  # a constant offset is carried exactly; rounding takes at most one level
 
 
 def test_empty_mask_gives_the_frame_back():
@@ -123,7 +127,9 @@ def test_dilation_reaches_further_down_than_up():
     dilated = dilate_mask(disc(512, 100)) > 0
     rows = np.flatnonzero(dilated.any(1))
     above, below = 156 - rows[0], rows[-1] - 355
-    assert 14 <= above <= 18 and 22 <= below <= 26  # 16 px, and 8 more for the jaw; the soft edge and the chamfer metric take 2
+    assert (
+        14 <= above <= 18 and 22 <= below <= 26
+    )  # 16 px, and 8 more for the jaw; the soft edge and the chamfer metric take 2
 
 
 def test_dilation_contains_the_mask_and_grows_with_it():
@@ -150,7 +156,9 @@ def test_plate_fills_what_was_never_seen_smoothly():
     frame = np.where(mask[..., None] > 0, 255, background).astype(np.uint8)
     plate = background_plate([frame] * 3, [mask] * 3)
     hole = mask > 0
-    assert plate[hole].max() <= 185 and plate[hole].min() >= 55  # a blend of what surrounds it, none of the head's white
+    assert (
+        plate[hole].max() <= 185 and plate[hole].min() >= 55
+    )  # a blend of what surrounds it, none of the head's white
     assert np.abs(np.diff(plate.astype(int), axis=0)).max() <= 6  # no step at the hole's border
 
 
@@ -223,7 +231,9 @@ def blurred_samples(t: int, seed: int | None):
     mask = disc(128, 36, (64 + t % 5, 60))
     alpha = mask.astype(np.float32) / 255
     y, x = np.mgrid[:128, :128]
-    head = 0.5 + 0.2 * np.sin(x / 3 + rng.uniform(0, 6))[..., None] * np.cos(y / 4)[..., None] * np.float32([1, 0.8, 0.6])
+    head = 0.5 + 0.2 * np.sin(x / 3 + rng.uniform(0, 6))[..., None] * np.cos(y / 4)[..., None] * np.float32(
+        [1, 0.8, 0.6]
+    )
     frame = alpha[..., None] * head + (1 - alpha[..., None]) * 90 / 255
     rgb = alpha[..., None] * (head - 0.12)
     if seed is not None:
@@ -295,5 +305,7 @@ def test_a_render_that_is_not_finite_stops_training_and_says_so(training):
 
 
 def test_random_flow_has_the_length_asked_for(training):
-    lengths = [np.hypot(*np.moveaxis(training.random_flow(64, 2.0, np.random.default_rng(i)), -1, 0)).mean() for i in range(50)]
+    lengths = [
+        np.hypot(*np.moveaxis(training.random_flow(64, 2.0, np.random.default_rng(i)), -1, 0)).mean() for i in range(50)
+    ]
     assert 1.0 <= min(lengths) and max(lengths) <= 3.0 and abs(np.mean(lengths) - 2) < 0.3

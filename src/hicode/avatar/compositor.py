@@ -23,7 +23,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
 # Lengths as fractions of the image's larger side (the comments give px at 512).
-REACH = 16 / 512  # how far the dilated mask goes beyond the head: half of it for tracking error and hair, half for the feather
+# How far the dilated mask goes beyond the head: half of it for tracking error and hair, half for the feather.
+REACH = 16 / 512
 FEATHER = 8 / 512  # width of the rim in which the composite fades into the fill
 JAW_REACH = 8 / 512  # further reach downwards: the spoken jaw may open wider than the driving frame's
 PLATE_GUARD = 6 / 512  # background this near to a head mask is not trusted: soft hair, motion blur
@@ -239,7 +240,9 @@ def background_plate(
     return np.clip(fill_smoothly(median, known) + 0.5, 0, 255).astype(np.uint8)
 
 
-def fill_smoothly(values: Float32[np.ndarray, "h w c"], known: Float32[np.ndarray, "h w"]) -> Float32[np.ndarray, "h w c"]:
+def fill_smoothly(
+    values: Float32[np.ndarray, "h w c"], known: Float32[np.ndarray, "h w"]
+) -> Float32[np.ndarray, "h w c"]:
     """Fill holes by a push-pull pyramid (Gortler et al. 1996): exact where `known` is 1, smooth elsewhere.
 
     `values` must be 0 where `known` is 0. With nothing known, zeros.

@@ -28,6 +28,7 @@ from hicode.avatar.compositor import Compositor, CompositorConfig, plain_composi
 from hicode.errors import TrainingError
 from hicode.files import load_tensors, save_tensors
 from hicode.perceptual import SMALLEST_SIDE_PX, Features, lpips
+from hicode.training.losses import fast_dtype
 
 
 class Samples(Protocol):
@@ -92,7 +93,9 @@ def compositor_preset(name: Literal["draft", "standard", "paper"], seed: int = 0
     """draft: about 30 s on two cores; standard: about 5 min; paper: as long as it helps."""
     if name == "draft":
         return CompositorTraining(steps=60, renders=40, crop_px=96, validation=5, seed=seed)
-    return CompositorTraining(seed=seed) if name == "standard" else CompositorTraining(steps=4000, renders=300, seed=seed)
+    return (
+        CompositorTraining(seed=seed) if name == "standard" else CompositorTraining(steps=4000, renders=300, seed=seed)
+    )
 
 
 class Discriminator(nn.Module):
@@ -177,13 +180,15 @@ def train_compositor(
     with _bar(config.steps, progress) as advance:
         if trainer.step < config.steps:
             pool = _draw_pool(samples, learned, plate, config)
-            vgg = Features("vgg16", config.vgg_layers)
+            vgg = Features("vgg16", config.vgg_layers, dtype=fast_dtype())
             while trainer.step < config.steps:
                 terms = trainer.train_step(pool, vgg)
                 if log is not None:
                     log(trainer.step, terms)
                 advance(trainer.step)
-                if checkpoint is not None and (trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps):
+                if checkpoint is not None and (
+                    trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps
+                ):
                     trainer.save(checkpoint)
     chosen = [judged[i] for i in np.unique(np.linspace(0, len(judged) - 1, config.validation).astype(int))]
     compositor, found = _judge(trainer.averaged, validation, chosen, plate)
@@ -222,9 +227,13 @@ class _PoolItem:
     lower: np.ndarray
 
 
-def _draw_pool(samples: Samples, frames: Sequence[int], plate: np.ndarray, config: CompositorTraining) -> list[_PoolItem]:
+def _draw_pool(
+    samples: Samples, frames: Sequence[int], plate: np.ndarray, config: CompositorTraining
+) -> list[_PoolItem]:
     rng = np.random.default_rng([config.seed, 1])
-    order = np.concatenate([rng.permutation(frames) for _ in range(-(-config.renders // len(frames)))])[: config.renders]
+    order = np.concatenate([rng.permutation(frames) for _ in range(-(-config.renders // len(frames)))])[
+        : config.renders
+    ]
     pool = []
     for t in order:
         seed = int(rng.integers(1 << 31))
@@ -232,7 +241,9 @@ def _draw_pool(samples: Samples, frames: Sequence[int], plate: np.ndarray, confi
         if item is not None:
             pool.append(item)
     if not pool:
-        raise TrainingError("No training frame has a head mask, so there is nothing to compose. Prepare the clip again.")
+        raise TrainingError(
+            "No training frame has a head mask, so there is nothing to compose. Prepare the clip again."
+        )
     return pool
 
 
@@ -287,7 +298,13 @@ def random_flow(size: int, mean_px: float, rng: np.random.Generator) -> Float[np
 def _warped(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     h, w = image.shape[:2]
     x, y = np.meshgrid(np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32))
-    return cv2.remap(np.ascontiguousarray(image), x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.remap(
+        np.ascontiguousarray(image),
+        x + flow[..., 0],
+        y + flow[..., 1],
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
 
 
 # --- steps -------------------------------------------------------------------------------------------------------------------------------
@@ -299,7 +316,11 @@ class _Trainer:
     def __init__(self, config: CompositorTraining):
         self.config = config
         self.step = 0
-        self.generator, self.averaged, self.discriminator = Compositor(config.generator), Compositor(config.generator), Discriminator()
+        self.generator, self.averaged, self.discriminator = (
+            Compositor(config.generator),
+            Compositor(config.generator),
+            Discriminator(),
+        )
         self.averaged.load_state_dict(self.generator.state_dict())
         self.averaged.requires_grad_(False)
         for network in (self.generator, self.discriminator):
@@ -334,14 +355,16 @@ class _Trainer:
         fake = self.discriminator(output)
         terms = {
             "recon": config.recon * (output - target).square().mean(),
-            "vgg": config.vgg * sum((a - b).abs().mean() for a, b in zip(vgg(output), real_features)),
+            "vgg": config.vgg * sum((a.float() - b.float()).abs().mean() for a, b in zip(vgg(output), real_features)),
             "matching": config.matching * sum((a - b).abs().mean() for a, b in zip(fake[:-1], real[:-1])),
         }
         if self.step >= config.adversarial_from * config.steps:
             terms["adversarial"] = config.adversarial * (fake[-1] - 1).square().mean()
         for name, value in terms.items():
             if not torch.isfinite(value):
-                raise TrainingError(f"The compositor's {name} term is {value.item()} at step {self.step}. Lower its learning rate.")
+                raise TrainingError(
+                    f"The compositor's {name} term is {value.item()} at step {self.step}. Lower its learning rate."
+                )
         self._descend("generator", sum(terms.values()))
         self.discriminator.requires_grad_(True)
         with torch.no_grad():
@@ -373,7 +396,9 @@ class _Trainer:
         self.step = header["step"]
         for name in ("generator", "averaged", "discriminator"):
             prefix = f"{name}."
-            getattr(self, name).load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            getattr(self, name).load_state_dict(
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            )
         for name, optimiser in self.optimisers.items():
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
@@ -414,13 +439,21 @@ def _judge(
             perceptual = distance.from_features(distance.normalized(_image(output)), truth_features).item()
             scores[s].append((-10 * np.log10(max(mse, 1e-10)), perceptual))
     if not scores[0.0]:
-        raise TrainingError("No validation frame has a head mask, so the compositor cannot be judged. Prepare the clip again.")
+        raise TrainingError(
+            "No validation frame has a head mask, so the compositor cannot be judged. Prepare the clip again."
+        )
     means = {s: np.mean(v, axis=0) for s, v in scores.items()}
     plain_psnr, plain_lpips = means[0.0]
     good = [s for s in strengths[1:] if means[s][1] < plain_lpips and means[s][0] >= plain_psnr]
     best = min(good or strengths[1:], key=lambda s: means[s][1])
     report = CompositorReport(
-        bool(good), best, float(plain_psnr), float(plain_lpips), float(means[best][0]), float(means[best][1]), len(scores[0.0])
+        bool(good),
+        best,
+        float(plain_psnr),
+        float(plain_lpips),
+        float(means[best][0]),
+        float(means[best][1]),
+        len(scores[0.0]),
     )
     if not good:
         return None, report
