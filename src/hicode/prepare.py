@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_type_hints
 
 import cv2
 import numpy as np
@@ -46,8 +47,8 @@ class PrepareConfig:
     """Seconds to leave out at the beginning."""
     duration: float | None = None
     """Seconds to use; the whole video if not given."""
-    encoder: str = "embedded"
-    """Speech features: embedded, hubert or logmel."""
+    encoder: Literal["embedded", "hubert", "logmel"] = "embedded"
+    """Whose speech features are stored beside the clip."""
     max_missing: float = 0.1
     """Largest share of frames that may lack a face; they are interpolated."""
     min_seconds: float = 2.0
@@ -138,7 +139,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     limits = {"max_missing": config.max_missing}
     found = work.step("landmarks", 1, limits, ("crop",), ("landmarks.safetensors",), lambda: _find_landmarks(work, video, count))
     fitted = work.step("track", 1, {}, ("landmarks",), ("track.safetensors",), lambda: _fit(work, train))
-    work.step("masks", 1, {}, ("track",), ("masks/person", "masks/head"), lambda: _segment(work, count))
+    work.step("masks", 1, {}, ("track",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
     work.step("depth", 1, {}, ("masks",), ("depth.safetensors",), lambda: _depth(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
@@ -170,8 +171,9 @@ def _check_config(config: PrepareConfig) -> None:
         raise InputError(f"--start {config.start} is negative. Give seconds from the beginning.")
     if config.duration is not None and config.duration < config.min_seconds:
         raise InputError(f"--duration {config.duration} is shorter than {config.min_seconds:g} s. Use more of the video.")
-    if config.encoder not in ("embedded", "hubert", "logmel"):
-        raise InputError(f"No speech encoder is called {config.encoder!r}. There are: embedded, hubert, logmel.")
+    encoders = get_args(get_type_hints(PrepareConfig)["encoder"])
+    if config.encoder not in encoders:
+        raise InputError(f"No speech encoder is called {config.encoder!r}. There are: {', '.join(encoders)}.")
 
 
 def _check_length(info: VideoInfo, config: PrepareConfig) -> None:
@@ -431,19 +433,25 @@ def _fit(work: _Work, train: range) -> dict:
     return {"error_px": figures.error_px, "lips_px": figures.lips_px, "focal_px": figures.focal_px, "jitter_px": figures.jitter_px}
 
 
-def _segment(work: _Work, count: int) -> dict:
-    from hicode.face.masks import Segmenter, head_mask
+def _segment(work: _Work, train: range, count: int) -> dict:
+    from hicode.face.masks import Segmenter, hair_drop, head_mask
 
     segmenter = Segmenter()
-    track = load_track(work.folder / "track.safetensors")
+    points = load_track(work.folder / "track.safetensors").landmarks_px.numpy()
     with _whole_folder(work.folder / "masks") as target:
-        for kind in ("person", "head"):
-            (target / kind).mkdir()
-        for t, frame in enumerate(_frames(work, count, "Masks")):
-            person = segmenter.person(frame)
-            write_png(target / "person" / f"{t:06d}.png", person)
-            write_png(target / "head" / f"{t:06d}.png", head_mask(person, track.landmarks_px[t].numpy(), track, t))
-    return {}
+        person, head = target / "person", target / "head"
+        person.mkdir()
+        head.mkdir()
+        for t, mask in enumerate(segmenter.persons(_frames(work, count, "Person masks"))):
+            write_png(person / f"{t:06d}.png", mask)
+        some = np.linspace(train.start, train.stop - 1, min(12, len(train))).round().astype(int)
+        drop = hair_drop((read_png(person / f"{t:06d}.png", grey=True) for t in some), points[some])
+        with progress_bar("Head masks", work.show) as report:
+            for t in range(count):
+                mask = head_mask(read_png(person / f"{t:06d}.png", grey=True), points[t], hair_drop=drop)
+                write_png(head / f"{t:06d}.png", mask)
+                report(t + 1, count)
+    return {"hair_drop": round(drop, 3)}
 
 
 def _depth(work: _Work, train: range) -> dict:

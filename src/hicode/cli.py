@@ -1,0 +1,348 @@
+"""The command line: each command is a function, its options are the function's parameters and the dataclass configs that it takes.
+
+Exit status: 0 done; 2 something the user can mend, said in one line on standard error; 130 interrupted, with how to go on. A traceback is a
+defect of ours. Only the chosen command's modules are imported, so `hicode --help` is instant.
+"""
+
+import contextlib
+import difflib
+import errno
+import functools
+import inspect
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from hicode import __version__
+from hicode.errors import HicodeError, InputError
+from hicode.runtime import Device
+
+Out = Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+Video = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="VIDEO")]]
+Audio = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="AUDIO")]]
+ClipFolder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CLIP")]]
+AvatarFile = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="AVATAR")]]
+Preset = Literal["draft", "standard", "paper"]
+EXIT_USER, EXIT_INTERRUPTED = 2, 130
+
+
+def _demo() -> Callable:
+    from hicode.demo import demo
+
+    return demo
+
+
+def _prepare() -> Callable:
+    from hicode.prepare import PrepareConfig, prepare
+
+    def run(
+        video: Video,
+        out: Out,
+        config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),
+    ) -> None:
+        """Make a clip from a video: frames, landmarks, head track, masks, speech features, and a report of what the recording is good for.
+
+        A run that was stopped goes on where it was when the same command is given again.
+
+        Args:
+            video: Someone speaking, filmed from the front: at least 2 s, better a minute.
+            out: Folder of the clip.
+        """
+        clip = prepare(video, out, config)
+        print(f"{clip.path}: {clip.frame_count} frames. Next: hicode train {clip.path} -o {clip.path.with_suffix('.hicode')}")
+
+    return run
+
+
+def _train() -> Callable:
+    from hicode.training.run import train
+
+    def run(
+        clip: ClipFolder,
+        out: Out,
+        preset: Preset = "standard",
+        run_folder: Path | None = None,
+        seed: int = 0,
+        device: Device = "auto",
+    ) -> None:
+        """Learn an avatar from a clip.
+
+        A run that was stopped goes on from its last checkpoint when the same command is given again.
+
+        Args:
+            clip: What `hicode prepare` made.
+            out: The avatar, one file; the usual ending is .hicode.
+            preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
+            run_folder: Where checkpoints, metrics and TensorBoard events go; runs/NAME beside the avatar if not given.
+            seed: Of everything random.
+            device: cuda uses the GPU through gsplat (pip install 'hicode[cuda]').
+        """
+        train(clip, out, preset, run=run_folder, seed=seed, device=device)
+        print(f"{out}. Next: hicode speak {out} AUDIO -o speech.mp4")
+
+    return run
+
+
+def _speak() -> Callable:
+    from hicode.synthesis import speak
+
+    def run(
+        avatar: AvatarFile,
+        audio: Audio,
+        out: Out,
+        original_size: bool = False,
+        source_video: Path | None = None,
+        start: int = 0,
+        rest: bool = True,
+        device: Device = "auto",
+    ) -> None:
+        """Make an avatar speak: an MP4 with sound.
+
+        Args:
+            avatar: What `hicode train` made.
+            audio: Speech, in any sound or video file, of any length.
+            out: The video, ending in .mp4.
+            original_size: Paste the head back into the video that the avatar came from, at that video's size.
+            source_video: Where that video is, should it have moved.
+            start: Driving frame to begin with.
+            rest: Let the lips rest in silence.
+            device: Where to render.
+        """
+        _check_device(device)
+        print(speak(avatar, audio, out, original_size=original_size, source_video=source_video, start=start, rest=rest))
+
+    return run
+
+
+def _make() -> Callable:
+    from hicode.prepare import PrepareConfig
+
+    def run(
+        video: Video,
+        audio: Audio,
+        out: Out,
+        preset: Preset = "draft",
+        work: Path | None = None,
+        config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),
+        device: Device = "auto",
+    ) -> None:
+        """Prepare, train and speak in one go: from a video of someone and any speech to a video of them speaking it.
+
+        Args:
+            video: Someone speaking, filmed from the front: at least 2 s, better a minute.
+            audio: What they shall say, in any sound or video file.
+            out: The video, ending in .mp4.
+            preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
+            work: Folder for clip, avatar and run, which are kept; OUT.work beside the video if not given.
+            device: cuda uses the GPU through gsplat.
+        """
+        from hicode.demo import make
+
+        make(video, audio, out, preset, work, config, device)
+
+    return run
+
+
+def _evaluate() -> Callable:
+    from hicode.evaluation.report import evaluate
+
+    def run(
+        avatar: AvatarFile,
+        clip: ClipFolder,
+        json: Path | None = None,
+        html: Path | None = None,
+        device: Device = "auto",
+    ) -> None:
+        """Measure an avatar on the part of its clip that it has not seen: a table, and on request JSON and a page with pictures.
+
+        Args:
+            avatar: What `hicode train` made.
+            clip: The clip it was trained on.
+            json: File for the figures.
+            html: File for the page.
+            device: Where to render.
+        """
+        from hicode.files import check_writable
+
+        _check_device(device)
+        for file in filter(None, (json, html)):
+            check_writable(file)
+        evaluate(avatar, clip, json=json, html=html)
+
+    return run
+
+
+def _assets() -> Callable:
+    from hicode import assets
+
+    def run(action: tyro.conf.Positional[Literal["list", "pull"]] = "list", names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
+        """List the pretrained parts with source and licence, or fetch them so that later runs need no network.
+
+        Args:
+            action: list or pull.
+            names: The parts to pull; all of them if none is named.
+        """
+        if action == "pull":
+            from hicode.progress import progress_bar
+
+            wanted = names or tuple(assets.ASSETS)
+            with progress_bar("Fetching") as report:
+                for i, name in enumerate(wanted):
+                    assets.pull([name])
+                    report(i + 1, len(wanted))
+            print(f"{len(wanted)} parts are in {assets.cache_dir()}")
+            return
+        if names:
+            raise InputError(f"assets list takes no names ({names[0]!r} given). Leave them out.")
+        for name, asset in assets.ASSETS.items():
+            package = asset.package
+            print(f"{name:<15} {asset.what}{'' if assets.is_cached(name) else ' (not fetched yet)'}")
+            print(f"{'':<15} {package.registry} {package.name} {package.version}: {package.source}. {package.licence}")
+        print(f"Cache: {assets.cache_dir()}")
+
+    return run
+
+
+def _doctor() -> Callable:
+    from hicode.doctor import doctor
+
+    return doctor
+
+
+# name: (what makes the function, what it does)
+COMMANDS: dict[str, tuple[Callable[[], Callable], str]] = {
+    "demo": (_demo, "everything below on a sample that is fetched; ends with a video and a report"),
+    "prepare": (_prepare, "VIDEO -o CLIP: frames, landmarks, track, masks, speech features"),
+    "train": (_train, "CLIP -o AVATAR [--preset draft|standard|paper]: learn a talking head"),
+    "speak": (_speak, "AVATAR AUDIO -o OUT.mp4: make it speak"),
+    "make": (_make, "VIDEO AUDIO -o OUT.mp4: prepare, train and speak"),
+    "evaluate": (_evaluate, "AVATAR CLIP [--json FILE] [--html FILE]: measure it on what it has not seen"),
+    "assets": (_assets, "list|pull: the pretrained parts, their sources and licences"),
+    "doctor": (_doctor, "is this machine ready?"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _run(argv)
+    except HicodeError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        again = shlex.join(["hicode", *argv])
+        print(f"\nhicode: stopped. What is finished is kept; to go on: {again}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; there is nobody to tell
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _complain(f"Disk full{_where(error)}. Free some space, or write elsewhere.")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return _complain(f"No permission{_where(error)}. Change its rights, or write elsewhere with -o.")
+        raise
+    except MemoryError:
+        return _complain("Not enough memory. Close other programs, or use a shorter video (--duration 60).")
+
+
+def _where(error: OSError) -> str:
+    return f" at {error.filename}" if error.filename else ""
+
+
+def _complain(message: str) -> int:
+    print(f"hicode: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USER
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"hicode {__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(COMMANDS)}."
+        kind = "option" if name.startswith("-") else "command"
+        raise InputError(f"No {kind} is called {name!r}. {hint} See hicode --help.")
+    function = COMMANDS[name][0]()
+    description = inspect.cleandoc(function.__doc__).split("\n\nArgs:")[0]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), _wide(argv):
+            call = tyro.cli(_bound(function), args=argv[1:], prog=f"hicode {name}", description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return 0
+        raise InputError(_one_line(said.getvalue(), name)) from None
+    call()
+    return 0
+
+
+@contextlib.contextmanager
+def _wide(argv: list[str]):
+    """The parser wraps to the terminal; what is to become one line must not be wrapped."""
+    before = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(argv):
+        os.environ["COLUMNS"] = "2000"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _bound(function: Callable) -> Callable:
+    """`function` as one that returns itself with its arguments in place: options are parsed first, then the work runs outside the parser."""
+    @functools.wraps(function)
+    def bind(*args, **kwargs):
+        return functools.partial(function, *args, **kwargs)
+
+    bind.__signature__ = inspect.signature(function).replace(return_annotation=object)
+    return bind
+
+
+def _one_line(box: str, name: str) -> str:
+    """The parser's boxed complaint as one sentence, with a suggestion."""
+    lines = [line.strip("│ ").rstrip() for line in box.splitlines() if not set(line) & set("╭╰─")]
+    details = [line for line in lines if line.startswith("-") or line.split(" ")[0].isupper()]
+    finding, suggestion = lines[0] if lines else "The options could not be understood", ""
+    if finding.startswith("Missing from"):
+        finding = f"Missing: {' and '.join(line.split(',')[0].split(' (')[0] for line in details)}"
+    elif finding.startswith("Unrecognized options"):
+        finding = finding.replace("Unrecognized options", "Not understood")
+        near = next((line.split()[0].rstrip(",") for line in details if line.startswith("--")), None)
+        suggestion = f" Did you mean {near}?" if near else ""
+    elif finding.startswith("invalid choice"):
+        given, *choices = re.findall(r"'([^']*)'", finding.replace(re.search(r"for argument '[^']*'", finding)[0], ""))
+        near = difflib.get_close_matches(given, choices, 1)
+        suggestion = f" Did you mean {near[0]}?" if near else ""
+    return f"{finding[0].upper()}{finding[1:].rstrip('.')}.{suggestion} See hicode {name} --help."
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  hicode {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    return f"hicode {__version__}: a talking head learned from a short video\n\n{commands}\n\nOptions of a command: hicode COMMAND --help"
+
+
+def _check_device(device: Device) -> None:
+    from hicode.runtime import resolve_device
+
+    resolve_device(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
