@@ -1,0 +1,183 @@
+"""How well the mouth moves: landmark distance, jitter, closure (EVALUATION.md).
+
+Landmarks are found in the frames as they are seen, the truth's by the same detector, each frame on its own: nothing of the tracking that trained the
+avatar, and no smoothing that could hide what a viewer sees. t frames; points "t 478 2" or "t 478 3" in px, NaN in frames without a face.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from hicode.errors import InputError
+from hicode.motion import LEFT_EYE_OUTER, LIPS, LOWER_LIP_INNER, N_LANDMARKS, RIGHT_EYE_OUTER, UPPER_LIP_INNER
+
+if TYPE_CHECKING:
+    from hicode.face.landmarks import FaceLandmarker
+
+DETECTOR = (
+    "MediaPipe face_landmark_with_attention (478 points, mediapipe 0.10.21), each frame by itself: region from its face detector, refined once, "
+    "mean of 4 looks through slightly different regions"
+)
+LOOKS = 4  # halve the network's own noise: 0.58 px of LMD between a frame and itself 8 px further become 0.28 (measured, 12 frames)
+LMD_SIZE_PX = 512  # frames of this size are what `lmd_px` is quoted for
+CLOSED = 0.02  # lips are closed when their inner edges are nearer than this fraction of the outer-eye distance
+PRESENCE = 0.5
+
+
+def detect(frames: list[UInt8[np.ndarray, "h w 3"]], landmarker: "FaceLandmarker", looks: int = LOOKS) -> Float[np.ndarray, "t 478 3"]:
+    """Landmarks of the largest face of each frame, in px; NaN where none is found or believed."""
+    from hicode.face.landmarks import rois_from_landmarks
+
+    out = np.full((len(frames), N_LANDMARKS, 3), np.nan, np.float32)
+    for i, frame in enumerate(frames):
+        faces = landmarker.detect(frame)
+        if not faces:
+            continue
+        with torch.inference_mode():
+            image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float() / 255
+            points, _ = landmarker.landmarks(image, torch.from_numpy(faces[0].roi()[None]).float())
+            rois = _varied(rois_from_landmarks(points), looks)
+            points, presence = landmarker.landmarks(image.expand(looks, -1, -1, -1), rois)
+        if presence.mean() >= PRESENCE:
+            out[i] = points.mean(0).numpy()
+    return out
+
+
+def _varied(roi: Float[Tensor, "1 4"], looks: int) -> Float[Tensor, "n 4"]:
+    """A region looked at from `looks` sides: shifted by 4 % of its size around a circle, 4 % larger and smaller, turned by 1.7 degrees to and fro."""
+    k = torch.arange(looks, dtype=roi.dtype)
+    wide = 0.0 if looks == 1 else 0.04
+    angle, sign = 2 * torch.pi * k / looks, 1 - 2 * (k % 2)
+    x, y, size, turn = roi[0]
+    return torch.stack([x + wide * angle.cos() * size, y + wide * angle.sin() * size, size * (1 + wide * sign), turn + 0.75 * wide * sign], -1)
+
+
+@dataclass(frozen=True)
+class LipDistance:
+    """LMD over a clip: means over the frames in which both faces were found, and how many were not counted.
+
+    px      mean distance of the 40 lip landmarks in px, for frames 512 px wide
+    iod     the same over the distance of the outer eye corners in the truth
+    missed  frames without a face in the prediction or in the truth
+    """
+
+    px: float | None
+    iod: float | None
+    frames: int
+    missed: int
+
+
+def lip_distances(
+    predicted: Float[np.ndarray, "t 478 c"], truth: Float[np.ndarray, "t 478 c"]
+) -> tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t"]]:
+    """LMD of each frame in px and over the outer-eye distance: lip points, each set minus its own mean, mean L2. NaN without a face."""
+    if len(predicted) != len(truth):
+        raise InputError(f"The prediction has {len(predicted)} frames, the truth {len(truth)}. Compare clips of one length: cutting one would shift it.")
+    a, b = (np.asarray(p, np.float64)[:, LIPS, :2] for p in (predicted, truth))
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    px = np.linalg.norm(a - b, axis=-1).mean(1)
+    return px, px / eye_distance(truth)
+
+
+def lip_distance(predicted: Float[np.ndarray, "t 478 c"], truth: Float[np.ndarray, "t 478 c"], width_px: int = LMD_SIZE_PX) -> LipDistance:
+    """LMD of a clip whose frames are `width_px` wide. A frame without a face is left out of the mean and counted as missed, never as zero."""
+    px, iod = lip_distances(predicted, truth)
+    known = ~np.isnan(px)
+    if not known.any():
+        return LipDistance(None, None, len(px), len(px))
+    scale = LMD_SIZE_PX / width_px
+    return LipDistance(float(px[known].mean() * scale), float(iod[known].mean()), len(px), int((~known).sum()))
+
+
+def eye_distance(points: Float[np.ndarray, "t 478 c"]) -> Float[np.ndarray, "t"]:
+    """Distance of the outer eye corners in the image, px."""
+    points = np.asarray(points, np.float64)
+    return np.linalg.norm(points[:, RIGHT_EYE_OUTER, :2] - points[:, LEFT_EYE_OUTER, :2], axis=-1)
+
+
+def opening(points: Float[np.ndarray, "t 478 c"]) -> Float[np.ndarray, "t"]:
+    """Gap between the inner lips over the outer-eye distance."""
+    points = np.asarray(points, np.float64)
+    return np.linalg.norm(points[:, UPPER_LIP_INNER, :2] - points[:, LOWER_LIP_INNER, :2], axis=-1) / eye_distance(points)
+
+
+def correlation(a: Float[np.ndarray, "t"], b: Float[np.ndarray, "t"]) -> float | None:
+    """Pearson's, over frames that both have; None with fewer than 10 of them or where one does not vary."""
+    known = np.isfinite(a) & np.isfinite(b)
+    a, b = a[known], b[known]
+    if len(a) < 10 or a.std() < 1e-9 or b.std() < 1e-9:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def jitter(points: Float[np.ndarray, "t 478 c"], width_px: int = LMD_SIZE_PX) -> float | None:
+    """Mean length of the landmarks' second difference in px at 512, after each frame's shift, turn and scale in the image is taken out.
+
+    What remains of a head that turns smoothly is small; what remains of a shaking one is what the eye calls jitter. Compare with the truth's own.
+    None without three frames in a row.
+    """
+    points = np.asarray(points, np.float64)[..., :2]
+    known = np.isfinite(points).all((1, 2))
+    if known.sum() < 3:
+        return None
+    reference = points[known].mean(0)
+    shapes = np.stack([_aligned(p, reference) if k else np.full_like(p, np.nan) for p, k in zip(points, known, strict=True)])
+    second = np.linalg.norm(shapes[2:] - 2 * shapes[1:-1] + shapes[:-2], axis=-1).mean(1)
+    second = second[np.isfinite(second)]
+    return float(second.mean() * LMD_SIZE_PX / width_px) if len(second) else None
+
+
+def _aligned(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The points under the similarity of the plane that brings them closest to the reference: one complex factor and a shift."""
+    a, b = points @ np.array([1, 1j]), reference @ np.array([1, 1j])
+    a = a - a.mean()
+    factor = np.vdot(a, b - b.mean()) / np.vdot(a, a)
+    moved = factor * a + b.mean()
+    return np.stack([moved.real, moved.imag], -1)
+
+
+@dataclass(frozen=True)
+class Closure:
+    """Of the closures due, how many came: `hits` of `due`; `unknown` were not counted, no face being found in them."""
+
+    hits: int
+    due: int
+    unknown: int
+
+    @property
+    def recall(self) -> float | None:
+        return self.hits / self.due if self.due else None
+
+
+def closure(
+    gap: Float[np.ndarray, "t"], due: list[tuple[int, int]], closed: float = CLOSED, slack_frames: int = 1
+) -> Closure:
+    """Recall of lip closure: each [first, end) of frames in which a p, b or m is spoken must have one frame with the lips closed.
+
+    `gap` is `opening`; alignments are known for some corpora only. Sounds may be off by a frame: `slack_frames` widens each interval.
+    """
+    hits = unknown = 0
+    for first, end in due:
+        if not 0 <= first < end <= len(gap):
+            raise InputError(f"A closure is due in frames {first} to {end}, but there are {len(gap)}. Check that the alignment belongs to this clip.")
+        values = gap[max(0, first - slack_frames) : end + slack_frames]
+        if np.isnan(values).all():
+            unknown += 1
+        else:
+            hits += bool(np.nanmin(values) < closed)
+    return Closure(hits, len(due) - unknown, unknown)
+
+
+def motion_in_silence(gap: Float[np.ndarray, "t"], silent: Bool[np.ndarray, "t"]) -> float | None:
+    """Mean change of the opening per frame in silence over that in speech: near 0 for a mouth that rests. None where either is too short."""
+    speed = np.abs(np.diff(gap))
+    quiet = silent[1:] & silent[:-1]
+    loud = ~silent[1:] & ~silent[:-1]
+    speeds = [speed[part & np.isfinite(speed)] for part in (quiet, loud)]
+    if min(map(len, speeds)) < 5 or speeds[1].mean() < 1e-9:
+        return None
+    return float(speeds[0].mean() / speeds[1].mean())
