@@ -16,6 +16,7 @@ kernels hold no lock) and take the next tile when they are free, so a core that 
 `torch.get_num_threads()` take part.
 """
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -654,6 +655,15 @@ _threads: ThreadPoolExecutor | None = None
 _threads_lock = threading.Lock()
 
 
+def _forget_threads() -> None:
+    global _threads, _threads_lock
+    _threads, _threads_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has the pool's bookkeeping but none of its threads, and would wait for ever
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
 def _run(kernel, pieces: int, *arguments) -> None:
     """Run `kernel(counter, *arguments)` on as many threads as torch uses; each takes pieces from the counter until none is left."""
     global _threads
@@ -697,9 +707,9 @@ class _Lease:
         except IndexError:
             self.buffers = _Buffers()
 
-    def __del__(self):
-        if len(_free) < 4:
-            _free.append(self.buffers)
+    def __del__(self, free=_free):  # bound early: the module may be gone when the interpreter ends
+        if len(free) < 4:
+            free.append(self.buffers)
 
 
 def _flat(tensor: Tensor) -> np.ndarray:

@@ -53,27 +53,23 @@ def project(
     return means2d, inverse, z, radii, seen
 
 
-def rasterize_reference(
-    gaussians: Gaussians, camera: Camera, background: Float[Tensor, "3"], stats=None
+def blend(
+    means2d: Float[Tensor, "n 2"],
+    inverse: Float[Tensor, "n 3"],
+    depth: Float[Tensor, "n"],
+    seen: Bool[Tensor, "n"],
+    opacities: Float[Tensor, "n"],
+    colors: Float[Tensor, "n 3"],
+    background: Float[Tensor, "3"],
+    width: int,
+    height: int,
 ) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w"]]:
-    """(rgb, alpha) as the package's docstring says; see `hicode.render.rasterize`."""
-    dtype, device = gaussians.means.dtype, gaussians.means.device
-    background = background.to(dtype=dtype, device=device)
-    K, T_camera_head = (x.to(dtype=dtype, device=device) for x in (camera.K, camera.T_camera_head))
-    camera = Camera(K, T_camera_head, camera.width, camera.height)
-    means2d, inverse, depth, radii, seen = project(gaussians, camera)
-    if stats is not None:
-        stats.radii_px = radii.detach()
-        if means2d.requires_grad:
-            means2d.register_hook(lambda grad: setattr(stats, "grad_means2d", grad))
-
+    """(rgb, alpha) of projected Gaussians, near before far, equal depths in index order (Eqs 5-6)."""
     order = torch.argsort(depth, stable=True)
     order = order[seen[order]]
-    means2d, inverse = means2d[order], inverse[order]
-    opacities, colors = gaussians.opacities[order], gaussians.colors[order]
-
-    columns = torch.arange(camera.width, dtype=dtype, device=device) + 0.5
-    rows = torch.arange(camera.height, dtype=dtype, device=device) + 0.5
+    means2d, inverse, opacities, colors = means2d[order], inverse[order], opacities[order], colors[order]
+    columns = torch.arange(width, dtype=means2d.dtype, device=means2d.device) + 0.5
+    rows = torch.arange(height, dtype=means2d.dtype, device=means2d.device) + 0.5
     pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).reshape(-1, 1, 2)
     rgb, alpha = [], []
     for some in pixels.split(max(1, 2**22 // max(1, len(order)))):  # bounds the memory of one pass where no gradient is kept
@@ -81,11 +77,24 @@ def rasterize_reference(
         power = -0.5 * (inverse[:, 0] * dx * dx + inverse[:, 2] * dy * dy) - inverse[:, 1] * dx * dy
         a = (opacities * power.exp()).clamp_max(ALPHA_MAX)
         a = torch.where(a >= ALPHA_MIN, a, 0)
-        blended = torch.cumprod(1 - a, 1) > TRANSMITTANCE_MIN
-        a = torch.where(blended, a, 0)
-        T = torch.cumprod(1 - a, 1)
-        in_front = torch.cat([T.new_ones(len(T), 1), T], 1)
-        left = in_front[:, -1]
-        rgb.append((a * in_front[:, :-1]) @ colors + left[:, None] * background)
+        a = torch.where(torch.cumprod(1 - a, 1) > TRANSMITTANCE_MIN, a, 0)  # the pixel is finished from the first that fails
+        T = torch.cat([a.new_ones(len(a), 1), torch.cumprod(1 - a, 1)], 1)
+        in_front, left = T[:, :-1], T[:, -1]
+        rgb.append((a * in_front) @ colors + left[:, None] * background)
         alpha.append(1 - left)
-    return torch.cat(rgb).reshape(camera.height, camera.width, 3), torch.cat(alpha).reshape(camera.height, camera.width)
+    return torch.cat(rgb).reshape(height, width, 3), torch.cat(alpha).reshape(height, width)
+
+
+def rasterize_reference(
+    gaussians: Gaussians, camera: Camera, background: Float[Tensor, "3"], stats=None
+) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w"]]:
+    """(rgb, alpha) as `hicode.render.rasterize` says."""
+    dtype, device = gaussians.means.dtype, gaussians.means.device
+    background, K, T = (x.to(dtype=dtype, device=device) for x in (background, camera.K, camera.T_camera_head))
+    means2d, inverse, depth, radii, seen = project(gaussians, Camera(K, T, camera.width, camera.height))
+    if stats is not None:
+        stats.radii_px = radii.detach()
+        if means2d.requires_grad:
+            means2d.register_hook(lambda grad: setattr(stats, "grad_means2d", grad))
+    opacities, colors = gaussians.opacities, gaussians.colors
+    return blend(means2d, inverse, depth, seen, opacities, colors, background, camera.width, camera.height)
