@@ -14,14 +14,22 @@ so (u, v, s) keep their meaning when the focal length f changes: only perspectiv
   + Σ_t    ridge |e|² + sparse Σ e + bound |e outside its range|²  actions are few, one-sided and bounded
   + t ridge |identity|² + prior on log f
 
+  + Σ_t Σ_i ρ(motion of a surface point from t to t+1 − optical flow)   where `track_flow` measured it
+
+A landmark network errs by a common rigid motion in every frame (its crop jitters by about a pixel), which no smoothing tells from real motion: the
+mean face moves 4 px a frame in some clips. So each frame has a *slip*, six numbers added to the pose in the landmark term only; flow, exact to
+tenths of a pixel, ties the poses of neighbouring frames, and the landmarks tell where the head is on average. Canonical landmarks are taken
+under pose + slip, so the slip reaches neither them nor the expression.
+
 It is minimised by Gauss-Newton. Soft bounds, since with hard ones each step ends where the first of many actions meets its own. Identity and focal length come first, jointly with the poses and expressions of some training frames
 (Schur complement); then, with these fixed, all frames of a segment at once (banded normal equations). Training and test frames are separate
 segments under the same objective: nothing of a test frame reaches a training frame.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +38,7 @@ from torch import Tensor
 
 from hicode.camera import Camera
 from hicode.errors import InputError
+from hicode.face.depth import rasterize_mesh
 from hicode.face.model import HeadModel
 from hicode.geometry import rigid, rotation_from_axis_angle, similarity
 from hicode.motion import (
@@ -66,8 +75,11 @@ class FitConfig:
     expression_sparse: float = 4.0
     expression_bound: float = 300.0
     expression_smooth: float = 6.0  # on second differences
-    pose_smooth: float = 2000.0  # on second differences, in noise units of landmark motion
-    pose_jump: float = 0.12  # second differences beyond this (noise units) count as motion, not noise (Cauchy)
+    pose_smooth: float = 20.0  # on second differences, in noise units of landmark motion
+    pose_jump: float = 1.0  # second differences beyond this (noise units) count as motion, not noise (Cauchy)
+    slip: float = 0.3  # deviation of the landmarks' common error in a frame, noise units
+    flow_noise: float = 0.12  # of one flow vector, noise units; beyond it counts less (Cauchy)
+    flow_weight: float = 0.2  # neighbouring flow vectors err alike, so each counts less than one
     identity_ridge: float = 1.0  # times the number of frames
     focal_px: float = 1400.0  # prior for a 512 px wide crop
     focal_spread: float = 0.3  # its standard deviation in log f
@@ -75,6 +87,7 @@ class FitConfig:
     identity_steps: int = 10
     offset_rounds: int = 2  # estimates of the constant landmark offsets of this person; 0 switches them off
     frame_steps: int = 8
+    flow_from_step: int = 3  # flow needs the mesh about in place
     window: int = 1000  # frames solved at once; bounds memory
 
 
@@ -101,11 +114,13 @@ def fit_track(
     train: slice | range | None = None,
     progress: Callable[[float], None] | None = None,
     config: FitConfig = FitConfig(),
+    flow: "Flow | None" = None,
 ) -> FaceTrack:
     """Fit a clip. Landmarks in px (pixel centres at +0.5; z in px, smaller is nearer), `found` where a face was seen.
 
     `train` (a slice or range from frame 0; default all) are the frames that identity, focal length and landmark offsets may see. Frames
-    without a face are interpolated and carry confidence 0. `progress` is called with the fraction done. Raises InputError
+    without a face are interpolated and carry confidence 0. `flow` (of the same frames, see `track_flow`) steadies the poses several times over.
+    `progress` is called with the fraction done. Raises InputError
     where fewer than two training frames have a face.
     """
     points = np.asarray(points_px, np.float64)
@@ -120,7 +135,8 @@ def fit_track(
     if len(usable) < 2:
         raise InputError(f"A face was found in {len(usable)} of {in_train.sum()} training frames. Use a clip that shows one throughout.")
 
-    problem = _Problem.of(points, found, width, height, model, config)
+    assert flow is None or len(flow.start_px) == count - 1, (len(flow.start_px), count)
+    problem = _Problem.of(points, found, width, height, model, config, flow)
     state = _initial_state(problem, config.focal_px * width / 512)
 
     chosen = usable[np.linspace(0, len(usable) - 1, min(config.identity_frames, len(usable))).round().astype(int)]
@@ -194,9 +210,18 @@ class _Problem:
     width: int
     height: int
     config: FitConfig
+    flow: "Flow | None"
 
     @staticmethod
-    def of(points: np.ndarray, found: np.ndarray, width: int, height: int, model: HeadModel, config: FitConfig) -> "_Problem":
+    def of(
+        points: np.ndarray,
+        found: np.ndarray,
+        width: int,
+        height: int,
+        model: HeadModel,
+        config: FitConfig,
+        flow: "Flow | None" = None,
+    ) -> "_Problem":
         weight = np.ones(N_LANDMARKS)
         weight[LIPS] = config.lips_weight
         weight[np.concatenate([RIGHT_EYE_RING, LEFT_EYE_RING])] = config.eyes_weight
@@ -204,7 +229,7 @@ class _Problem:
         low, high = model.expression_low.double().numpy(), model.expression_high.double().numpy()
         sparse = np.where(low < 0, 0.0, config.expression_sparse)
         centred = points - [width / 2, height / 2, 0]
-        return _Problem(centred, found, _landmark_basis(model), low, high, sparse, weight, model, width, height, config)
+        return _Problem(centred, found, _landmark_basis(model), low, high, sparse, weight, model, width, height, config, flow)
 
 
 @dataclass
@@ -214,6 +239,8 @@ class _State:
     focal: float
     offset: np.ndarray  # "l 3" dm: this person's landmarks against the model's
     unit_px: np.ndarray  # "t": one noise unit in px at the head's depth
+    slip: np.ndarray  # "t 6": the landmarks' common error, added to the pose in their term
+    flow_depth: np.ndarray | None = field(default=None)  # "t-1 k": depth of flow points over the head's, NaN off the head
 
 
 def _initial_state(problem: _Problem, focal: float) -> _State:
@@ -230,7 +257,7 @@ def _initial_state(problem: _Problem, focal: float) -> _State:
     for d in range(POSE_DIM):
         q[:, d] = np.interp(np.arange(count), seen, q[seen, d])
     unit_px = problem.config.noise_mm * 0.01 / np.exp(q[:, 5])
-    return _State(q, np.zeros(IDENTITY_DIM), focal, np.zeros((N_LANDMARKS, 3)), unit_px)
+    return _State(q, np.zeros(IDENTITY_DIM), focal, np.zeros((N_LANDMARKS, 3)), unit_px, np.zeros((count, POSE_DIM)))
 
 
 def _log_rotation(R: np.ndarray) -> np.ndarray:
@@ -273,7 +300,8 @@ class _Linear:
 def _linearise(problem: _Problem, state: _State, frames: np.ndarray) -> _Linear:
     """Residuals and Jacobian at the frames (all with a face), single precision, robust weights folded in."""
     config, basis = problem.config, problem.basis
-    q, f = state.q[frames], state.focal
+    q, f = state.q[frames].copy(), state.focal
+    q[:, :POSE_DIM] += state.slip[frames]
     rest = basis.rest + state.offset + np.tensordot(state.identity, basis.identity, 1)
     x = rest + (q[:, POSE_DIM:] @ basis.expression.reshape(EXPRESSION_DIM, -1)).reshape(len(frames), N_LANDMARKS, 3)
     R, J = _exp_and_jacobian(q[:, :3])
@@ -432,11 +460,14 @@ def _fit_segment(problem: _Problem, state: _State, segment: np.ndarray, progress
     """Minimise over the q of consecutive frames. Long segments go in windows whose seams move from step to step."""
     config = problem.config
     for step in range(config.frame_steps):
+        if problem.flow is not None and step == config.flow_from_step:
+            _place_flow(problem, state, segment)
+        use_flow = problem.flow is not None and step >= config.flow_from_step
         shift = (step % 2) * config.window // 2
         cuts = np.arange(shift, len(segment), config.window)[1 if shift == 0 else 0 :]
         windows = [w for w in np.split(segment, cuts) if len(w)]
         for number, window in enumerate(windows):
-            _frame_step(problem, state, segment, window, damping=0.1 if step < 2 else 1e-3)
+            _frame_step(problem, state, segment, window, damping=0.1 if step < 2 else 1e-3, use_flow=use_flow)
             progress((step + (number + 1) / len(windows)) / config.frame_steps)
 
 
@@ -448,7 +479,7 @@ def _smooth_units(problem: _Problem, state: _State) -> np.ndarray:
     return scale
 
 
-def _frame_step(problem: _Problem, state: _State, segment: np.ndarray, window: np.ndarray, damping: float) -> None:
+def _frame_step(problem: _Problem, state: _State, segment: np.ndarray, window: np.ndarray, damping: float, use_flow: bool) -> None:
     config = problem.config
     n = len(window)
     A = np.zeros((n, _Q, _Q))
@@ -461,15 +492,27 @@ def _frame_step(problem: _Problem, state: _State, segment: np.ndarray, window: n
         A[own] = Jt @ linear.by_frame
         g[own] = (Jt @ linear.residual.reshape(len(own), -1, 1).astype(np.float32))[..., 0]
     diagonal = np.arange(_Q)
+    scale = _smooth_units(problem, state)
+    # the slip enters the landmark term as the pose does; it is eliminated here and found again below
+    slip_prior = np.diag((scale[:POSE_DIM] / config.slip) ** 2)
+    slip_row = A[:, :POSE_DIM].copy()
+    slip_slope = g[:, :POSE_DIM] + state.slip[window] @ slip_prior
+    solved = np.linalg.solve(slip_row[:, :, :POSE_DIM] + slip_prior, np.concatenate([slip_row, slip_slope[..., None]], -1))
+    A -= slip_row.transpose(0, 2, 1) @ solved[..., :-1]
+    g -= (slip_row.transpose(0, 2, 1) @ solved[..., -1:])[..., 0]
+
     A[:, diagonal, diagonal] *= 1 + damping
     curvature, slope = _expression_prior(problem, state.q[window, POSE_DIM:])
     A[:, diagonal[POSE_DIM:], diagonal[POSE_DIM:]] += curvature
     g[:, POSE_DIM:] += slope
     blind = np.flatnonzero(~problem.found[window])  # held to the interpolated pose, or a long gap would fly off
-    A[blind[:, None], diagonal[:POSE_DIM], diagonal[:POSE_DIM]] += 1e-2 * _smooth_units(problem, state)[:POSE_DIM] ** 2
+    A[blind[:, None], diagonal[:POSE_DIM], diagonal[:POSE_DIM]] += 1e-2 * scale[:POSE_DIM] ** 2
+
+    coupling = np.zeros((max(n - 1, 0), POSE_DIM, POSE_DIM))  # of the pose of a frame and of the next, by flow
+    if use_flow:
+        _add_flow(problem, state, segment, window, A, g, coupling)
 
     # second differences: all of the segment's that touch the window; frames outside the window stay as they are
-    scale = _smooth_units(problem, state)
     first, last = window[0] - segment[0], window[-1] - segment[0]
     one, two = np.zeros((max(n - 1, 0), _Q)), np.zeros((max(n - 2, 0), _Q))  # couplings to the next frame and the one after
     centres = np.arange(max(first - 1, 1), min(last + 1, len(segment) - 2) + 1)
@@ -493,15 +536,159 @@ def _frame_step(problem: _Problem, state: _State, segment: np.ndarray, window: n
                 elif j - i == 2:
                     np.add.at(two, at[both], (a * b * weight)[both])
 
-    band = np.zeros((2 * _Q + 1 if n > 2 else _Q + 1 if n > 1 else _Q, n * _Q))
+    band = np.zeros((2 * _Q + 1 if n > 2 else _Q + POSE_DIM if n > 1 else _Q, n * _Q))
     for k in range(_Q):
         band[k].reshape(n, _Q)[:, : _Q - k] = np.diagonal(A, -k, 1, 2)
     if n > 1:
         band[_Q, : (n - 1) * _Q] = one.reshape(-1)
+        for i in range(POSE_DIM):
+            for j in range(POSE_DIM):
+                band[_Q + i - j].reshape(n, _Q)[:-1, j] += coupling[:, j, i]
     if n > 2:
         band[2 * _Q, : (n - 2) * _Q] = two.reshape(-1)
     delta = -solveh_banded(band, g.reshape(-1), overwrite_ab=True, lower=True, check_finite=False).reshape(n, _Q)
     state.q[window] = _step(state.q[window], delta)
+    state.slip[window] -= solved[..., -1] + (solved[..., :-1] @ delta[..., None])[..., 0]
+
+
+# ---- optical flow ----
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Where points of the upper face went from each frame to the next: start_px, end_px "t-1 k 2" (pixel centres at +0.5), valid "t-1 k"."""
+
+    start_px: Float[np.ndarray, "t-1 k 2"]
+    end_px: Float[np.ndarray, "t-1 k 2"]
+    valid: Bool[np.ndarray, "t-1 k"]
+
+
+# The face above the mouth, whose motion is the head's but for brows and lids, which are cut out.
+_STILL = [10, 109, 67, 103, 54, 127, 234, 93, 50, 205, 98, 97, 2, 326, 327, 425, 280, 323, 454, 356, 284, 332, 297, 338]
+_MOVING = ([70, 63, 105, 66, 107, 133, 155, 145, 163, 33, 130, 46], [300, 293, 334, 296, 336, 362, 382, 374, 390, 263, 359, 276])
+
+
+def track_flow(
+    frames: Iterable[np.ndarray], points_px: Float[np.ndarray, "t 478 3"], found: Bool[np.ndarray, "t"], points: int = 100
+) -> Flow:
+    """Lucas-Kanade tracks of up to `points` corners of the upper face between neighbouring frames (uint8 RGB), kept where tracking back returns.
+
+    One pass, two frames in memory, some 10 ms a frame. Pairs with a frame that has no face stay empty.
+    """
+    points_px, found = np.asarray(points_px, np.float32), np.asarray(found, bool)
+    count = max(len(points_px) - 1, 0)
+    start, end = np.zeros((count, points, 2)), np.zeros((count, points, 2))
+    valid = np.zeros((count, points), bool)
+    search = dict(winSize=(21, 21), maxLevel=2, criteria=(cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01))
+    before = None
+    for t, frame in enumerate(frames):
+        now = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        if before is not None and t <= count and found[t - 1] and found[t]:
+            face = points_px[t - 1, :, :2] - 0.5  # OpenCV puts pixel centres at whole numbers
+            corners = cv2.goodFeaturesToTrack(before, points, 0.003, 5, mask=_still_mask(face, before.shape))
+            if corners is not None:
+                guess = corners + np.median(points_px[t, :468, :2] - points_px[t - 1, :468, :2], axis=0)
+                there, ok, _ = cv2.calcOpticalFlowPyrLK(before, now, corners, guess, flags=cv2.OPTFLOW_USE_INITIAL_FLOW, **search)
+                back, ok_back, _ = cv2.calcOpticalFlowPyrLK(
+                    now, before, there, corners.copy(), flags=cv2.OPTFLOW_USE_INITIAL_FLOW, **search
+                )
+                k = len(corners)
+                start[t - 1, :k], end[t - 1, :k] = corners[:, 0] + 0.5, there[:, 0] + 0.5
+                valid[t - 1, :k] = (ok[:, 0] > 0) & (ok_back[:, 0] > 0) & (np.linalg.norm(back - corners, axis=2)[:, 0] < 0.3)
+        before = now
+    return Flow(start, end, valid)
+
+
+def _still_mask(face: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    mask = np.zeros(shape, np.uint8)
+    cv2.fillConvexPoly(mask, cv2.convexHull(face[_STILL]).round().astype(np.int32), 255)
+    for part in _MOVING:
+        hull = cv2.convexHull(face[part]).round().astype(np.int32)
+        cv2.fillConvexPoly(mask, hull, 0)
+        cv2.polylines(mask, [hull], True, 0, 5)
+    return mask
+
+
+def _place_flow(problem: _Problem, state: _State, segment: np.ndarray) -> None:
+    """Depth of every flow point over the head's depth, from the mesh as fitted so far; NaN beside the head."""
+    flow, model = problem.flow, problem.model
+    if state.flow_depth is None:
+        state.flow_depth = np.full(flow.valid.shape, np.nan)
+    triangles = model.triangles.numpy()
+    identity = torch.from_numpy(state.identity).float()
+    for t in segment[:-1]:
+        if not flow.valid[t].any():
+            continue
+        vertices = model.vertices(identity, torch.from_numpy(state.q[t, POSE_DIM:]).float()).double().numpy()
+        R = _exp_and_jacobian(state.q[t : t + 1, :3])[0][0]
+        depth_scale = np.exp(state.q[t, 5])
+        X = vertices @ (_FLIP[:, None] * R).T
+        X += np.array([state.q[t, 3], state.q[t, 4], state.focal]) * depth_scale
+        pixels = state.focal * X[:, :2] / X[:, 2:] + [problem.width / 2, problem.height / 2]
+        raster = rasterize_mesh(pixels, X[:, 2], triangles, problem.width, problem.height)
+        column, row = np.clip(flow.start_px[t].astype(int), 0, [problem.width - 1, problem.height - 1]).T
+        depth = raster.depth[row, column] / (state.focal * depth_scale)
+        state.flow_depth[t] = np.where(flow.valid[t] & np.isfinite(depth), depth, np.nan)
+
+
+def _project_with_jacobian(
+    x: np.ndarray, q: np.ndarray, focal: float
+) -> tuple[Float[np.ndarray, "t k 2"], Float[np.ndarray, "t k 2 6"]]:
+    """Pixels (from the image's centre) of head-frame points "t k 3" under poses "t 6", and their derivatives by the pose."""
+    R, J = _exp_and_jacobian(q[:, :3])
+    depth_scale = np.exp(q[:, 5])[:, None]
+    T = np.stack([q[:, 3:4] * depth_scale, q[:, 4:5] * depth_scale, focal * depth_scale], -1)
+    FR = _FLIP[:, None] * R
+    X = x @ FR.transpose(0, 2, 1) + T
+    pixel = focal * X[..., :2] / X[..., 2:]
+    by_X = np.zeros((*x.shape[:2], 2, 3))
+    by_X[..., 0, 0] = by_X[..., 1, 1] = focal / X[..., 2]
+    by_X[..., 2] = -pixel / X[..., 2:]
+    jacobian = np.empty((*x.shape[:2], 2, POSE_DIM))
+    jacobian[..., :3] = np.cross(x[:, :, None], by_X @ FR[:, None]) @ J[:, None]
+    jacobian[..., 3:5] = by_X[..., :2] * depth_scale[..., None, None]
+    jacobian[..., 5] = (by_X @ T[..., None])[..., 0]
+    return pixel, jacobian
+
+
+def _add_flow(
+    problem: _Problem, state: _State, segment: np.ndarray, window: np.ndarray, A: np.ndarray, g: np.ndarray, coupling: np.ndarray
+) -> None:
+    """Add the flow term's normal equations; pairs reach one frame beyond the window, which stays as it is.
+
+    The point seen at `start` lies on the head at the mesh's depth; held fast in the head frame, it should be seen at `end` one frame later.
+    """
+    config, flow, focal = problem.config, problem.flow, state.focal
+    first = np.arange(max(window[0] - 1, segment[0]), min(window[-1], segment[-1] - 1) + 1)
+    if not len(first):
+        return
+    centre = np.array([problem.width / 2, problem.height / 2])
+    here, there = state.q[first, :POSE_DIM], state.q[first + 1, :POSE_DIM]
+    ratio = state.flow_depth[first]
+    valid = np.isfinite(ratio)
+    z = np.where(valid, ratio, 1.0)[..., None] * (focal * np.exp(here[:, 5]))[:, None, None]
+    start = flow.start_px[first] - centre
+    R, _ = _exp_and_jacobian(here[:, :3])
+    T = np.stack([here[:, 3], here[:, 4], np.full(len(here), focal)], 1) * np.exp(here[:, 5:])
+    x = (np.concatenate([start / focal, np.ones_like(z)], -1) * z - T[:, None]) @ (_FLIP[:, None] * R)
+    _, by_here = _project_with_jacobian(x, here, focal)
+    seen, by_there = _project_with_jacobian(x, there, focal)
+    noise = (config.flow_noise * state.unit_px[first])[:, None]
+    residual = (seen - (flow.end_px[first] - centre)) / noise[..., None]
+    weight = np.where(valid, config.flow_weight / (1 + (residual**2).sum(-1)), 0.0) / noise
+    J = np.concatenate([-by_here, by_there], -1)  # "t k 2 12"
+    Jw = (J * weight[..., None, None]).reshape(len(first), -1, 2 * POSE_DIM).transpose(0, 2, 1)
+    H = Jw @ (J / noise[..., None, None]).reshape(len(first), -1, 2 * POSE_DIM)
+    slope = (Jw @ residual.reshape(len(first), -1, 1))[..., 0]
+    at = first - window[0]
+    P = POSE_DIM
+    inside, next_inside = at >= 0, at + 1 < len(window)
+    A[at[inside], :P, :P] += H[inside, :P, :P]
+    g[at[inside], :P] += slope[inside, :P]
+    A[at[next_inside] + 1, :P, :P] += H[next_inside, P:, P:]
+    g[at[next_inside] + 1, :P] += slope[next_inside, P:]
+    both = inside & next_inside
+    coupling[at[both]] += H[both, :P, P:]
 
 
 # ---- the result ----
@@ -509,17 +696,20 @@ def _frame_step(problem: _Problem, state: _State, segment: np.ndarray, window: n
 
 def _track(problem: _Problem, state: _State) -> FaceTrack:
     """Poses, and landmarks in the head frame: the measured pixels at the fitted depth, so they keep what the model cannot say."""
-    q = torch.from_numpy(state.q)
     camera = Camera.pinhole(state.focal, problem.width, problem.height)
     flip = torch.from_numpy(_FLIP)
-    depth_scale = q[:, 5].exp()
-    shift = torch.stack([q[:, 3] * depth_scale, q[:, 4] * depth_scale, state.focal * depth_scale], 1)
-    poses = rigid(flip[:, None] * rotation_from_axis_angle(q[:, :3]), shift)
-    expression = q[:, POSE_DIM:]
 
+    def poses_of(q: np.ndarray) -> Tensor:
+        q = torch.from_numpy(q)
+        shift = torch.stack([q[:, 3], q[:, 4], torch.full_like(q[:, 3], state.focal)], 1) * q[:, 5:].exp()
+        return rigid(flip[:, None] * rotation_from_axis_angle(q[:, :3]), shift)
+
+    poses = poses_of(state.q[:, :POSE_DIM])
+    expression = torch.from_numpy(state.q[:, POSE_DIM:])
     rest = problem.basis.rest + state.offset + np.tensordot(state.identity, problem.basis.identity, 1)
     shape = torch.from_numpy(rest) + torch.tensordot(expression, torch.from_numpy(problem.basis.expression), 1)
-    views = Camera(camera.K.double().expand(len(q), 3, 3), poses, problem.width, problem.height)
+    K = camera.K.double().expand(len(poses), 3, 3)
+    views = Camera(K, poses_of(state.q[:, :POSE_DIM] + state.slip), problem.width, problem.height)
     modelled, depth = views.project(shape)
     measured = torch.from_numpy(problem.points[..., :2] + [problem.width / 2, problem.height / 2])
     seen = torch.from_numpy(problem.found)
