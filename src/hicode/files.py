@@ -93,7 +93,7 @@ def read_json(path: Path | str, schema: str | None = None, version: int | None =
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise FileFormatError(f"{path} does not exist.") from error
+        raise FileFormatError(f"{path} does not exist. Check the path.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise FileFormatError(f"{path} is not readable JSON ({error}). The file is damaged: make it anew.") from error
     if schema is not None:
@@ -119,9 +119,9 @@ def load_tensors(path: Path | str, schema: str, version: int) -> tuple[dict[str,
 
     path = Path(path)
     if not path.exists():
-        raise FileFormatError(f"{path} does not exist.")
+        raise FileFormatError(f"{path} does not exist. Check the path.")
     if path.is_dir():
-        raise FileFormatError(f"{path} is a folder, not a {schema} file.")
+        raise FileFormatError(f"{path} is a folder, not a {schema} file. Name the file itself.")
     try:
         with safe_open(str(path), framework="pt") as f:
             header = f.metadata() or {}
