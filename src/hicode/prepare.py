@@ -138,7 +138,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     )  # fmt: skip
     limits = {"max_missing": config.max_missing}
     found = work.step("landmarks", 1, limits, ("crop",), ("landmarks.safetensors",), lambda: _find_landmarks(work, video, count))
-    fitted = work.step("track", 1, {}, ("landmarks",), ("track.safetensors",), lambda: _fit(work, train))
+    fitted = work.step("track", 2, {}, ("landmarks",), ("track.safetensors",), lambda: _fit(work, train))
     work.step("masks", 1, {}, ("track",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
     work.step("depth", 1, {}, ("masks",), ("depth.safetensors",), lambda: _depth(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
@@ -418,16 +418,16 @@ def _load_landmarks(work: _Work) -> dict:
 
 
 def _fit(work: _Work, train: range) -> dict:
-    from hicode.face.fit import fit_report, fit_track
+    from hicode.face.fit import fit_report, fit_track, track_flow
     from hicode.face.model import HeadModel
 
     saved = _load_landmarks(work)
     size = work.config.size
     model = HeadModel.load()
+    points, found = saved["points_px"], saved["found"]
+    flow = track_flow(_frames(work, len(points), "Optical flow"), points, found)
     with progress_bar("Fitting the head", work.show) as report:
-        track = fit_track(
-            saved["points_px"], saved["found"], size, size, model, train=train, progress=lambda done: report(round(100 * done), 100)
-        )
+        track = fit_track(points, found, size, size, model, train, progress=lambda done: report(round(100 * done), 100), flow=flow)
     save_track(work.folder / "track.safetensors", track)
     figures = fit_report(track, model)
     return {"error_px": figures.error_px, "lips_px": figures.lips_px, "focal_px": figures.focal_px, "jitter_px": figures.jitter_px}
