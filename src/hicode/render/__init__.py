@@ -14,11 +14,13 @@ inverse of Sigma'. The constants are gsplat's, so that the backends agree.
 - `cuda` is gsplat, imported only when chosen.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -114,8 +116,7 @@ def _check(gaussians: Gaussians, camera: Camera, background: Tensor) -> None:
     assert camera.width > 0 and camera.height > 0, (camera.width, camera.height)
     named |= {"camera.K": camera.K, "camera.T_camera_head": camera.T_camera_head, "background": background}
     # NaN and infinity survive a sum, so a healthy input costs eight short passes and no more; overflow of the sum is told apart below.
-    sums = [tensor.detach().sum().to(torch.float64) for tensor in named.values()]
-    if all(bool(s.isfinite()) for s in sums):
+    if all(math.isfinite(_sum(tensor.detach())) for tensor in named.values()):
         return
     for name, tensor in named.items():
         bad = ~tensor.detach().isfinite()
@@ -125,3 +126,10 @@ def _check(gaussians: Gaussians, camera: Camera, background: Tensor) -> None:
                 f"{name} holds {int(bad.sum())} values that are NaN or infinite{where}. "
                 "Find the step that made them: a learning rate too high, or a damaged file."
             )
+
+
+def _sum(tensor: Tensor) -> float:
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(tensor.numpy().sum())  # torch would wake its threads for this, which costs more than the sum
+    return float(tensor.sum())

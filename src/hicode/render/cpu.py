@@ -221,74 +221,71 @@ def _project(
 
 
 @njit(**_OPTIONS)
-def _count_pairs(boxes, n, first_slot):
-    """The number of (Gaussian, tile) pairs; `first_slot[i]` counts those of the Gaussians before i."""
-    pairs = 0
+def _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start, schedule):
+    """How many Gaussians touch a tile, how many (Gaussian, tile) pairs they make, and the smallest and largest key (depth's bits).
+
+    `first_slot[i]` counts the pairs of the Gaussians before i, `tile_start[t]` those of the tiles before t; `schedule` lists full tiles first.
+    """
+    tile_start[:] = 0
+    pairs = touching = 0
+    least, most = np.uint32(0xFFFFFFFF), np.uint32(0)
     for i in range(n):
         first_slot[i] = pairs
-        pairs += np.int64(boxes[i, 1] - boxes[i, 0]) * np.int64(boxes[i, 3] - boxes[i, 2])
+        if boxes[i, 1] > boxes[i, 0]:
+            touching += 1
+            least, most = min(least, keys[i]), max(most, keys[i])
+            for y in range(boxes[i, 2], boxes[i, 3]):
+                for x in range(boxes[i, 0], boxes[i, 1]):
+                    tile_start[y * tiles_x + x + 1] += 1
+                    pairs += 1
     first_slot[n] = pairs
-    return pairs
+    schedule[:] = np.argsort(-tile_start[1:], kind="mergesort")
+    for t in range(tile_start.shape[0] - 1):
+        tile_start[t + 1] += tile_start[t]
+    return touching, pairs, least, most
 
 
 @njit(**_OPTIONS)
-def _order_by_depth(keys, first_slot, n, order, other_order, sorted_keys, other_keys):
-    """Indices of the Gaussians in some tile, near before far, equal depths in index order; True where they ended up in `other_order`.
+def _order_by_depth(boxes, keys, n, least, most, order, other):
+    """Sort the Gaussians that touch a tile by depth, equal depths by index; returns the array, of the two given, that holds the result.
 
-    A radix sort on the bits of the depth, which grow with a positive float.
+    A radix sort of (key - least) << 32 | index, as many 12-bit digits as the keys' range needs: a head's depths take two.
     """
-    histogram = np.zeros((3, 2048), np.int32)
+    digits, span = 1, np.uint64(most) - np.uint64(least) if most > least else np.uint64(0)
+    while span >> np.uint64(12 * digits) > 0:
+        digits += 1
+    histogram = np.zeros((digits, 4096), np.int32)
     m = 0
     for i in range(n):
-        if first_slot[i + 1] > first_slot[i]:
-            key = keys[i]
-            histogram[0, key & 2047] += 1
-            histogram[1, (key >> 11) & 2047] += 1
-            histogram[2, key >> 22] += 1
-            order[m] = i
-            sorted_keys[m] = key
+        if boxes[i, 1] > boxes[i, 0]:
+            key = np.uint64(keys[i] - least)
+            for digit in range(digits):
+                histogram[digit, (key >> np.uint64(12 * digit)) & np.uint64(4095)] += 1
+            order[m] = (key << np.uint64(32)) | np.uint64(i)
             m += 1
-    swapped = False
-    for digit in range(3):
+    for digit in range(digits):
         total = np.int32(0)
-        most = np.int32(0)
-        for j in range(2048):
+        for j in range(4096):
             count = histogram[digit, j]
-            most = max(most, count)
             histogram[digit, j] = total
             total += count
-        if most == m:  # all agree in this digit
-            continue
-        shift = np.uint32(11 * digit)
-        for i in range(m):
-            key = sorted_keys[i]
-            d = (key >> shift) & np.uint32(2047)
+        shift = np.uint64(32 + 12 * digit)
+        for j in range(m):
+            item = order[j]
+            d = (item >> shift) & np.uint64(4095)
             to = histogram[digit, d]
             histogram[digit, d] = to + 1
-            other_keys[to] = key
-            other_order[to] = order[i]
-        order, other_order = other_order, order
-        sorted_keys, other_keys = other_keys, sorted_keys
-        swapped = not swapped
-    return swapped, m
+            other[to] = item
+        order, other = other, order
+    return order
 
 
 @njit(**_OPTIONS)
-def _fill_tiles(boxes, order, m, first_slot, tiles_x, tiles_y, tile_start, pairs, schedule):
-    """`pairs[tile_start[t] : tile_start[t + 1]]` = (Gaussian, slot) of tile t, near before far; `schedule` lists full tiles first."""
-    tiles = tiles_x * tiles_y
-    tile_start[:] = 0
-    for j in range(m):
-        i = order[j]
-        for y in range(boxes[i, 2], boxes[i, 3]):
-            for x in range(boxes[i, 0], boxes[i, 1]):
-                tile_start[y * tiles_x + x + 1] += 1
-    schedule[:] = np.argsort(-tile_start[1:], kind="mergesort")
-    for t in range(tiles):
-        tile_start[t + 1] += tile_start[t]
-    fill = tile_start[:tiles].copy()
-    for j in range(m):
-        i = order[j]
+def _fill_tiles(boxes, order, touching, first_slot, tiles_x, tile_start, pairs):
+    """`pairs[tile_start[t] : tile_start[t + 1]]` = (Gaussian, slot) of tile t, near before far."""
+    fill = tile_start[:-1].copy()
+    for j in range(touching):
+        i = np.int64(order[j] & np.uint64(0xFFFFFFFF))
         slot = first_slot[i]
         for y in range(boxes[i, 2], boxes[i, 3]):
             for x in range(boxes[i, 0], boxes[i, 1]):
@@ -749,16 +746,14 @@ class _Rasterize(torch.autograd.Function):
         )
 
         first_slot = get("first_slot", (n + 1,), np.int64)
-        total = _count_pairs(boxes, n, first_slot)
-        order, other_order = get("order", (n,), np.int32), get("other_order", (n,), np.int32)
-        keys, other_keys = get("keys", (n,), np.uint32), get("other_keys", (n,), np.uint32)
-        swapped, m = _order_by_depth(depths.view(np.uint32), first_slot, n, order, other_order, keys, other_keys)
         tile_start = get("tile_start", (tiles_x * tiles_y + 1,), np.int64)
         schedule = get("schedule", (tiles_x * tiles_y,), np.int64)
+        keys = depths.view(np.uint32)  # the bits of a positive float grow with it
+        touching, total, least, most = _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start, schedule)
+        order = get("order", (touching,), np.uint64)
+        order = _order_by_depth(boxes, keys, n, least, most, order, get("other_order", (touching,), np.uint64))
         pairs, masks = get("pairs", (total, 2), np.int32), get("masks", (total,), np.uint64)
-        _fill_tiles(
-            boxes, other_order if swapped else order, m, first_slot, tiles_x, tiles_y, tile_start, pairs, schedule
-        )
+        _fill_tiles(boxes, order, touching, first_slot, tiles_x, tile_start, pairs)
 
         planes = torch.empty(4, tiles_y * TILE, tiles_x * TILE)
         tiling = (schedule, tiles_x, tile_start, splats, splats.reshape(-1), pairs, masks)
