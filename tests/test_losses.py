@@ -7,8 +7,18 @@ import torch
 
 from hicode.errors import TrainingError
 from hicode.training.losses import (
-    HeadLoss, LossWeights, PerceptualLoss, WingLandmarks, check_finite, crop_around, mouth_weight, photometric, photometric_reference, random_crop, wing,
-)  # fmt: skip
+    HeadLoss,
+    LossWeights,
+    PerceptualLoss,
+    WingLandmarks,
+    check_finite,
+    crop_around,
+    mouth_weight,
+    photometric,
+    photometric_reference,
+    random_crop,
+    wing,
+)
 
 
 def images(h, w, seed=0, noise=0.2):
@@ -37,7 +47,9 @@ def test_kernel_equals_reference_in_value_and_gradient(size, weighted):
         assert parts[name].item() == pytest.approx(wanted_parts[name].item(), abs=1e-4)
         assert not parts[name].requires_grad
     error = (x.grad - x64.grad).norm() / x64.grad.norm()
-    assert error < 1e-3, error  # where both images are flat the same cancellation is divided by C2; textured images give 1e-7
+    assert error < 1e-3, (
+        error
+    )  # where both images are flat the same cancellation is divided by C2; textured images give 1e-7
 
 
 def test_gradient_of_a_textured_image_is_exact_to_rounding():
@@ -51,7 +63,10 @@ def test_gradient_of_a_textured_image_is_exact_to_rounding():
 
 def test_reference_gradient_is_the_finite_difference():
     g = torch.Generator().manual_seed(2)
-    x, y = torch.rand(9, 13, 3, dtype=torch.float64, generator=g).requires_grad_(), torch.rand(9, 13, 3, dtype=torch.float64, generator=g)
+    x, y = (
+        torch.rand(9, 13, 3, dtype=torch.float64, generator=g).requires_grad_(),
+        torch.rand(9, 13, 3, dtype=torch.float64, generator=g),
+    )
     weight = torch.rand(9, 13, dtype=torch.float64, generator=g)
     assert torch.autograd.gradcheck(lambda a: photometric_reference(a, y, weight)[0], (x,), eps=1e-6, atol=1e-7)
 
@@ -101,13 +116,17 @@ def test_nan_in_gives_nan_out():
 
 
 def test_ssim_agrees_with_scikit_image_where_borders_are_alike():
-    """Ours is zero-padded, theirs reflects and cuts 5 px off: with zeros 11 px wide around both images, the full maps' means are one number."""
+    """Ours is zero-padded, theirs reflects and cuts 5 px off: with zeros 11 px wide around both images, the full maps'
+    means are one number."""
     from skimage.metrics import structural_similarity
 
     x, y = torch.zeros(82, 82, 3), torch.zeros(82, 82, 3)
     x[11:71, 11:71], y[11:71, 11:71] = images(60, 60)
-    options = dict(channel_axis=2, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
-    assert photometric(x, y)[1]["ssim"].item() == pytest.approx(structural_similarity(x.numpy(), y.numpy(), **options)[1].mean(), abs=1e-5)
+    options = {"channel_axis": 2, "data_range": 1, "gaussian_weights": True, "sigma": 1.5}
+    options |= {"use_sample_covariance": False, "full": True}
+    assert photometric(x, y)[1]["ssim"].item() == pytest.approx(
+        structural_similarity(x.numpy(), y.numpy(), **options)[1].mean(), abs=1e-5
+    )
 
 
 def test_mouth_weight_adds_the_boxs_own_mean():
@@ -191,8 +210,15 @@ def test_head_loss_is_the_weighted_sum_of_its_parts(cheap_vgg):
     weights = LossWeights(l1=0.7, ssim=0.4, vgg=0.05, wing=0.01, mouth=0.5)
     crop, mouth = (0, 0, 32, 32), (20, 20, 52, 52)
     landmarks_px = torch.full((478, 2), 102.0)
-    loss, parts = HeadLoss(weights, cheap_vgg, WingLandmarks(_FakeLandmarker()))(rendered, target, mouth, crop, mouth, landmarks_px)
-    wanted = 0.7 * parts["l1"] + 0.4 * (1 - parts["ssim"]) + 0.05 * (parts["vgg"] + 0.5 * parts["vgg_mouth"]) + 0.01 * parts["wing"]
+    loss, parts = HeadLoss(weights, cheap_vgg, WingLandmarks(_FakeLandmarker()))(
+        rendered, target, mouth, crop, mouth, landmarks_px
+    )
+    wanted = (
+        0.7 * parts["l1"]
+        + 0.4 * (1 - parts["ssim"])
+        + 0.05 * (parts["vgg"] + 0.5 * parts["vgg_mouth"])
+        + 0.01 * parts["wing"]
+    )
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert set(HeadLoss(weights)(rendered, target, mouth, crop, mouth, landmarks_px)[1]) == {"l1", "ssim"}
 
@@ -211,7 +237,13 @@ def test_crops_stay_inside_and_repeat_with_the_generator():
 
 def test_the_nan_guard_names_step_term_and_tensor():
     means = torch.zeros(3, requires_grad=True)
-    check_finite(1, {"l1": torch.tensor(0.3)}, {"means": torch.tensor([float("nan")])})  # terms first: nothing is wrong yet
+    check_finite(
+        1, {"l1": torch.tensor(0.3)}, {"means": torch.tensor([float("nan")])}
+    )  # terms first: nothing is wrong yet
     means.grad = torch.tensor([0.0, float("inf"), 0.0])
     with pytest.raises(TrainingError, match=r"Step 12: loss term 'vgg' is nan .*quats, gradient of means"):
-        check_finite(12, {"l1": torch.tensor(0.1), "vgg": torch.tensor(float("nan"))}, {"means": means, "quats": torch.tensor([float("nan")])})
+        check_finite(
+            12,
+            {"l1": torch.tensor(0.1), "vgg": torch.tensor(float("nan"))},
+            {"means": means, "quats": torch.tensor([float("nan")])},
+        )

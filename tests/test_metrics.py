@@ -1,4 +1,5 @@
-"""The measures, and the traps in them: a pasted background, means of logarithms, frames without a face, clips of other lengths."""
+"""The measures, and the traps in them: a pasted background, means of logarithms, frames without a face, clips of other
+lengths."""
 
 import numpy as np
 import pytest
@@ -10,19 +11,24 @@ from hicode.evaluation import lips
 from hicode.evaluation.images import Truth, box_mask, grown, lpips_distance, mean_of_frames, psnr, seam_error, ssim
 from hicode.motion import LEFT_EYE_OUTER, LIPS, LOWER_LIP_INNER, RIGHT_EYE_OUTER, UPPER_LIP_INNER
 
-needs_lpips = pytest.mark.skipif(not assets.is_cached("perceptual"), reason="the asset `perceptual` is not in the cache: `hicode assets pull perceptual`")
+needs_lpips = pytest.mark.skipif(
+    not assets.is_cached("perceptual"),
+    reason="the asset `perceptual` is not in the cache: `hicode assets pull perceptual`",
+)
 
 
 def scene(seed=0, height=96, width=128):
     """A smooth random image and a noisy copy, uint8."""
     rng = np.random.default_rng(seed)
     coarse = torch.from_numpy(rng.random((1, 3, 6, 8), np.float32))
-    truth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 1).permute(1, 2, 0).numpy()
+    truth = (
+        torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 1).permute(1, 2, 0).numpy()
+    )
     image = np.clip(truth + rng.normal(0, 0.05, truth.shape), 0, 1)
     return (image * 255 + 0.5).astype(np.uint8), (truth * 255 + 0.5).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def test_psnr_of_a_constant_tenth_is_20_db():
@@ -37,7 +43,8 @@ def test_psnr_of_a_constant_tenth_is_20_db():
 
 
 def test_a_pasted_background_inflates_psnr_by_its_share():
-    """A region of fraction f wrong, the rest exact: the frame's PSNR is the region's minus 10 log10 f. This is why regions are reported."""
+    """A region of fraction f wrong, the rest exact: the frame's PSNR is the region's minus 10 log10 f. This is why
+    regions are reported."""
     image, truth = scene()
     mask = box_mask((40, 30, 72, 62), 96, 128)
     pasted = np.where(mask[..., None], image, truth)
@@ -67,7 +74,13 @@ def test_ssim_equals_scikit_image(size):
 
     image, truth = scene(1, *size)
     wanted = structural_similarity(
-        image / 255.0, truth / 255.0, channel_axis=2, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        image / 255.0,
+        truth / 255.0,
+        channel_axis=2,
+        data_range=1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
     )
     assert ssim(image, truth) == pytest.approx(wanted, abs=1e-12)  # both in float64
     assert ssim(truth, truth) == pytest.approx(1, abs=1e-12)
@@ -98,7 +111,9 @@ def test_regions_of_one_comparison_are_the_measures_by_themselves():
     assert found["frame"]["lpips"] == pytest.approx(lpips_distance(image, truth), rel=1e-5)
     x0, y0, x1, y1 = grown(box, 160, 160)
     assert (x1 - x0, y1 - y0) == (64, 64)
-    assert found["mouth"]["lpips"] == pytest.approx(lpips_distance(image[y0:y1, x0:x1].copy(), truth[y0:y1, x0:x1].copy()), rel=1e-5)
+    assert found["mouth"]["lpips"] == pytest.approx(
+        lpips_distance(image[y0:y1, x0:x1].copy(), truth[y0:y1, x0:x1].copy()), rel=1e-5
+    )
 
 
 @needs_lpips
@@ -139,7 +154,7 @@ def test_the_seam_sees_an_edge_at_the_boundary_and_nothing_elsewhere():
     assert np.isnan(seam_error(truth, truth, np.zeros_like(region)))
 
 
-# --------------------------------------------------------------------------------------------------------------------- lips
+# ----------------------------------------------------------------------------------------------------------------- lips
 
 
 def faces(t=12, seed=0):
@@ -182,7 +197,8 @@ def test_clips_of_other_lengths_are_refused():
 
 
 def test_jitter_is_of_the_face_not_of_the_head():
-    """A head that moves, turns and comes nearer has none; noise of σ per coordinate has about σ √6 √(π/2) (second difference of a plane's noise)."""
+    """A head that moves, turns and comes nearer has none; noise of σ per coordinate has about σ √6 √(π/2) (second
+    difference of a plane's noise)."""
     still = faces()[:1].repeat(40, 0)
     t = np.arange(40)
     turn = np.exp(1j * 0.3 * np.sin(t / 5)) * (1 + 0.1 * np.sin(t / 7))

@@ -12,8 +12,11 @@ from hicode.perceptual import LPIPS, LPIPS_LAYERS, Features, load_weights, read_
 
 
 def pattern(name: str, side: int = 96) -> torch.Tensor:
-    """A formula, so that the goldens below can be made again anywhere: a coloured grating, and three ways to spoil it."""
-    y, x = torch.meshgrid(torch.arange(side, dtype=torch.float64), torch.arange(side, dtype=torch.float64), indexing="ij")
+    """A formula, so that the goldens below can be made again anywhere: a coloured grating, and three ways to spoil
+    it."""
+    y, x = torch.meshgrid(
+        torch.arange(side, dtype=torch.float64), torch.arange(side, dtype=torch.float64), indexing="ij"
+    )
     image = torch.stack([0.5 + 0.4 * torch.sin(x / 7 + c) * torch.cos(y / (9 + c)) for c in range(3)])
     if name == "grain":
         image = image + 0.1 * torch.sin(37.7 * x + 91.3 * y)
@@ -41,7 +44,9 @@ def model(request) -> LPIPS:
 @pytest.mark.parametrize("spoiled", ["grain", "shift", "negative"])
 def test_values_are_those_of_the_lpips_package(model, spoiled):
     value = model(pattern("plain"), pattern(spoiled)).item()
-    assert value == pytest.approx(GOLDEN[model.features.network, spoiled], rel=1e-4)  # float32 sums in another order: about 1e-7
+    assert value == pytest.approx(
+        GOLDEN[model.features.network, spoiled], rel=1e-4
+    )  # float32 sums in another order: about 1e-7
 
 
 def test_a_distance_is_zero_on_itself_symmetric_and_grows_with_the_fault(model):
@@ -109,7 +114,9 @@ def test_the_converted_copy_is_read_and_a_damaged_one_made_anew(model, tmp_path,
     assert copy.stat().st_size == size
     assert all(torch.equal(first[k], made[k]) and torch.equal(first[k], again[k]) for k in first)
     monkeypatch.setattr(perceptual, "read_arrays", None)  # from here on, only the copy can answer
-    assert torch.equal(load_weights(network)["lpips." + LPIPS_LAYERS[network][0]], first["lpips." + LPIPS_LAYERS[network][0]])
+    assert torch.equal(
+        load_weights(network)["lpips." + LPIPS_LAYERS[network][0]], first["lpips." + LPIPS_LAYERS[network][0]]
+    )
 
 
 class _Runs:
@@ -123,7 +130,16 @@ class _ObjectArray:
 
 
 @pytest.mark.parametrize(
-    "poison", [_Runs(), {"a": _Runs()}, {"a": np.array([{}], object)}, {"a": _ObjectArray()}, [np.zeros(3)], {"a": "text"}, {3: np.zeros(3)}],
+    "poison",
+    [
+        _Runs(),
+        {"a": _Runs()},
+        {"a": np.array([{}], object)},
+        {"a": _ObjectArray()},
+        [np.zeros(3)],
+        {"a": "text"},
+        {3: np.zeros(3)},
+    ],
     ids=["call", "call within", "object array", "object dtype", "not a dict", "a string", "a number for a name"],
 )  # fmt: skip
 def test_a_pickle_with_anything_but_arrays_is_refused(poison, capsys):

@@ -23,7 +23,10 @@ from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.motion import LIPS, N_LANDMARKS, FaceTrack, Motion
 
-pytestmark = pytest.mark.skipif(not assets.is_cached("perceptual"), reason="the asset `perceptual` is not in the cache: `hicode assets pull perceptual`")
+pytestmark = pytest.mark.skipif(
+    not assets.is_cached("perceptual"),
+    reason="the asset `perceptual` is not in the cache: `hicode assets pull perceptual`",
+)
 
 SIZE, FRAMES, TRAIN = 72, 20, 12
 
@@ -49,7 +52,9 @@ def landmarks_px(t: int) -> np.ndarray:
     points = rng.uniform(24, 48, (N_LANDMARKS, 2)) + [4 * np.sin(t / 3), 0]
     points[33], points[263] = [SIZE / 2 - 10, 30], [SIZE / 2 + 10, 30]
     angle = np.linspace(0, 2 * np.pi, len(LIPS), endpoint=False)
-    points[LIPS] = np.stack([SIZE / 2 + 4 * np.sin(t / 3) + 8 * np.cos(angle), 48 + (2 + 3 * abs(np.sin(t))) * np.sin(angle)], 1)
+    points[LIPS] = np.stack(
+        [SIZE / 2 + 4 * np.sin(t / 3) + 8 * np.cos(angle), 48 + (2 + 3 * abs(np.sin(t))) * np.sin(angle)], 1
+    )
     return points
 
 
@@ -65,7 +70,10 @@ def write_clip(path, sound=True, test=None, sha256="abc"):
     poses[:, 2, 3] = torch.arange(FRAMES) + 10.0
     motion = Motion(torch.rand(FRAMES, 64, generator=g), torch.rand(FRAMES, 478, 3, generator=g), poses)
     points = torch.from_numpy(np.stack([landmarks_px(t) for t in range(FRAMES)])).float()
-    save_track(path / "track.safetensors", FaceTrack(motion, torch.rand(80, generator=g), Camera.pinhole(100.0, SIZE, SIZE), points, torch.ones(FRAMES)))
+    save_track(
+        path / "track.safetensors",
+        FaceTrack(motion, torch.rand(80, generator=g), Camera.pinhole(100.0, SIZE, SIZE), points, torch.ones(FRAMES)),
+    )
     if sound:
         write_audio(path / "audio.wav", 0.3 * np.sin(np.arange(640 * FRAMES) / 9).astype(np.float32), 16000)
         features = torch.arange(2 * FRAMES)[:, None].repeat(1, 3).float()
@@ -74,8 +82,10 @@ def write_clip(path, sound=True, test=None, sha256="abc"):
     write_json(
         path / "clip.json",
         {
-            "schema": SCHEMA, "version": VERSION, "complete": True, "fps": 25.0, "frame_count": FRAMES, "width": SIZE, "height": SIZE,
-            "train": [0, TRAIN], "test": test or [TRAIN, FRAMES], "source": {"name": "drawn.mp4", "sha256": sha256}, "crop_box": [0, 0, SIZE],
+            "schema": SCHEMA, "version": VERSION, "complete": True, "fps": 25.0, "frame_count": FRAMES,
+            "width": SIZE, "height": SIZE,
+            "train": [0, TRAIN], "test": test or [TRAIN, FRAMES],
+            "source": {"name": "drawn.mp4", "sha256": sha256}, "crop_box": [0, 0, SIZE],
             "audio_offset_frames": 0.0, "has_audio": sound, "report": {}, "steps": {"fit": {"seconds": 2.5}}, "video": "drawn.mp4",
         },
     )  # fmt: skip
@@ -187,7 +197,9 @@ def test_the_control_is_the_mean_training_head_on_the_true_frame(clip):
     mean = (np.mean([drawn(t).astype(float) for t in clip.train], 0) + 0.5).astype(np.uint8)
     values = [psnr(np.where(dilate_mask(head(t))[..., None] > 0, mean, drawn(t)), drawn(t)) for t in clip.test]
     assert out["control"]["frame"]["psnr"] == pytest.approx(mean_of_frames(values), abs=1e-5)
-    assert out["over_control"]["tracked"]["frame"] == pytest.approx(out["tracked"]["frame"]["psnr"] - out["control"]["frame"]["psnr"], abs=1e-5)
+    assert out["over_control"]["tracked"]["frame"] == pytest.approx(
+        out["tracked"]["frame"]["psnr"] - out["control"]["frame"]["psnr"], abs=1e-5
+    )
 
 
 def test_no_test_frame_enters_the_control(clip, tmp_path):
@@ -205,7 +217,9 @@ def test_tracked_is_the_test_track_and_audio_replaces_the_mouth_alone(clip):
     wanted = clip.track.motion[TRAIN:FRAMES]
     assert torch.equal(tracked.expression, wanted.expression) and torch.equal(tracked.landmarks, wanted.landmarks)
     assert torch.equal(audio.T_camera_head, wanted.T_camera_head)
-    assert torch.equal(audio.expression[:, 10:], wanted.expression[:, 10:]) and torch.equal(audio.landmarks[:, 100:], wanted.landmarks[:, 100:])
+    assert torch.equal(audio.expression[:, 10:], wanted.expression[:, 10:]) and torch.equal(
+        audio.landmarks[:, 100:], wanted.landmarks[:, 100:]
+    )
     # a tone is speech to the gate: after its attack the mouth is the prediction's
     assert (audio.expression[-1, :10] - 7).abs().max() < 1e-5 and (audio.landmarks[-1, :100] - 7).abs().max() < 1e-5
 
@@ -235,7 +249,13 @@ def test_no_true_test_mouth_reaches_the_audio_row(clip, tmp_path):
 @pytest.mark.parametrize("silent", ["clip", "avatar"])
 def test_without_sound_or_speech_models_there_is_no_audio_row_and_a_note(clip, tmp_path, silent):
     other = write_clip(tmp_path / "silent.clip", sound=silent != "clip")
-    out = evaluate(FakeAvatar(other, darker, speech=silent != "avatar"), other, json=tmp_path / "r.json", html=tmp_path / "r.html", progress=False)
+    out = evaluate(
+        FakeAvatar(other, darker, speech=silent != "avatar"),
+        other,
+        json=tmp_path / "r.json",
+        html=tmp_path / "r.html",
+        progress=False,
+    )
     assert out["audio"] is None and out["tracked"] is not None
     assert any(note.startswith("No audio row") for note in out["notes"])
     assert out["timing"]["fps_is"] == "motion to final frame"
@@ -251,7 +271,9 @@ def test_frames_without_a_face_are_counted(clip, monkeypatch):
 
     def blind(frames, landmarker):
         calls.append(1)
-        return np.full((1, N_LANDMARKS, 3), np.nan) if len(calls) % 3 == 0 else seen(frames, landmarker)  # every tracked frame of three rows
+        return (
+            np.full((1, N_LANDMARKS, 3), np.nan) if len(calls) % 3 == 0 else seen(frames, landmarker)
+        )  # every tracked frame of three rows
 
     monkeypatch.setattr(report_module, "detect", blind)
     out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False)
@@ -273,7 +295,9 @@ def test_the_page_is_whole_and_shows_the_worst_first(clip, tmp_path):
     evaluate(FakeAvatar(clip, darker), clip, html=tmp_path / "r.html", progress=False)
     text = (tmp_path / "r.html").read_text()
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
-    assert not re.findall(r"(?:src|href)=['\"](?!data:image/)", text) and "http" not in re.sub(r"data:image[^']*", "", text)
+    assert not re.findall(r"(?:src|href)=['\"](?!data:image/)", text) and "http" not in re.sub(
+        r"data:image[^']*", "", text
+    )
     assert text.count("<svg") == 5 and "ground truth" in text and "∞" in text
     shown = [int(t) for t in re.findall(r"<h3>Frame (\d+):", text)]
     assert shown[0] == FRAMES - 1  # `darker` grows with t
@@ -287,7 +311,16 @@ def test_the_table_names_every_row(clip):
     stream = StringIO()
     print_table(out, Console(file=stream, width=140))
     text = stream.getvalue()
-    for word in ("ground truth", "control", "tracked", "audio", "over the control", "∞", "frames a second", "drawn.mp4: 8 unseen frames (12 … 19)"):
+    for word in (
+        "ground truth",
+        "control",
+        "tracked",
+        "audio",
+        "over the control",
+        "∞",
+        "frames a second",
+        "drawn.mp4: 8 unseen frames (12 … 19)",
+    ):
         assert word in text, word
 
 
@@ -321,5 +354,6 @@ def test_a_difference_map_is_dark_where_images_agree():
     b = a.copy()
     b[10:20, 10:20] = 255 - b[10:20, 10:20]
     shown = difference_map(b, a).mean(2)
-    assert shown[40:, 40:].max() < 5 < 60 < shown[12:18, 12:18].mean()
+    assert shown[40:, 40:].max() < 5
+    assert shown[12:18, 12:18].mean() > 60
     assert cv2.countNonZero((shown > 30).astype(np.uint8)) <= 100

@@ -1,11 +1,12 @@
 """Features of two image classifiers, VGG16 and AlexNet, and LPIPS, the distance learned on them (Zhang et al. 2018).
 
-Images are "b 3 h w", RGB in [0, 1], float32; the networks' own normalisation (ImageNet's mean and deviation, which is also what LPIPS does
-to inputs in [-1, 1]) happens inside. Layers go by their customary names: `relu1_2` is the output of the second convolution of VGG16's first
-block, after its ReLU; AlexNet's are `relu1` ... `relu5`.
+Images are "b 3 h w", RGB in [0, 1], float32; the networks' own normalisation (ImageNet's mean and deviation, which is
+also what LPIPS does to inputs in [-1, 1]) happens inside. Layers go by their customary names: `relu1_2` is the output
+of the second convolution of VGG16's first block, after its ReLU; AlexNet's are `relu1` ... `relu5`.
 
-The weights are the asset `perceptual`: numpy arrays in pickles. A pickle may run any code, so they are read by an unpickler that knows numpy
-arrays and nothing else, once; then a safetensors copy in the cache is read. Nothing here trains: every parameter is frozen.
+The weights are the asset `perceptual`: numpy arrays in pickles. A pickle may run any code, so they are read by an
+unpickler that knows numpy arrays and nothing else, once; then a safetensors copy in the cache is read. Nothing here
+trains: every parameter is frozen.
 """
 
 import io
@@ -26,7 +27,8 @@ from hicode.files import load_tensors, save_tensors
 
 Network = Literal["vgg16", "alexnet"]
 
-# (layer, channels in, channels out, kernel, stride, padding); "pool" rows are (kernel, stride) of a max pooling before the next layer.
+# (layer, channels in, channels out, kernel, stride, padding); "pool" rows are (kernel, stride) of a max pooling before
+# the next layer.
 _VGG16 = [
     ("relu1_1", 3, 64, 3, 1, 1), ("relu1_2", 64, 64, 3, 1, 1), ("pool", 2, 2),
     ("relu2_1", 64, 128, 3, 1, 1), ("relu2_2", 128, 128, 3, 1, 1), ("pool", 2, 2),
@@ -76,12 +78,16 @@ def _plain_dtype(code, *rest):
 
 
 def read_arrays(data: bytes, source: str) -> dict:
-    """A pickle of nested dicts of numeric numpy arrays; AssetError names `source` where it holds anything else or is damaged."""
+    """A pickle of nested dicts of numeric numpy arrays; AssetError names `source` where it holds anything else or is
+    damaged."""
     try:
         tree = _ArraysOnly(io.BytesIO(data)).load()
         _check_tree(tree)
     except Exception as error:  # a damaged pickle fails in any of a dozen ways
-        raise AssetError(f"{source} is not a plain file of numpy arrays ({error}). Refused; fetch it again with `hicode assets pull`.") from error
+        raise AssetError(
+            f"{source} is not a plain file of numpy arrays ({error}). "
+            "Refused; fetch it again with `hicode assets pull`."
+        ) from error
     return tree
 
 
@@ -96,7 +102,8 @@ def _check_tree(tree) -> None:
 
 
 def load_weights(network: Network) -> dict[str, Tensor]:
-    """Weights as torch lays them out: `relu1_2.weight` "out in k k", `relu1_2.bias` "out", and `lpips.relu1_2` "channels" for the LPIPS heads."""
+    """Weights as torch lays them out: `relu1_2.weight` "out in k k", `relu1_2.bias` "out", and `lpips.relu1_2`
+    "channels" for the LPIPS heads."""
     package = assets.ASSETS["perceptual"].package
     converted = assets.cache_dir() / "converted" / f"{network}-{package.sha256[:16]}.safetensors"
     if converted.exists():
@@ -106,7 +113,9 @@ def load_weights(network: Network) -> dict[str, Tensor]:
             pass  # a damaged copy is made anew below
     source = assets.path("perceptual", f"{network}.ckpt")
     tensors = _convert(read_arrays(source.read_bytes(), str(source)), network, source)
-    save_tensors(converted, tensors, _SCHEMA, _VERSION, {"network": network, "source": f"{package.name} {package.version}"})
+    save_tensors(
+        converted, tensors, _SCHEMA, _VERSION, {"network": network, "source": f"{package.name} {package.version}"}
+    )
     return tensors
 
 
@@ -127,17 +136,26 @@ def _convert(tree: dict, network: Network, source: Path) -> dict[str, Tensor]:
                 raise ValueError(f"head {i} has {head.size} channels")
             out[f"lpips.{name}"] = torch.from_numpy(np.ascontiguousarray(head, np.float32))
     except (KeyError, TypeError, ValueError) as error:
-        raise AssetError(f"{source} is not the {network} expected ({error}). Fetch it again with `hicode assets pull`.") from error
+        raise AssetError(
+            f"{source} is not the {network} expected ({error}). Fetch it again with `hicode assets pull`."
+        ) from error
     return out
 
 
 class Features(nn.Module):
     """VGG16 or AlexNet up to the last layer asked for. Frozen; differentiable in its input.
 
-    dtype bfloat16 halves the time where the machine multiplies it in hardware (AMX, CUDA), and costs time where it does not.
+    dtype bfloat16 halves the time where the machine multiplies it in hardware (AMX, CUDA), and costs time where it does
+    not.
     """
 
-    def __init__(self, network: Network, layers: tuple[str, ...], weights: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        network: Network,
+        layers: tuple[str, ...],
+        weights: dict[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         weights = load_weights(network) if weights is None else weights
         self.network, self.layers, self.dtype = network, tuple(layers), dtype
@@ -176,20 +194,27 @@ class Features(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """The learned perceptual distance, version 0.1: 0 for equal images, about 0.1 for a good rendering, above 0.5 for unlike ones."""
+    """The learned perceptual distance, version 0.1: 0 for equal images, about 0.1 for a good rendering, above 0.5 for
+    unlike ones."""
 
     def __init__(self, network: Network = "alexnet"):
         super().__init__()
         weights = load_weights(network)
         self.features = Features(network, LPIPS_LAYERS[network], weights)
         self.heads = nn.ParameterList(
-            [nn.Parameter(weights[f"lpips.{name}"].view(1, -1, 1, 1), requires_grad=False) for name in LPIPS_LAYERS[network]]
+            [
+                nn.Parameter(weights[f"lpips.{name}"].view(1, -1, 1, 1), requires_grad=False)
+                for name in LPIPS_LAYERS[network]
+            ]
         )
 
     def normalized(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c y x"]]:
-        """Features of unit length at each place: what `from_features` compares. Compute a reference's once, compare it with many."""
+        """Features of unit length at each place: what `from_features` compares. Compute a reference's once, compare it
+        with many."""
         if min(images.shape[-2:]) < SMALLEST_SIDE_PX:
-            raise ValueError(f"LPIPS needs images of at least {SMALLEST_SIDE_PX} px a side, got {tuple(images.shape[-2:])}")
+            raise ValueError(
+                f"LPIPS needs images of at least {SMALLEST_SIDE_PX} px a side, got {tuple(images.shape[-2:])}"
+            )
         return [f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in self.features(images)]
 
     def from_features(
@@ -197,8 +222,9 @@ class LPIPS(nn.Module):
     ) -> Float[Tensor, "b"]:
         """Distance from `normalized` features: at each layer the mean over places, then the sum over layers.
 
-        With a mask (weights of pixels), each layer's mean is weighted by the mask averaged down to its grid. A mask of ones changes nothing.
-        The features of a place see its surroundings (some 200 px at AlexNet's last layer), so a region's value depends a little on its outside.
+        With a mask (weights of pixels), each layer's mean is weighted by the mask averaged down to its grid. A mask of
+        ones changes nothing. The features of a place see its surroundings (some 200 px at AlexNet's last layer), so a
+        region's value depends a little on its outside.
         """
         total = torch.zeros(a[0].shape[0], device=a[0].device)
         for x, y, head in zip(a, b, self.heads, strict=True):
@@ -210,7 +236,9 @@ class LPIPS(nn.Module):
                 total = total + (place * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1e-12)
         return total
 
-    def forward(self, a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"], mask: Float[Tensor, "b 1 h w"] | None = None) -> Float[Tensor, "b"]:
+    def forward(
+        self, a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"], mask: Float[Tensor, "b 1 h w"] | None = None
+    ) -> Float[Tensor, "b"]:
         return self.from_features(self.normalized(a), self.normalized(b), mask)
 
 

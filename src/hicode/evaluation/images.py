@@ -1,12 +1,12 @@
 """PSNR, SSIM and LPIPS of a frame against its truth, over the whole frame, the head and the mouth (EVALUATION.md).
 
-Images are uint8 RGB "h w 3", compared as [0, 1], before any lossy encoding. Per frame; a clip's figure is the mean of its frames' figures.
-For PSNR that is not the PSNR of the mean error: one bad frame weighs less in the first.
+Images are uint8 RGB "h w 3", compared as [0, 1], before any lossy encoding. Per frame; a clip's figure is the mean of
+its frames' figures. For PSNR that is not the PSNR of the mean error: one bad frame weighs less in the first.
 
-    region   PSNR                    SSIM                         LPIPS
-    frame    over all pixels         mean of the SSIM map         as published
-    head     over the mask's pixels  map's mean over the mask     each layer's mean over the mask (`LPIPS.from_features`)
-    mouth    over the box's pixels   map's mean over the box      of the box alone, grown to 64 px a side where it is smaller
+    region   PSNR                    SSIM                      LPIPS
+    frame    over all pixels         mean of the SSIM map      as published
+    head     over the mask's pixels  map's mean over the mask  each layer's mean over the mask
+    mouth    over the box's pixels   map's mean over the box   of the box alone, at least 64 px a side
 
 SSIM maps end 5 px inside the frame, as scikit-image's means do. Head masks count from 128 on.
 """
@@ -31,7 +31,9 @@ WINDOW, SIGMA_PX = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 
 
-def psnr(image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"] | None = None) -> float:
+def psnr(
+    image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"] | None = None
+) -> float:
     """-10 log10 of the mean squared error, RGB in [0, 1], in dB. Infinite for equal images; NaN over an empty mask."""
     _check_same(image, truth)
     difference = image.astype(np.float64) - truth
@@ -58,7 +60,8 @@ class Moments:
 
 
 def ssim_map(a: Moments, b: Moments) -> Float64[np.ndarray, "h-10 w-10"]:
-    """SSIM of each place whose 11 x 11 window (Gaussian, σ 1.5) lies inside, mean over the channels; population covariances, data range 1."""
+    """SSIM of each place whose 11 x 11 window (Gaussian, σ 1.5) lies inside, mean over the channels; population
+    covariances, data range 1."""
     covariance = _blur(a.image * b.image) - a.mean * b.mean
     top = (2 * a.mean * b.mean + C1) * (2 * covariance + C2)
     bottom = (a.mean * a.mean + b.mean * b.mean + C1) * (a.variance + b.variance + C2)
@@ -66,8 +69,11 @@ def ssim_map(a: Moments, b: Moments) -> Float64[np.ndarray, "h-10 w-10"]:
     return (top / bottom).mean(2)[edge:-edge, edge:-edge]
 
 
-def ssim(image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"] | None = None) -> float:
-    """Mean of the SSIM map: scikit-image's value with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1."""
+def ssim(
+    image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"] | None = None
+) -> float:
+    """Mean of the SSIM map: scikit-image's value with gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    data_range=1."""
     _check_same(image, truth)
     return _mean_over(ssim_map(Moments.of(image), Moments.of(truth)), mask)
 
@@ -90,10 +96,14 @@ def _blur(values: np.ndarray) -> np.ndarray:
 def _check_same(image: np.ndarray, truth: np.ndarray) -> None:
     for name, each in (("The image", image), ("The truth", truth)):
         if each.dtype != np.uint8 or each.ndim != 3 or each.shape[2] != 3:
-            raise InputError(f"{name} is {each.dtype} of shape {each.shape}, not uint8 RGB. Compare frames as they are before encoding.")
+            raise InputError(
+                f"{name} is {each.dtype} of shape {each.shape}, not uint8 RGB. "
+                "Compare frames as they are before encoding."
+            )
     if image.shape != truth.shape:
         raise InputError(
-            f"The image is {image.shape[1]}x{image.shape[0]}, the truth {truth.shape[1]}x{truth.shape[0]}. Resize neither: compare frames of one size."
+            f"The image is {image.shape[1]}x{image.shape[0]}, the truth {truth.shape[1]}x{truth.shape[0]}. "
+            "Resize neither: compare frames of one size."
         )
 
 
@@ -114,16 +124,22 @@ def grown(box: Box, height: int, width: int, smallest: int = SMALLEST_SIDE_PX) -
 
 
 class Truth:
-    """One frame's truth with its regions, ready to be compared with several images: what depends on it alone is computed once.
+    """One frame's truth with its regions, ready to be compared with several images: what depends on it alone is
+    computed once.
 
     `vgg` adds the whole frame's LPIPS by VGG16, `lpips_vgg`; it costs twenty times the other.
     """
 
-    def __init__(self, image: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], mouth_box: Box, vgg: bool = False):
+    def __init__(
+        self, image: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], mouth_box: Box, vgg: bool = False
+    ):
         _check_same(image, image)
         height, width = image.shape[:2]
         if min(height, width) < SMALLEST_SIDE_PX:
-            raise InputError(f"Frames are {width}x{height}; LPIPS needs at least {SMALLEST_SIDE_PX} px a side. Prepare the clip at a larger size.")
+            raise InputError(
+                f"Frames are {width}x{height}; LPIPS needs at least {SMALLEST_SIDE_PX} px a side. "
+                "Prepare the clip at a larger size."
+            )
         self.image, self.vgg = image, vgg
         self.masks = {"frame": None, "head": head_mask >= 128, "mouth": box_mask(mouth_box, height, width)}
         self._head = torch.from_numpy(self.masks["head"])[None, None].float()
@@ -132,7 +148,8 @@ class Truth:
         self._features = self._deep(image)
 
     def compare(self, image: UInt8[np.ndarray, "h w 3"]) -> dict[str, dict[str, float]]:
-        """{region: {psnr, ssim, lpips}}, and lpips_vgg of the frame where asked for. NaN where a region has no pixels."""
+        """{region: {psnr, ssim, lpips}}, and lpips_vgg of the frame where asked for. NaN where a region has no
+        pixels."""
         _check_same(image, self.image)
         places = ssim_map(Moments.of(image), self._moments)
         features = self._deep(image)
@@ -140,11 +157,17 @@ class Truth:
             alex = lpips("alexnet")
             distance = {
                 "frame": float(alex.from_features(features["frame"], self._features["frame"])),
-                "head": float(alex.from_features(features["frame"], self._features["frame"], self._head)) if self.masks["head"].any() else float("nan"),
+                "head": float(alex.from_features(features["frame"], self._features["frame"], self._head))
+                if self.masks["head"].any()
+                else float("nan"),
                 "mouth": float(alex.from_features(features["mouth"], self._features["mouth"])),
             }
             out = {
-                region: {"psnr": psnr(image, self.image, mask), "ssim": _mean_over(places, mask), "lpips": distance[region]}
+                region: {
+                    "psnr": psnr(image, self.image, mask),
+                    "ssim": _mean_over(places, mask),
+                    "lpips": distance[region],
+                }
                 for region, mask in self.masks.items()
             }
             if self.vgg:
@@ -155,13 +178,18 @@ class Truth:
         x0, y0, x1, y1 = self._mouth_box
         with torch.inference_mode():
             whole = to_tensor(image)
-            features = {"frame": lpips("alexnet").normalized(whole), "mouth": lpips("alexnet").normalized(whole[..., y0:y1, x0:x1])}
+            features = {
+                "frame": lpips("alexnet").normalized(whole),
+                "mouth": lpips("alexnet").normalized(whole[..., y0:y1, x0:x1]),
+            }
             if self.vgg:
                 features["vgg"] = lpips("vgg16").normalized(whole)
         return features
 
 
-def lpips_distance(image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"], network: Network = "alexnet") -> float:
+def lpips_distance(
+    image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"], network: Network = "alexnet"
+) -> float:
     """LPIPS of two images of at least 64 px a side."""
     _check_same(image, truth)
     model: LPIPS = lpips(network)
@@ -174,16 +202,24 @@ def to_tensor(image: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "1 3 h w"]:
 
 
 def mean_of_frames(values: list[float]) -> float | None:
-    """The mean over frames that have the figure; None where none has, or where it is infinite (a truth compared with itself)."""
+    """The mean over frames that have the figure; None where none has, or where it is infinite (a truth compared with
+    itself)."""
     known = [v for v in values if not np.isnan(v)]
     mean = float(np.mean(known)) if known else float("nan")
     return mean if np.isfinite(mean) else None
 
 
-def seam_error(image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"], region: UInt8[np.ndarray, "h w"], band_px: int = 4) -> float:
-    """Mean absolute difference of the gradients (one-pixel differences, RGB in [0, 1]) in a band around the region's boundary.
+def seam_error(
+    image: UInt8[np.ndarray, "h w 3"],
+    truth: UInt8[np.ndarray, "h w 3"],
+    region: UInt8[np.ndarray, "h w"],
+    band_px: int = 4,
+) -> float:
+    """Mean absolute difference of the gradients (one-pixel differences, RGB in [0, 1]) in a band around the region's
+    boundary.
 
-    `region` is what composition may change (255 inside); a paste that fits leaves no edge there that the truth has not. NaN without a boundary.
+    `region` is what composition may change (255 inside); a paste that fits leaves no edge there that the truth has not.
+    NaN without a boundary.
     """
     _check_same(image, truth)
     inside = (region >= 128).astype(np.uint8)

@@ -1,7 +1,8 @@
 """How well the mouth moves: landmark distance, jitter, closure (EVALUATION.md).
 
-Landmarks are found in the frames as they are seen, the truth's by the same detector, each frame on its own: nothing of the tracking that trained the
-avatar, and no smoothing that could hide what a viewer sees. t frames; points "t 478 2" or "t 478 3" in px, NaN in frames without a face.
+Landmarks are found in the frames as they are seen, the truth's by the same detector, each frame on its own: nothing of
+the tracking that trained the avatar, and no smoothing that could hide what a viewer sees. t frames; points "t 478 2" or
+"t 478 3" in px, NaN in frames without a face.
 """
 
 from dataclasses import dataclass
@@ -19,16 +20,20 @@ if TYPE_CHECKING:
     from hicode.face.landmarks import FaceLandmarker
 
 DETECTOR = (
-    "MediaPipe face_landmark_with_attention (478 points, mediapipe 0.10.21), each frame by itself: region from its face detector, refined once, "
-    "mean of 4 looks through slightly different regions"
+    "MediaPipe face_landmark_with_attention (478 points, mediapipe 0.10.21), each frame by itself: "
+    "region from its face detector, refined once, mean of 4 looks through slightly different regions"
 )
-LOOKS = 4  # halve the network's own noise: 0.58 px of LMD between a frame and itself 8 px further become 0.28 (measured, 12 frames)
+# Four looks halve the network's own noise: 0.58 px of LMD between a frame and itself moved by 8 px become 0.28
+# (measured, 12 frames of EdMarkey).
+LOOKS = 4
 LMD_SIZE_PX = 512  # frames of this size are what `lmd_px` is quoted for
 CLOSED = 0.02  # lips are closed when their inner edges are nearer than this fraction of the outer-eye distance
 PRESENCE = 0.5
 
 
-def detect(frames: list[UInt8[np.ndarray, "h w 3"]], landmarker: "FaceLandmarker", looks: int = LOOKS) -> Float[np.ndarray, "t 478 3"]:
+def detect(
+    frames: list[UInt8[np.ndarray, "h w 3"]], landmarker: "FaceLandmarker", looks: int = LOOKS
+) -> Float[np.ndarray, "t 478 3"]:
     """Landmarks of the largest face of each frame, in px; NaN where none is found or believed."""
     from hicode.face.landmarks import rois_from_landmarks
 
@@ -48,12 +53,21 @@ def detect(frames: list[UInt8[np.ndarray, "h w 3"]], landmarker: "FaceLandmarker
 
 
 def _varied(roi: Float[Tensor, "1 4"], looks: int) -> Float[Tensor, "n 4"]:
-    """A region looked at from `looks` sides: shifted by 4 % of its size around a circle, 4 % larger and smaller, turned by 1.7 degrees to and fro."""
+    """A region looked at from `looks` sides: shifted by 4 % of its size around a circle, 4 % larger and smaller, turned
+    by 1.7 degrees to and fro."""
     k = torch.arange(looks, dtype=roi.dtype)
     wide = 0.0 if looks == 1 else 0.04
     angle, sign = 2 * torch.pi * k / looks, 1 - 2 * (k % 2)
     x, y, size, turn = roi[0]
-    return torch.stack([x + wide * angle.cos() * size, y + wide * angle.sin() * size, size * (1 + wide * sign), turn + 0.75 * wide * sign], -1)
+    return torch.stack(
+        [
+            x + wide * angle.cos() * size,
+            y + wide * angle.sin() * size,
+            size * (1 + wide * sign),
+            turn + 0.75 * wide * sign,
+        ],
+        -1,
+    )
 
 
 @dataclass(frozen=True)
@@ -74,17 +88,24 @@ class LipDistance:
 def lip_distances(
     predicted: Float[np.ndarray, "t 478 c"], truth: Float[np.ndarray, "t 478 c"]
 ) -> tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t"]]:
-    """LMD of each frame in px and over the outer-eye distance: lip points, each set minus its own mean, mean L2. NaN without a face."""
+    """LMD of each frame in px and over the outer-eye distance: lip points, each set minus its own mean, mean L2. NaN
+    without a face."""
     if len(predicted) != len(truth):
-        raise InputError(f"The prediction has {len(predicted)} frames, the truth {len(truth)}. Compare clips of one length: cutting one would shift it.")
+        raise InputError(
+            f"The prediction has {len(predicted)} frames, the truth {len(truth)}. "
+            "Compare clips of one length: cutting one would shift it."
+        )
     a, b = (np.asarray(p, np.float64)[:, LIPS, :2] for p in (predicted, truth))
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     px = np.linalg.norm(a - b, axis=-1).mean(1)
     return px, px / eye_distance(truth)
 
 
-def lip_distance(predicted: Float[np.ndarray, "t 478 c"], truth: Float[np.ndarray, "t 478 c"], width_px: int = LMD_SIZE_PX) -> LipDistance:
-    """LMD of a clip whose frames are `width_px` wide. A frame without a face is left out of the mean and counted as missed, never as zero."""
+def lip_distance(
+    predicted: Float[np.ndarray, "t 478 c"], truth: Float[np.ndarray, "t 478 c"], width_px: int = LMD_SIZE_PX
+) -> LipDistance:
+    """LMD of a clip whose frames are `width_px` wide. A frame without a face is left out of the mean and counted as
+    missed, never as zero."""
     px, iod = lip_distances(predicted, truth)
     known = ~np.isnan(px)
     if not known.any():
@@ -102,7 +123,9 @@ def eye_distance(points: Float[np.ndarray, "t 478 c"]) -> Float[np.ndarray, "t"]
 def opening(points: Float[np.ndarray, "t 478 c"]) -> Float[np.ndarray, "t"]:
     """Gap between the inner lips over the outer-eye distance."""
     points = np.asarray(points, np.float64)
-    return np.linalg.norm(points[:, UPPER_LIP_INNER, :2] - points[:, LOWER_LIP_INNER, :2], axis=-1) / eye_distance(points)
+    return np.linalg.norm(points[:, UPPER_LIP_INNER, :2] - points[:, LOWER_LIP_INNER, :2], axis=-1) / eye_distance(
+        points
+    )
 
 
 def correlation(a: Float[np.ndarray, "t"], b: Float[np.ndarray, "t"]) -> float | None:
@@ -115,24 +138,28 @@ def correlation(a: Float[np.ndarray, "t"], b: Float[np.ndarray, "t"]) -> float |
 
 
 def jitter(points: Float[np.ndarray, "t 478 c"], width_px: int = LMD_SIZE_PX) -> float | None:
-    """Mean length of the landmarks' second difference in px at 512, after each frame's shift, turn and scale in the image is taken out.
+    """Mean length of the landmarks' second difference in px at 512, after each frame's shift, turn and scale in the
+    image is taken out.
 
-    What remains of a head that turns smoothly is small; what remains of a shaking one is what the eye calls jitter. Compare with the truth's own.
-    None without three frames in a row.
+    What remains of a head that turns smoothly is small; what remains of a shaking one is what the eye calls jitter.
+    Compare with the truth's own. None without three frames in a row.
     """
     points = np.asarray(points, np.float64)[..., :2]
     known = np.isfinite(points).all((1, 2))
     if known.sum() < 3:
         return None
     reference = points[known].mean(0)
-    shapes = np.stack([_aligned(p, reference) if k else np.full_like(p, np.nan) for p, k in zip(points, known, strict=True)])
+    shapes = np.stack(
+        [_aligned(p, reference) if k else np.full_like(p, np.nan) for p, k in zip(points, known, strict=True)]
+    )
     second = np.linalg.norm(shapes[2:] - 2 * shapes[1:-1] + shapes[:-2], axis=-1).mean(1)
     second = second[np.isfinite(second)]
     return float(second.mean() * LMD_SIZE_PX / width_px) if len(second) else None
 
 
 def _aligned(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """The points under the similarity of the plane that brings them closest to the reference: one complex factor and a shift."""
+    """The points under the similarity of the plane that brings them closest to the reference: one complex factor and a
+    shift."""
     a, b = points @ np.array([1, 1j]), reference @ np.array([1, 1j])
     a = a - a.mean()
     factor = np.vdot(a, b - b.mean()) / np.vdot(a, a)
@@ -156,14 +183,19 @@ class Closure:
 def closure(
     gap: Float[np.ndarray, "t"], due: list[tuple[int, int]], closed: float = CLOSED, slack_frames: int = 1
 ) -> Closure:
-    """Recall of lip closure: each [first, end) of frames in which a p, b or m is spoken must have one frame with the lips closed.
+    """Recall of lip closure: each [first, end) of frames in which a p, b or m is spoken must have one frame with the
+    lips closed.
 
-    `gap` is `opening`; alignments are known for some corpora only. Sounds may be off by a frame: `slack_frames` widens each interval.
+    `gap` is `opening`; alignments are known for some corpora only. Sounds may be off by a frame: `slack_frames` widens
+    each interval.
     """
     hits = unknown = 0
     for first, end in due:
         if not 0 <= first < end <= len(gap):
-            raise InputError(f"A closure is due in frames {first} to {end}, but there are {len(gap)}. Check that the alignment belongs to this clip.")
+            raise InputError(
+                f"A closure is due in frames {first} to {end}, but there are {len(gap)}. "
+                "Check that the alignment belongs to this clip."
+            )
         values = gap[max(0, first - slack_frames) : end + slack_frames]
         if np.isnan(values).all():
             unknown += 1
@@ -173,7 +205,8 @@ def closure(
 
 
 def motion_in_silence(gap: Float[np.ndarray, "t"], silent: Bool[np.ndarray, "t"]) -> float | None:
-    """Mean change of the opening per frame in silence over that in speech: near 0 for a mouth that rests. None where either is too short."""
+    """Mean change of the opening per frame in silence over that in speech: near 0 for a mouth that rests. None where
+    either is too short."""
     speed = np.abs(np.diff(gap))
     quiet = silent[1:] & silent[:-1]
     loud = ~silent[1:] & ~silent[:-1]

@@ -1,4 +1,5 @@
-"""The report as one HTML file: table, frames side by side (worst first), difference maps, mouth strips, curves. Nothing is loaded from elsewhere."""
+"""The report as one HTML file: table, frames side by side (worst first), difference maps, mouth strips, curves. Nothing
+is loaded from elsewhere."""
 
 import base64
 import json
@@ -16,19 +17,17 @@ DIFFERENCE_GAIN = 4  # a difference of 64 levels is full scale
 COLORS = {"ground_truth": "#2a9d4a", "control": "#8a8a8a", "tracked": "#2563c4", "audio": "#d2571e"}
 STRIP_HEIGHT_PX = 96
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1280px; padding: 0 1rem; color: #1c1c1c; background: #fff }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem }
-th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th:first-child, td:first-child { text-align: left }
-thead th { border-bottom: 2px solid #888; font-weight: 600; vertical-align: bottom }
-.scroll { overflow-x: auto }
-.row { display: flex; gap: 8px; flex-wrap: wrap; margin: .3rem 0 1.4rem }
-figure { margin: 0 } figure img { display: block; width: 236px; max-width: 100%; height: auto } figcaption { font-size: .8rem; color: #555 }
-.strip { display: flex; gap: 2px; align-items: center; margin-bottom: 2px; overflow-x: auto } .strip b { flex: 0 0 7rem; font-size: .8rem; font-weight: 600 }
-.strip img { height: 96px; width: auto; display: block }
-.note, dd { color: #555 } dt { font-weight: 600; margin-top: .3rem } dd { margin: 0 } svg { max-width: 100%; height: auto }
-details { margin-top: 1rem } pre { font-size: .78rem; overflow-x: auto; background: #f5f5f5; padding: .8rem }
+_STYLE = """ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1280px; padding: 0 1rem; color:
+#1c1c1c; background: #fff } h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem } th, td { padding: .28rem
+.6rem; text-align: right; border-bottom: 1px solid #ddd } th:first-child, td:first-child { text-align: left } thead th {
+border-bottom: 2px solid #888; font-weight: 600; vertical-align: bottom } .scroll { overflow-x: auto } .row { display:
+flex; gap: 8px; flex-wrap: wrap; margin: .3rem 0 1.4rem } figure { margin: 0 } figure img { display: block; width:
+236px; max-width: 100%; height: auto } figcaption { font-size: .8rem; color: #555 } .strip { display: flex; gap: 2px;
+align-items: center; margin-bottom: 2px; overflow-x: auto } .strip b { flex: 0 0 7rem; font-size: .8rem; font-weight:
+600 } .strip img { height: 96px; width: auto; display: block } .note, dd { color: #555 } dt { font-weight: 600;
+margin-top: .3rem } dd { margin: 0 } svg { max-width: 100%; height: auto } details { margin-top: 1rem } pre { font-size:
+.78rem; overflow-x: auto; background: #f5f5f5; padding: .8rem }
 """
 
 
@@ -42,11 +41,12 @@ def page(report: dict, pictures: Pictures) -> str:
     clip = report["provenance"]["clip"].get("name", "clip")
     first, end = report["split"]["test"]
     parts = [
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
         f"<title>hicode: {escape(clip)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(clip)}</h1>",
-        f"<p class='note'>{end - first} frames ({first} … {end - 1}) that the avatar has not seen, compared before any encoding. "
-        f"{escape(report['upper_face'].capitalize())}. Every row but the truth shares the true background: read it as its distance from the control.</p>",
+        f"<p class='note'>{end - first} frames ({first} … {end - 1}) that the avatar has not seen, before any encoding.",
+        f"{escape(report['upper_face'].capitalize())}. Every row but the truth shares the true background:",
+        "read it as its distance from the control.</p>",
         _table(report),
         "".join(f"<p>{escape(line)}</p>" for line in headlines(report)),
         _frames(pictures.frames),
@@ -61,7 +61,9 @@ def page(report: dict, pictures: Pictures) -> str:
 def _table(report: dict) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column, _, _ in COLUMNS)
     body = "".join(
-        f"<tr><td>{TITLES[name]}</td>" + "".join(f"<td>{cell(report[name], where, digits)}</td>" for _, where, digits in COLUMNS) + "</tr>"
+        f"<tr><td>{TITLES[name]}</td>"
+        + "".join(f"<td>{cell(report[name], where, digits)}</td>" for _, where, digits in COLUMNS)
+        + "</tr>"
         for name in ROWS
         if report[name] is not None
     )
@@ -72,10 +74,15 @@ def _frames(frames: list[ShownFrame]) -> str:
     out = ["<h2>Frames, worst first</h2>"]
     for shown in frames:
         cells = [_figure(shown.truth, "ground truth")]
-        cells += [_figure(image, f"{TITLES[name]}, head {shown.psnr_head[name]:.2f} dB") for name, image in shown.images.items()]
+        cells += [
+            _figure(image, f"{TITLES[name]}, head {shown.psnr_head[name]:.2f} dB")
+            for name, image in shown.images.items()
+        ]
         for name, image in shown.images.items():
             if name != "control":
-                cells.append(_figure(difference_map(image, shown.truth), f"{TITLES[name]}: difference x{DIFFERENCE_GAIN}"))
+                cells.append(
+                    _figure(difference_map(image, shown.truth), f"{TITLES[name]}: difference x{DIFFERENCE_GAIN}")
+                )
         out.append(f"<h3>Frame {shown.t}: {escape(shown.why)}</h3><div class='row'>{''.join(cells)}</div>")
     return "".join(out)
 
@@ -121,8 +128,11 @@ def _curves(report: dict) -> str:
     return "".join(out)
 
 
-def chart(series: list[tuple[str, str, list[float | None], str]], first: int, width: int = 1200, height: int = 190) -> str:
-    """Lines over frames as inline SVG: (name, colour, values with None for gaps, dash pattern); `first` numbers the first frame."""
+def chart(
+    series: list[tuple[str, str, list[float | None], str]], first: int, width: int = 1200, height: int = 190
+) -> str:
+    """Lines over frames as inline SVG: (name, colour, values with None for gaps, dash pattern); `first` numbers the
+    first frame."""
     known = [v for _, _, values, _ in series for v in values if v is not None]
     if not known:
         return "<p class='note'>Nothing was measured.</p>"
@@ -138,7 +148,7 @@ def chart(series: list[tuple[str, str, list[float | None], str]], first: int, wi
     def y(v: float) -> float:
         return top + (height - top - bottom) * (high - v) / (high - low)
 
-    out = [f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' font-size='11' font-family='sans-serif'>"]
+    out = [f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' font-size='11'>"]
     for v in np.linspace(low + margin, high - margin, 4):
         out.append(f"<line x1='{left}' x2='{width - right}' y1='{y(v):.1f}' y2='{y(v):.1f}' stroke='#e4e4e4'/>")
         out.append(f"<text x='{left - 5}' y='{y(v) + 4:.1f}' text-anchor='end' fill='#666'>{v:.3g}</text>")
@@ -155,8 +165,10 @@ def chart(series: list[tuple[str, str, list[float | None], str]], first: int, wi
                 piece = []
         for piece in pieces:
             points = " ".join(piece if len(piece) > 1 else piece * 2)
-            out.append(f"<polyline points='{points}' fill='none' stroke='{color}' stroke-width='1.6' stroke-linecap='round' stroke-dasharray='{dash}'/>")
-        out.append(f"<line x1='{at}' x2='{at + 18}' y1='10' y2='10' stroke='{color}' stroke-width='2' stroke-dasharray='{dash}'/>")
+            out.append(
+                f"<polyline points='{points}' fill='none' stroke='{color}' stroke-width='1.6' stroke-dasharray='{dash}'/>"
+            )
+        out.append(f"<path d='M{at} 10H{at + 18}' stroke='{color}' stroke-width='2' stroke-dasharray='{dash}'/>")
         out.append(f"<text x='{at + 23}' y='14' fill='#333'>{escape(name)}</text>")
         at += 40 + 7 * len(name)
     out.append("</svg>")
@@ -165,7 +177,9 @@ def chart(series: list[tuple[str, str, list[float | None], str]], first: int, wi
 
 def _definitions(report: dict) -> str:
     terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in report["definitions"].items())
-    made = json.dumps({key: report[key] for key in ("provenance", "split", "timing", "seconds", "evaluation")}, indent=1)
+    made = json.dumps(
+        {key: report[key] for key in ("provenance", "split", "timing", "seconds", "evaluation")}, indent=1
+    )
     return (
         f"<h2>What was measured, and how</h2><p>Landmarks by {escape(report['detector'])}.</p><dl>{terms}</dl>"
         f"<details><summary>Where this comes from</summary><pre>{escape(made)}</pre></details>"
@@ -173,7 +187,8 @@ def _definitions(report: dict) -> str:
 
 
 def _figure(image: np.ndarray, caption: str) -> str:
-    return f"<figure><img alt='{escape(caption)}' src='{_data_uri(image)}'><figcaption>{escape(caption)}</figcaption></figure>"
+    caption = escape(caption)
+    return f"<figure><img alt='{caption}' src='{_data_uri(image)}'><figcaption>{caption}</figcaption></figure>"
 
 
 def _data_uri(image: UInt8[np.ndarray, "h w 3"]) -> str:

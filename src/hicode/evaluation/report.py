@@ -1,14 +1,17 @@
-"""The report on an avatar (EVALUATION.md): what it makes of the part of its clip that it has not seen, beside the truth and a control.
+"""The report on an avatar (EVALUATION.md): what it makes of the part of its clip that it has not seen, beside the truth
+and a control.
 
-Rows                                                                                       Regions: frame, head mask, mouth box
-    ground_truth  the test frames themselves: the measures' best value, and the detector's and the sync measure's own reading
+Regions are the frame, the head mask and the mouth box; rows are
+
+    ground_truth  the test frames themselves: each measure's best value, the detector's and the sync measure's own
     control       a static head, the mean of the training frames, pasted on the test frames inside the dilated head mask
     tracked       the avatar under the motion tracked from the test frames: measures the renderer
-    audio         the avatar under motion predicted from the test sound; head pose, upper face and eyes from the test track: measures the system
+    audio         the avatar under motion predicted from the test sound, head pose, upper face and eyes from the test
+                  track: measures the system
 
-Every row but the first is pasted into the true test frames, so the background is exact in all of them and lifts the whole frame's PSNR; a result is
-its distance from the control. Frames are compared as composed, before any lossy encoding. In JSON an infinite PSNR (the truth's) is null, as
-is whatever could not be measured; `notes` says why.
+Every row but the first is pasted into the true test frames, so the background is exact in all of them and lifts the
+whole frame's PSNR; a result is its distance from the control. Frames are compared as composed, before any lossy
+encoding. In JSON an infinite PSNR (the truth's) is null, as is whatever could not be measured; `notes` says why.
 """
 
 import datetime
@@ -27,7 +30,7 @@ from torch import Tensor
 from hicode.avatar.compositor import dilate_mask
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.clip import SAMPLES_PER_FRAME, Clip
-from hicode.errors import FileFormatError, InputError
+from hicode.errors import FileFormatError, HicodeError, InputError
 from hicode.evaluation.images import REGIONS, Truth, mean_of_frames, seam_error
 from hicode.evaluation.lips import DETECTOR, correlation, detect, jitter, lip_distance, lip_distances, opening
 from hicode.files import check_writable, write_json
@@ -48,13 +51,16 @@ WORST_SHOWN, SPREAD_SHOWN, STRIP_SHOWN = 5, 3, 12
 DEFINITIONS = {
     "frame": "all pixels; LPIPS as published (AlexNet)",
     "head": "pixels of the head mask (128 and above): PSNR over them, SSIM map and LPIPS layers averaged over them",
-    "mouth": "box around the true lips, padded by 0.35 of their width: PSNR and SSIM map over it, LPIPS of the box alone (at least 64 px a side)",
+    "mouth": (
+        "box around the true lips, padded by 0.35 of their width: PSNR and SSIM map over it, "
+        "LPIPS of the box alone (at least 64 px a side)"
+    ),
     "psnr": "dB, mean over frames; null for the truth against itself (infinite)",
     "lmd_px": "40 lip landmarks, each set minus its mean, mean distance in px of a frame 512 px wide",
     "lmd_iod": "the same over the distance of the outer eye corners",
-    "jitter_px": "mean second difference of all landmarks after shift, turn and scale of each frame are taken out, px at 512",
+    "jitter_px": "mean second difference of all landmarks, each frame's shift, turn and scale taken out, px at 512",
     "seam": "mean difference of gradients from the truth's in a band of 4 px about the composition's boundary",
-    "sync_offset_frames": "frames by which the mouth is later than the sound, by hicode.speech.sync; not SyncNet, not AVConf",
+    "sync_offset_frames": "frames by which the mouth is later than the sound, by hicode.speech.sync (not SyncNet)",
     "sync_margin": "correlation at that offset less the median over offsets",
 }
 
@@ -92,11 +98,13 @@ def evaluate(
     progress: bool = True,
     vgg: bool = False,
 ) -> dict:
-    """Measure an avatar on the test part of its clip; the figures as a dict, on request as a JSON file and a page with pictures.
+    """Measure an avatar on the test part of its clip; the figures as a dict, on request as a JSON file and a page with
+    pictures.
 
-    `progress` shows the bar and prints the table. `vgg` adds LPIPS by VGG16 over the whole frame (a second or two a frame and row).
-    A clip without sound, or an avatar without speech models, has no audio row: it is null, and `notes` says so. Raises InputError
-    where clip and avatar do not belong together or nothing is left to test, FileFormatError for files that are no such thing.
+    `progress` shows the bar and prints the table. `vgg` adds LPIPS by VGG16 over the whole frame (a second or two a
+    frame and row). A clip without sound, or an avatar without speech models, has no audio row: it is null, and `notes`
+    says so. Raises InputError where clip and avatar do not belong together or nothing is left to test, FileFormatError
+    for files that are no such thing.
     """
     unknown = [m for m in modes if m not in ("tracked", "audio")]
     if unknown:
@@ -130,7 +138,7 @@ def evaluate(
     return out
 
 
-# -------------------------------------------------------------------------------------------------------------------- rows
+# ----------------------------------------------------------------------------------------------------------------- rows
 
 
 @dataclass
@@ -159,17 +167,20 @@ class _Work:
     def check(self) -> None:
         if not self.test or not len(self.clip.train):
             raise InputError(
-                f"{self.clip.path} has {len(self.clip.train)} training and {len(self.test)} test frames: nothing to measure. Prepare a longer video."
+                f"{self.clip.path} has {len(self.clip.train)} training and {len(self.test)} test frames: "
+                "nothing to measure. Prepare a longer video."
             )
         plate = getattr(self.avatar, "plate", None)
         if plate is not None and plate.shape[:2] != (self.clip.height, self.clip.width):
             raise InputError(
-                f"The avatar makes frames of {plate.shape[1]}x{plate.shape[0]}, the clip has {self.clip.width}x{self.clip.height}. "
-                "Evaluate it on the clip that it was trained on."
+                f"The avatar makes frames of {plate.shape[1]}x{plate.shape[0]}, "
+                f"the clip has {self.clip.width}x{self.clip.height}. Evaluate it on the clip that it was trained on."
             )
         mine, theirs = self.avatar.source.get("sha256"), self.clip.source.get("sha256")
         if mine and theirs and mine != theirs:
-            self.notes.append("The avatar was trained on another video than this clip's: no figure here is comparable with any other.")
+            self.notes.append(
+                "The avatar was trained on another video than this clip's: no figure here is comparable with any other."
+            )
 
     def motions(self, modes: Sequence[Mode]) -> dict[str, Motion]:
         """The test frames' motion in each driving mode that is asked for and possible."""
@@ -216,7 +227,8 @@ class _Work:
 
         try:
             encoder = create_encoder(name)
-        except Exception as error:  # a hub's model that is not here: its features came from the clip, only its time is unknown
+        except (HicodeError, OSError, ImportError) as error:
+            # A hub's model that is not here: its features came with the clip, only its time is unknown.
             self.notes.append(f"fps leaves the {name} encoder out: it is not here ({error}).")
             return 0.0
         started = time.perf_counter()
@@ -224,7 +236,8 @@ class _Work:
         return time.perf_counter() - started
 
     def frame(self, name: str, motion: Motion, i: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Test frame i of a driven row: composited into the true frame, of which only what lies outside the dilated mask can show."""
+        """Test frame i of a driven row: composited into the true frame, of which only what lies outside the dilated
+        mask can show."""
         t = self.test[i]
         options = {} if self.backend == "auto" else {"backend": self.backend}
         return self.avatar.synthesize_frame(motion, i, self.clip.image(t), self.clip.head_mask(t), **options)
@@ -250,7 +263,9 @@ class _Work:
         return FaceLandmarker()
 
 
-def _measure(work: _Work, motions: dict[str, Motion], rows: dict[str, _Row], vgg: bool, report: Callable[[int, int], None]) -> None:
+def _measure(
+    work: _Work, motions: dict[str, Motion], rows: dict[str, _Row], vgg: bool, report: Callable[[int, int], None]
+) -> None:
     perfect = {region: {"psnr": float("inf"), "ssim": 1.0, "lpips": 0.0} for region in REGIONS}
     if vgg:
         perfect["frame"] = perfect["frame"] | {"lpips_vgg": 0.0}
@@ -277,7 +292,7 @@ def _measure(work: _Work, motions: dict[str, Motion], rows: dict[str, _Row], vgg
         report(i + 1, len(work.test))
 
 
-# ----------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 
 def _figures(work: _Work, rows: dict[str, _Row], motions: dict[str, Motion]) -> dict:
@@ -289,7 +304,10 @@ def _figures(work: _Work, rows: dict[str, _Row], motions: dict[str, Motion]) -> 
         points = row.landmarks()
         distance = lip_distance(points, truth_points, clip.width)
         figures: dict = {
-            region: {metric: mean_of_frames([frame[region][metric] for frame in row.images]) for metric in row.images[0][region]}
+            region: {
+                metric: mean_of_frames([frame[region][metric] for frame in row.images])
+                for metric in row.images[0][region]
+            }
             for region in REGIONS
         }
         figures |= {"lmd_px": distance.px, "lmd_iod": distance.iod, "missed_faces": distance.missed}
@@ -301,7 +319,9 @@ def _figures(work: _Work, rows: dict[str, _Row], motions: dict[str, Motion]) -> 
         }
         out[name] = figures
         if distance.missed:
-            work.notes.append(f"{name}: no face found in {distance.missed} of {distance.frames} frames; they are left out of LMD.")
+            work.notes.append(
+                f"{name}: no face found in {distance.missed} of {distance.frames} frames; they are left out of LMD."
+            )
     out["over_control"] = {
         mode: {region: _minus(out[mode][region]["psnr"], out["control"][region]["psnr"]) for region in REGIONS}
         | {"lmd_px": _minus(out[mode]["lmd_px"], out["control"]["lmd_px"])}
@@ -315,7 +335,11 @@ def _figures(work: _Work, rows: dict[str, _Row], motions: dict[str, Motion]) -> 
         "peak_memory_mb": info.get("peak_memory_mb") or peak_memory_mb(),
         "timing": timing,
         "detector": DETECTOR,
-        "split": {"train": [clip.train[0], clip.train[-1] + 1], "test": [work.test[0], work.test[-1] + 1], "fps": clip.fps},
+        "split": {
+            "train": [clip.train[0], clip.train[-1] + 1],
+            "test": [work.test[0], work.test[-1] + 1],
+            "fps": clip.fps,
+        },
         "upper_face": "head pose, upper face and eyes of both driving modes are the test video's own track",
         "definitions": DEFINITIONS,
         "notes": work.notes,
@@ -350,7 +374,10 @@ def _sync(work: _Work, rows: dict[str, _Row]) -> dict[str, dict]:
         work.notes.append("No sync: the clip has no sound.")
         return unknown
     if len(work.test) < MIN_SYNC_FRAMES:
-        work.notes.append(f"No sync: {len(work.test)} test frames, at least {MIN_SYNC_FRAMES} (two seconds) are needed. A clip of 22 s or more has them.")
+        work.notes.append(
+            f"No sync: {len(work.test)} test frames, at least {MIN_SYNC_FRAMES} (two seconds) are needed. "
+            "A clip of 22 s or more has them."
+        )
         return unknown
     from hicode.speech.sync import SyncModel, estimate_offset, shuffled_control, sync_auc
 
@@ -391,7 +418,8 @@ def _without_gaps(points: Float[np.ndarray, "t 478 3"]) -> Float[np.ndarray, "t 
 
 
 def _timing(work: _Work, rows: dict[str, _Row], motions: dict[str, Motion]) -> dict:
-    """Medians in ms, warmed, one frame at a time; fps is from sound to final frame where there is sound, else from motion to final frame."""
+    """Medians in ms, warmed, one frame at a time; fps is from sound to final frame where there is sound, else from
+    motion to final frame."""
     out: dict = {"fps": None}
     if not motions:
         return out
@@ -442,7 +470,8 @@ def _provenance(clip: Clip, avatar: Evaluated) -> dict:
 
 
 def _jsonable(value):
-    """Plain numbers, six digits after the point; what is no finite number is None: JSON has neither infinity nor NaN."""
+    """Plain numbers, six digits after the point; what is no finite number is None: JSON has neither infinity nor
+    NaN."""
     if isinstance(value, dict):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -456,13 +485,17 @@ def _jsonable(value):
     return value
 
 
-# ------------------------------------------------------------------------------------------------------------------ showing
+# -------------------------------------------------------------------------------------------------------------- showing
 
 
 TITLES = {"ground_truth": "ground truth", "control": "control", "tracked": "tracked", "audio": "audio"}
 # (column, where in a row, digits)
 COLUMNS: tuple[tuple[str, tuple[str, ...], int], ...] = (
-    *((f"{region} {metric.upper()}", (region, metric), digits) for region in REGIONS for metric, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3))),
+    *(
+        (f"{region} {metric.upper()}", (region, metric), digits)
+        for region in REGIONS
+        for metric, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3))
+    ),
     ("LMD px", ("lmd_px",), 2),
     ("LMD/IOD", ("lmd_iod",), 4),
     ("sync", ("sync_offset_frames",), 1),
@@ -491,9 +524,15 @@ def headlines(report: dict) -> list[str]:
             parts.append(f"LMD {gain['lmd_px']:+.2f} px")
         lines.append(f"{mode} over the control: {', '.join(parts)}")
     if report["fps"] is not None:
-        lines.append(f"{report['fps']:.1f} frames a second, {report['timing']['fps_is']}, on {report['provenance']['machine']}")
+        lines.append(
+            f"{report['fps']:.1f} frames a second, {report['timing']['fps_is']}, on {report['provenance']['machine']}"
+        )
     if report["seconds"]:
-        lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in report["seconds"].items()) + f"; {report['peak_memory_mb']:.0f} MB")
+        lines.append(
+            "seconds: "
+            + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in report["seconds"].items())
+            + f"; {report['peak_memory_mb']:.0f} MB"
+        )
     return lines + report["notes"]
 
 
@@ -518,7 +557,7 @@ def print_table(report: dict, console=None) -> None:
         console.print(line, highlight=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 @dataclass(frozen=True)
@@ -544,7 +583,9 @@ class Pictures:
 def _pictures(work: _Work, motions: dict[str, Motion], rows: dict[str, _Row]) -> Pictures:
     """Frames are made again instead of kept: a test part may be minutes long."""
     judged = "audio" if "audio" in motions else "tracked" if "tracked" in motions else "control"
-    order = np.argsort([np.nan_to_num(frame["head"]["psnr"], nan=np.inf) for frame in rows[judged].images], kind="stable")
+    order = np.argsort(
+        [np.nan_to_num(frame["head"]["psnr"], nan=np.inf) for frame in rows[judged].images], kind="stable"
+    )
     worst = [int(i) for i in order[:WORST_SHOWN]]
     spread = [int(i) for i in np.linspace(0, len(work.test) - 1, SPREAD_SHOWN) if int(i) not in worst]
     shown = []
@@ -558,6 +599,8 @@ def _pictures(work: _Work, motions: dict[str, Motion], rows: dict[str, _Row]) ->
     for i in sorted({int(k) for k in np.linspace(0, len(work.test) - 1, STRIP_SHOWN)}):
         t = work.test[i]
         x0, y0, x1, y1 = work.clip.track.mouth_box(t)
-        whole = {"ground_truth": work.clip.image(t)} | {name: work.frame(name, motion, i) for name, motion in motions.items()}
+        whole = {"ground_truth": work.clip.image(t)} | {
+            name: work.frame(name, motion, i) for name, motion in motions.items()
+        }
         strip.append((t, {name: image[y0:y1, x0:x1] for name, image in whole.items()}))
     return Pictures(shown, strip)

@@ -1,12 +1,13 @@
 """Losses of the Gaussians' training (Eqs 15-16).
 
-A rendered face I and its truth are "h w 3" in [0, 1], both over the same background colour; a box is (x0, y0, x1, y1) in px, the end exclusive.
+A rendered face I and its truth are "h w 3" in [0, 1], both over the same background colour; a box is (x0, y0, x1, y1)
+in px, the end exclusive.
 
     L = w_l1 L1 + w_ssim (1 - SSIM) + w_vgg L_vgg + w_wing L_wing        each but the last also on the mouth
 
-Deviation from Eq. 16: its SSIM term, the norm of SSIM(I) - SSIM(I_gt), compares an image with nothing; 1 - SSIM(I, I_gt) stands for it, as in 3DGS.
-Deviation from Eq. 16: the mouth has no SSIM term either in the paper; here its weight in the L1 term is a map of pixel weights, so both terms
-are one pass over the image.
+Deviation from Eq. 16: its SSIM term, the norm of SSIM(I) - SSIM(I_gt), compares an image with nothing; 1 - SSIM(I,
+I_gt) stands for it, as in 3DGS. Deviation from Eq. 16: the mouth has no SSIM term either in the paper; here its weight
+in the L1 term is a map of pixel weights, so both terms are one pass over the image.
 
 `photometric` is the fused kernel that training runs; `photometric_reference` says the same in torch, in any float type.
 """
@@ -50,7 +51,8 @@ class LossWeights:
     vgg: float = 0.01
     """Mean absolute difference of VGG16 features on a crop; sharpens."""
     wing: float = 0.0005
-    """Wing loss of 478 landmarks in px: errors of 1.5 px give about 11, so about 0.005 here beside an L1 of 0.02. Rough gradient, so small."""
+    """Wing loss of 478 landmarks in px: errors of 1.5 px give about 11, so about 0.005 here beside an L1 of 0.02. Rough
+    gradient, so small."""
     mouth: float = 0.4
     """The mouth box's own mean terms, relative to those of the whole image: L1 and VGG."""
 
@@ -59,7 +61,7 @@ class LossWeights:
             assert value >= 0, f"loss weight {name} is {value}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- photometric
+# ---------------------------------------------------------------------------------------------------------- photometric
 
 
 def photometric_reference(
@@ -75,7 +77,9 @@ def photometric_reference(
     window = torch.from_numpy(_WINDOW).to(x)
 
     def blur(a: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(a, window.view(1, 1, -1, 1), padding=(RADIUS, 0)), window.view(1, 1, 1, -1), padding=(0, RADIUS))
+        return F.conv2d(
+            F.conv2d(a, window.view(1, 1, -1, 1), padding=(RADIUS, 0)), window.view(1, 1, 1, -1), padding=(0, RADIUS)
+        )
 
     mx, my = blur(x), blur(y)
     variance = blur(x * x) - mx * mx + blur(y * y) - my * my
@@ -92,17 +96,21 @@ def photometric(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(1 - ssim_weight) · mean(weight |I - I_gt|) + ssim_weight · (1 - mean SSIM), and both parts without gradient.
 
-    SSIM is Gaussian-windowed (11 x 11, σ 1.5), zero-padded, per channel, over all pixels; the weights touch the L1 term only and are not
-    normalised. One fused pass gives value and gradient (to `rendered`), the same to the bit on any number of threads. Best on views
-    of planar memory, "3 h w" permuted, as the rasteriser returns, crops of it too: read where they are; others are copied once.
-    Other devices and float types run the torch reference.
+    SSIM is Gaussian-windowed (11 x 11, σ 1.5), zero-padded, per channel, over all pixels; the weights touch the L1 term
+    only and are not normalised. One fused pass gives value and gradient (to `rendered`), the same to the bit on any
+    number of threads. Best on views of planar memory, "3 h w" permuted, as the rasteriser returns, crops of it too:
+    read where they are; others are copied once. Other devices and float types run the torch reference.
     """
     h, w, channels = rendered.shape
-    assert channels == 3 and target.shape == rendered.shape, f"rendered {tuple(rendered.shape)}, target {tuple(target.shape)}"
+    assert channels == 3 and target.shape == rendered.shape, (
+        f"rendered {tuple(rendered.shape)}, target {tuple(target.shape)}"
+    )
     assert weight is None or weight.shape == (h, w), f"weight {tuple(weight.shape)} for an image of {h} x {w}"
     if rendered.device.type != "cpu" or rendered.dtype != torch.float32:
         return photometric_reference(rendered, target, weight, ssim_weight)
-    loss, l1, ssim = _Photometric.apply(rendered, target.detach(), None if weight is None else weight.detach(), ssim_weight)
+    loss, l1, ssim = _Photometric.apply(
+        rendered, target.detach(), None if weight is None else weight.detach(), ssim_weight
+    )
     return loss, {"l1": l1, "ssim": ssim}
 
 
@@ -114,9 +122,12 @@ class _Photometric(torch.autograd.Function):
         y, y_strides = _planar(target)
         gradient = torch.empty(3, h, w)
         weights = np.zeros((0, 0), np.float32) if weight is None else weight.to(torch.float32).contiguous().numpy()
-        # One scratch a thread, allocated here: allocating in every task would cost more, in page faults, than the arithmetic.
+        # One scratch a thread, allocated here: allocating in every task would cost more, in page faults, than the
+        # arithmetic.
         scratch = np.empty((numba.get_num_threads(), 7, _STRIP + 4 * RADIUS, w), np.float32)
-        l1, ssim = _photometric_kernel(x, x_strides, y, y_strides, weights, h, w, np.float32(ssim_weight), scratch, gradient.numpy())
+        l1, ssim = _photometric_kernel(
+            x, x_strides, y, y_strides, weights, h, w, np.float32(ssim_weight), scratch, gradient.numpy()
+        )
         ctx.gradient = gradient.permute(1, 2, 0)
         l1, ssim = torch.tensor(l1), torch.tensor(ssim)
         ctx.mark_non_differentiable(l1, ssim)
@@ -128,7 +139,8 @@ class _Photometric(torch.autograd.Function):
 
 
 def _planar(image: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
-    """The image's memory as one flat array from its first element, with (channel, row) strides; copied only where rows are not contiguous."""
+    """The image's memory as one flat array from its first element, with (channel, row) strides; copied only where rows
+    are not contiguous."""
     image = image.detach().to(torch.float32)
     if image.stride(1) != 1 or image.stride(0) < 0 or image.stride(2) < 0:
         image = image.permute(2, 0, 1).contiguous().permute(1, 2, 0)
@@ -138,7 +150,8 @@ def _planar(image: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
     return image.as_strided((extent,), (1,)).numpy(), (channels, rows)
 
 
-_STRIP = 64  # rows a task owns: its scratch stays in the second-level cache; its halo of 2 * RADIUS rows is computed twice
+# Rows a task owns: its scratch stays in the second-level cache, and its halo of 2 * RADIUS rows is computed twice.
+_STRIP = 64
 # Not plain fastmath, which would let the compiler assume that no NaN comes; a NaN must come out as one.
 _FAST = {"reassoc", "contract", "arcp", "nsz", "afn"}
 _T0, _T1, _T2, _T3, _T4, _T5 = (np.float32(v) for v in _WINDOW[: RADIUS + 1])  # symmetric: outermost ... centre
@@ -146,7 +159,8 @@ _TAPS = tuple(np.float32(v) for v in _WINDOW[RADIUS:])  # by distance from the c
 _C1, _C2, _ONE, _TWO = np.float32(C1), np.float32(C2), np.float32(1), np.float32(2)
 
 
-# The loops below name few arrays each on purpose: LLVM vectorises a loop only while it has few pairs of arrays to prove apart.
+# The loops below name few arrays each on purpose: LLVM vectorises a loop only while it has few pairs of arrays to prove
+# apart.
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
@@ -181,7 +195,10 @@ def _blur_along(p, out):
 
 @numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
 def _ssim_row(mx, my, ss, xy, scale):
-    """Sum of SSIM over a row from E[x], E[y], E[x² + y²], E[x y]; the first three become scale · dSSIM by E[x], E[x²], E[x y]."""
+    """Sum of SSIM over a row from E[x], E[y], E[x² + y²], E[x y].
+
+    On return the first three hold scale · dSSIM by E[x], E[x²] and E[x y].
+    """
     total = np.float32(0)
     for j in range(mx.shape[0]):
         a, b = mx[j], my[j]
@@ -234,8 +251,8 @@ def _l1_weighted_row(a, b, weight, scale, out):
 def _photometric_kernel(x_flat, x_strides, y_flat, y_strides, weights, height, width, ssim_weight, scratch, gradient):
     """Mean weighted |x - y| and mean SSIM over (3, height, width); d loss / d x into `gradient`.
 
-    A task owns 32 rows of one channel: blur four moments (x, y, x² + y², x y), form SSIM and its derivatives by the three moments that x
-    touches, then blur those back: the window is symmetric, so the blur is its own adjoint.
+    A task owns 64 rows of one channel: blur four moments (x, y, x² + y², x y), form SSIM and its derivatives by the
+    three moments that x touches, then blur those back: the window is symmetric, so the blur is its own adjoint.
     """
     r = 5
     strips = (height + _STRIP - 1) // _STRIP
@@ -253,7 +270,9 @@ def _photometric_kernel(x_flat, x_strides, y_flat, y_strides, weights, height, w
             x0, y0 = channel * x_strides[0] + row * x_strides[1], channel * y_strides[0] + row * y_strides[1]
             source[0, row - bottom] = x_flat[x0 : x0 + width]
             source[1, row - bottom] = y_flat[y0 : y0 + width]
-            _products(source[0, row - bottom], source[1, row - bottom], source[2, row - bottom], source[3, row - bottom])
+            _products(
+                source[0, row - bottom], source[1, row - bottom], source[2, row - bottom], source[3, row - bottom]
+            )
         cross = np.empty(width, np.float32)
         padded = np.zeros(width + 2 * r, np.float32)
         inner = padded[r : r + width]
@@ -286,11 +305,14 @@ def _photometric_kernel(x_flat, x_strides, y_flat, y_strides, weights, height, w
     return total_l1 / (3.0 * height * width), total_ssim / (3.0 * height * width)
 
 
-def mouth_weight(height: int, width: int, box: Box, mouth: float = LossWeights.mouth, largest: float = 8.0) -> Float[Tensor, "h w"]:
-    """Weights for `photometric` that make its L1 term Eq. 16's: the image's mean error plus `mouth` times the mouth box's own mean.
+def mouth_weight(
+    height: int, width: int, box: Box, mouth: float = LossWeights.mouth, largest: float = 8.0
+) -> Float[Tensor, "h w"]:
+    """Weights for `photometric` that make its L1 term Eq. 16's: the image's mean error plus `mouth` times the mouth
+    box's own mean.
 
-    Outside the box 1, inside 1 + mouth · (pixels of the image) / (pixels of the box), at most `largest`: a mouth a few pixels small must not
-    take over.
+    Outside the box 1, inside 1 + mouth · (pixels of the image) / (pixels of the box), at most `largest`: a mouth a few
+    pixels small must not take over.
     """
     x0, y0, x1, y1 = box
     weight = torch.ones(height, width)
@@ -298,12 +320,13 @@ def mouth_weight(height: int, width: int, box: Box, mouth: float = LossWeights.m
     return weight
 
 
-# --------------------------------------------------------------------------------------------------------------------- VGG
+# ------------------------------------------------------------------------------------------------------------------ VGG
 
 
 @cache
 def fast_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it in tiles (AMX, 2-6 times faster than float32); elsewhere float32, which is then the faster."""
+    """bfloat16 where this CPU multiplies it in tiles (AMX, 2-6 times faster than float32); elsewhere float32, which is
+    then the faster."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -314,8 +337,9 @@ def fast_dtype() -> torch.dtype:
 class PerceptualLoss:
     """L_VGG (Eq. 16): mean absolute difference of VGG16 features, summed over layers.
 
-    "First four layers" of the paper, by `depth`: "cheap" takes relu1_2 and relu2_2, "full" the four slices up to relu4_3 (3-4 times the cost).
-    Images are compared on crops, since the cost is by the pixel; features of the truth take no gradient.
+    "First four layers" of the paper, by `depth`: "cheap" takes relu1_2 and relu2_2, "full" the four slices up to
+    relu4_3 (3-4 times the cost). Images are compared on crops, since the cost is by the pixel; features of the truth
+    take no gradient.
     """
 
     def __init__(self, depth: str = "cheap", dtype: torch.dtype | None = None, device: torch.device | str = "cpu"):
@@ -325,7 +349,9 @@ class PerceptualLoss:
         self.dtype = dtype or (fast_dtype() if self.device.type == "cpu" else torch.bfloat16)
         self.features = Features("vgg16", layers, dtype=self.dtype).to(self.device)
 
-    def __call__(self, rendered: Float[Tensor, "h w 3"], target: Float[Tensor, "h w 3"], box: Box | None = None) -> Tensor:
+    def __call__(
+        self, rendered: Float[Tensor, "h w 3"], target: Float[Tensor, "h w 3"], box: Box | None = None
+    ) -> Tensor:
         """The loss on one box (default: the whole image)."""
         assert rendered.shape == target.shape, f"rendered {tuple(rendered.shape)}, target {tuple(target.shape)}"
         if box is not None:
@@ -338,7 +364,8 @@ class PerceptualLoss:
 
 
 def crop_around(center: tuple[float, float], size: int, height: int, width: int) -> Box:
-    """A square of `size` px (less where the image is smaller) about (x, y), moved inside the image: where L_VGG is taken."""
+    """A square of `size` px (less where the image is smaller) about (x, y), moved inside the image: where L_VGG is
+    taken."""
     w, h = min(size, width), min(size, height)
     x0 = min(max(round(center[0] - w / 2), 0), width - w)
     y0 = min(max(round(center[1] - h / 2), 0), height - h)
@@ -346,7 +373,8 @@ def crop_around(center: tuple[float, float], size: int, height: int, width: int)
 
 
 def random_crop(mask: np.ndarray, size: int, generator: torch.Generator) -> Box:
-    """A square about a random pixel of the mask ("h w", above half), anywhere where the mask is empty; the generator's state is all the chance."""
+    """A square about a random pixel of the mask ("h w", above half), anywhere where the mask is empty; the generator's
+    state is all the chance."""
     height, width = mask.shape
     rows, columns = np.nonzero(mask[::8, ::8] > 127 if mask.dtype == np.uint8 else mask[::8, ::8] > 0.5)
     if len(rows) == 0:
@@ -355,7 +383,7 @@ def random_crop(mask: np.ndarray, size: int, generator: torch.Generator) -> Box:
     return crop_around((columns[pick] * 8 + 4, rows[pick] * 8 + 4), size, height, width)
 
 
-# -------------------------------------------------------------------------------------------------------------------- Wing
+# ----------------------------------------------------------------------------------------------------------------- Wing
 
 
 def wing(error_px: Float[Tensor, "*n"], width_px: float = 10.0, curvature_px: float = 2.0) -> Float[Tensor, "*n"]:
@@ -366,16 +394,23 @@ def wing(error_px: Float[Tensor, "*n"], width_px: float = 10.0, curvature_px: fl
 
 
 class WingLandmarks:
-    """L_WING (Eq. 16): Wing loss between the rendering's landmarks and the truth's, through the landmark network's own gradient.
+    """L_WING (Eq. 16): Wing loss between the rendering's landmarks and the truth's, through the landmark network's own
+    gradient.
 
-    The region of interest comes from the truth, so nothing is detected. The network was trained on photographs: on a bad rendering its gradient
-    points anywhere, so the loss is scaled by the (detached) presence it reports. Alone it distorts the face; keep its weight small.
+    The region of interest comes from the truth, so nothing is detected. The network was trained on photographs: on a
+    bad rendering its gradient points anywhere, so the loss is scaled by the (detached) presence it reports. Alone it
+    distorts the face; keep its weight small.
     """
 
     def __init__(self, landmarker: "FaceLandmarker", width_px: float = 10.0, curvature_px: float = 2.0):
         self.landmarker, self.width_px, self.curvature_px = landmarker, width_px, curvature_px
 
-    def __call__(self, rendered: Float[Tensor, "h w 3"], landmarks_px: Float[Tensor, "478 2"], weight: Float[Tensor, "478"] | None = None) -> Tensor:
+    def __call__(
+        self,
+        rendered: Float[Tensor, "h w 3"],
+        landmarks_px: Float[Tensor, "478 2"],
+        weight: Float[Tensor, "478"] | None = None,
+    ) -> Tensor:
         """Mean over the landmarks of wing(x) + wing(y), each landmark times its weight (default 1)."""
         from hicode.face.landmarks import rois_from_landmarks
 
@@ -386,13 +421,18 @@ class WingLandmarks:
         return (loss if weight is None else loss * weight).mean() * presence[0].detach()
 
 
-# ------------------------------------------------------------------------------------------------------------------ together
+# ------------------------------------------------------------------------------------------------------------- together
 
 
 class HeadLoss:
     """L_3DGS (Eq. 15): the weighted sum. Terms whose weight is 0 or whose network is not given cost nothing."""
 
-    def __init__(self, weights: LossWeights | None = None, perceptual: PerceptualLoss | None = None, landmarks: WingLandmarks | None = None):
+    def __init__(
+        self,
+        weights: LossWeights | None = None,
+        perceptual: PerceptualLoss | None = None,
+        landmarks: WingLandmarks | None = None,
+    ):
         self.weights, self.perceptual, self.landmarks = weights or LossWeights(), perceptual, landmarks
 
     def __call__(
@@ -404,15 +444,20 @@ class HeadLoss:
         mouth_crop: Box | None = None,
         landmarks_px: Float[Tensor, "478 2"] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its terms without gradient and before weighting: l1, ssim, vgg, vgg_mouth, wing, as far as computed.
+        """The loss, and its terms without gradient and before weighting: l1, ssim, vgg, vgg_mouth, wing, as far as
+        computed.
 
-        A step takes the terms whose place it is given: `mouth_box` weighs the L1 term there, `face_crop` and `mouth_crop` call for L_VGG there,
-        `landmarks_px` (the truth's) for L_WING.
+        A step takes the terms whose place it is given: `mouth_box` weighs the L1 term there, `face_crop` and
+        `mouth_crop` call for L_VGG there, `landmarks_px` (the truth's) for L_WING.
         """
         w = self.weights
         h, width, _ = rendered.shape
         scale = w.l1 + w.ssim
-        weight = mouth_weight(h, width, mouth_box, w.mouth).to(rendered.device) if mouth_box is not None and w.mouth > 0 else None
+        weight = (
+            mouth_weight(h, width, mouth_box, w.mouth).to(rendered.device)
+            if mouth_box is not None and w.mouth > 0
+            else None
+        )
         loss, parts = photometric(rendered, target, weight, w.ssim / scale if scale > 0 else 0.0)
         loss = scale * loss
         if self.perceptual is not None and w.vgg > 0:
@@ -427,7 +472,8 @@ class HeadLoss:
 
 
 def check_finite(step: int, terms: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise TrainingError naming the step, the first loss term that is not finite and the tensors (or gradients) that are not.
+    """Raise TrainingError naming the step, the first loss term that is not finite and the tensors (or gradients) that
+    are not.
 
     Costs one look at the terms; the tensors are searched only once a term has gone.
     """
@@ -435,8 +481,16 @@ def check_finite(step: int, terms: Mapping[str, Tensor], tensors: Mapping[str, T
     if not bad:
         return
     broken = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    broken += [f"gradient of {name}" for name, value in tensors.items() if value.grad is not None and not bool(torch.isfinite(value.grad).all())]
-    where = f"not finite: {', '.join(broken[:4])}{' …' if len(broken) > 4 else ''}" if broken else "every parameter is finite"
+    broken += [
+        f"gradient of {name}"
+        for name, value in tensors.items()
+        if value.grad is not None and not bool(torch.isfinite(value.grad).all())
+    ]
+    where = (
+        f"not finite: {', '.join(broken[:4])}{' …' if len(broken) > 4 else ''}"
+        if broken
+        else "every parameter is finite"
+    )
     raise TrainingError(
         f"Step {step}: loss term {bad[0]!r} is {float(terms[bad[0]].detach().flatten()[0]):g} ({where}). "
         "Resume from the last checkpoint with a lower learning rate, or report this clip."
