@@ -337,7 +337,7 @@ class _Track:
     def follow(self, chunk: list[np.ndarray], start: int, landmarker: FaceLandmarker, config: TrackConfig) -> None:
         """Find the face in a chunk from the last known region, working outwards from the frames where it is found."""
         times = range(start, start + len(chunk))
-        trial, used = {t: self.roi for t in times}, {}
+        trial, used = {t: self.roi for t in times if t not in self.rois}, {}
         for _ in range(4):
             if not trial:
                 break
@@ -348,7 +348,7 @@ class _Track:
             trial = {}
             for t in times:  # again where the face was off the crop's centre, or is missing beside a frame that has it
                 near = next((s for s in (t, t - 1, t + 1) if s in times and s in self.rois), None)
-                if near is not None and _distance(self.rois[near], used[t]) > 0.1:
+                if near is not None and t in used and _distance(self.rois[near], used[t]) > 0.1:
                     trial[t] = self.rois[near]
         self.roi = next((self.rois[t] for t in reversed(times) if t in self.rois), self.roi)
 
@@ -483,8 +483,8 @@ def _find(chunk: list, start: int, tracks: list[_Track], landmarker: FaceLandmar
             roi = face.roi()
             if any(track.seen_at(t) and track.owns(roi, t) for track in tracks):
                 continue
-            # A face that returns is one that went, if it is the only one or comes back near where it was.
-            resting = [track for track in tracks if not any(map(track.seen_at, times))]
+            # A face that appears is one that went, if it is the only one (a cut) or comes back near where it was.
+            resting = [track for track in tracks if not track.seen_at(t)]
             track = min(resting, key=lambda track: _distance(track.roi, roi), default=None)
             if track is None or (len(tracks) > 1 and _distance(track.roi, roi) > 1):
                 if len(tracks) == config.max_faces:
