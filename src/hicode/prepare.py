@@ -137,7 +137,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
         crop_box=crop["box"],
     )  # fmt: skip
     limits = {"max_missing": config.max_missing}
-    found = work.step("landmarks", 1, limits, ("crop",), ("landmarks.safetensors",), lambda: _find_landmarks(work, video, count))
+    found = work.step("landmarks", 2, limits, ("crop",), ("landmarks.safetensors",), lambda: _find_landmarks(work, video, count))
     fitted = work.step("track", 2, {}, ("landmarks",), ("track.safetensors",), lambda: _fit(work, train))
     work.step("masks", 1, {}, ("track",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
     work.step("depth", 1, {}, ("masks",), ("depth.safetensors",), lambda: _depth(work, train))
@@ -497,7 +497,10 @@ def _offset(work: _Work, train: range) -> dict:
     from hicode.speech.encoder import create_encoder, match_frames
     from hicode.speech.sync import SyncModel, estimate_offset
 
-    model = SyncModel.load()
+    try:
+        model = SyncModel.load()
+    except FileFormatError:  # the weights are not shipped yet
+        return {"frames": 0.0, "sure": False, "measured": 0.0, "margin": 0.0}
     features = match_frames(create_encoder(model.encoder).encode(_read_sound(work)), train.stop)
     landmarks = load_track(work.folder / "track.safetensors").motion.landmarks[: train.stop]
     result = estimate_offset(features, landmarks, model)
