@@ -136,7 +136,7 @@ def head_mask(
     head = _Upright(landmarks_px, person.shape)
     hanging = _hanging(head.turn(person) > 20, head)
     rows = np.arange(hanging.shape[0], dtype=np.float32)[:, None] + 0.5
-    short = head.corner_y + 0.08 * head.height
+    short = head.corner_y + 0.05 * head.height
     drop = short + hair_drop * (head.chin_y - short)
     beside = _above(rows, drop, head.height * (0.012 + 0.03 * hair_drop))
     # The chin's own edge is in, and so is the wedge between jaw and ear.
