@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from hicode.avatar.compositor import (
+    RGB,
+    SURROUND,
     Compositor,
     CompositorConfig,
     background_plate,
@@ -207,8 +209,21 @@ def test_state_round_trip_gives_the_same_compositor():
 def test_generator_sees_the_frame_zeroed_inside():
     rgb, alpha, frame, mask, plate = scene()
     composite = plain_composite(rgb, alpha, frame, plate, seam_of(mask))
-    assert not composite.surround[composite.seam.inside].any()
-    assert composite.generator_input().shape == (*composite.alpha.shape, 11)
+    surround = composite.layers[..., SURROUND]
+    assert not surround[composite.seam.inside].any()
+    outside = ~composite.seam.inside
+    np.testing.assert_allclose(surround[outside] * 255, frame[composite.seam.window][outside], atol=1e-3)
+    assert np.array_equal(composite.layers[..., RGB], rgb[composite.seam.window])
+
+
+def test_fused_paste_equals_the_formula():
+    rgb, alpha, frame, mask, plate = scene()
+    composite = plain_composite(rgb, alpha, frame, plate, seam_of(mask))
+    generator = trained_looking()
+    window, inside = composite.seam.window, composite.seam.inside
+    expected = np.clip(composite.output(generator.residual(composite.layers)), 0, 1) * 255
+    out = compose(rgb, alpha, frame, mask, plate, generator)[window]
+    assert np.abs(out[inside] - expected[inside]).max() <= 0.5 + 1e-3  # rounding to uint8
 
 
 # --- training ----------------------------------------------------------------------------------------------------------------------------

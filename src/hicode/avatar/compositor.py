@@ -12,10 +12,12 @@ sees [rgb, alpha, frame with the dilated head region zeroed, fill, weight]; the 
 images. Colours are floats in [0, 1] inside, uint8 at the edges.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import cv2
+import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ CONTEXT = 16  # px of the input frame around the dilated mask that the generator
 STRIDE = 16  # the generator's sides are multiples of this
 
 INPUT_CHANNELS = 11
+RGB, ALPHA, SURROUND, FILL, WEIGHT = slice(0, 3), slice(3, 4), slice(4, 7), slice(7, 10), slice(10, 11)
 
 
 @dataclass(frozen=True)
@@ -65,26 +68,23 @@ class Seam:
 
 @dataclass(frozen=True)
 class PlainComposite:
-    """The composite before the generator, within `seam.box`; all float32 in [0, 1], "bh bw 3" and "bh bw".
+    """The composite before the generator, within `seam.box`.
 
-    `surround` is the frame with the dilated head region zeroed.
+    layers float32 "bh bw 11": what the generator sees, in [0, 1]: rgb, alpha, surround (the frame with the dilated head region zeroed), fill,
+    weight, in this order.
     """
 
     seam: Seam
-    rgb: np.ndarray
-    alpha: np.ndarray
-    surround: np.ndarray
-    fill: np.ndarray
-    plain: np.ndarray
+    layers: np.ndarray
 
-    def generator_input(self) -> Float32[np.ndarray, "bh bw 11"]:
-        parts = [self.rgb, self.alpha[..., None], self.surround, self.fill, self.seam.weight[..., None]]
-        return np.concatenate(parts, -1)
+    @property
+    def plain(self) -> Float32[np.ndarray, "bh bw 3"]:
+        return self.layers[..., RGB] + (1 - self.layers[..., ALPHA]) * self.layers[..., FILL]
 
-    def output(self, residual: Float32[np.ndarray, "bh bw 3"] | None) -> Float32[np.ndarray, "bh bw 3"]:
+    def output(self, residual: Float32[np.ndarray, "bh bw 3"] | float = 0.0) -> Float32[np.ndarray, "bh bw 3"]:
         """The box's final colours; outside the dilated mask they are meaningless, the caller keeps the frame's."""
-        head = self.plain if residual is None else self.plain + residual
-        return self.fill + self.seam.weight[..., None] * (head - self.fill)
+        fill = self.layers[..., FILL]
+        return fill + self.layers[..., WEIGHT] * (self.plain + residual - fill)
 
 
 class Compositor(nn.Module):
@@ -149,22 +149,25 @@ class Compositor(nn.Module):
 
 def dilate_mask(head_mask: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     """The region that composition may change: 255 within `REACH` of the head (and `JAW_REACH` more downwards), 0 elsewhere."""
-    return np.where(_distance_from_head(head_mask) < _px(REACH, head_mask), 255, 0).astype(np.uint8)
+    out = np.zeros(head_mask.shape, np.uint8)
+    seam = seam_of(head_mask)
+    if seam is not None:
+        out[seam.window][seam.inside] = 255
+    return out
 
 
 def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     """The seam of a head mask (soft, 0..255); None where the mask is empty."""
     h, w = head_mask.shape
-    distance = _distance_from_head(head_mask)
-    reach, feather = _px(REACH, head_mask), _px(FEATHER, head_mask)
-    inside = distance < reach
-    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    if len(rows) == 0:
+    reach, feather, jaw = (_px(length, head_mask) for length in (REACH, FEATHER, JAW_REACH))
+    x, y, width, height = cv2.boundingRect(cv2.threshold(head_mask, 127, 255, cv2.THRESH_BINARY)[1])
+    if width == 0:
         return None
-    x0, x1 = _span(columns[0], columns[-1] + 1, w)
-    y0, y1 = _span(rows[0], rows[-1] + 1, h)
-    weight = np.clip((reach - distance[y0:y1, x0:x1]) / feather, 0, 1)
-    return Seam((x0, y0, x1, y1), inside[y0:y1, x0:x1], weight)
+    margin = math.ceil(reach)
+    x0, x1 = _span(max(0, x - margin), min(w, x + width + margin), w)
+    y0, y1 = _span(max(0, y - margin), min(h, y + height + margin + math.ceil(jaw)), h)
+    distance = _distance_from_head(head_mask[y0:y1, x0:x1], jaw)
+    return Seam((x0, y0, x1, y1), distance < reach, np.clip((reach - distance) / np.float32(feather), 0, 1))
 
 
 def plain_composite(
@@ -176,15 +179,18 @@ def plain_composite(
 ) -> PlainComposite:
     """The alpha composite inside the seam's box; `rgb` is rendered over black. Reads the frame only outside the dilated mask."""
     window = seam.window
-    rgb = np.clip(np.asarray(_numpy(rgb)[window], np.float32), 0, 1)
-    alpha = np.clip(np.asarray(_numpy(alpha)[window], np.float32), 0, 1)
-    outside = (~seam.inside).astype(np.float32)
-    surround = frame[window].astype(np.float32) * (outside / 255)[..., None]
-    background = plate[window].astype(np.float32) / 255
+    h, w = seam.inside.shape
+    frame, plate = frame[window], plate[window]
     # Seamless: the difference between frame and plate, known outside, is carried smoothly inwards (a membrane, as in Poisson cloning).
-    fill = np.clip(background + fill_smoothly(surround - background * outside[..., None], outside), 0, 1)
-    plain = rgb + (1 - alpha)[..., None] * fill
-    return PlainComposite(seam, rgb, alpha, surround, fill, plain)
+    values, known = (
+        np.empty(((h + 1) // 2, (w + 1) // 2, 3), np.float32),
+        np.empty(((h + 1) // 2, (w + 1) // 2), np.float32),
+    )
+    _difference_halved(frame, plate, seam.inside, values, known)
+    membrane = fill_smoothly(values, known)
+    layers = np.empty((h, w, INPUT_CHANNELS), np.float32)
+    _lay(_numpy(rgb)[window], _numpy(alpha)[window], frame, plate, seam.inside, seam.weight, membrane, layers)
+    return PlainComposite(seam, layers)
 
 
 def compose(
@@ -201,14 +207,77 @@ def compose(
     generator, the plain composite with a feathered edge. An empty mask gives the frame back.
     """
     seam = seam_of(head_mask)
-    if seam is None:
-        return frame.copy()
-    composite = plain_composite(rgb, alpha, frame, plate, seam)
-    residual = None if generator is None else generator.residual(composite.generator_input())
-    colours = composite.output(residual)
     out = frame.copy()
-    out[seam.window][seam.inside] = (np.clip(colours, 0, 1) * 255 + 0.5).astype(np.uint8)[seam.inside]
+    if seam is not None:
+        composite = plain_composite(rgb, alpha, frame, plate, seam)
+        residual = np.zeros((1, 1, 3), np.float32) if generator is None else generator.residual(composite.layers)
+        _paste(composite.layers, residual, seam.inside, out[seam.window])
     return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _difference_halved(frame, plate, inside, values, known):
+    """Mean of frame - plate over the outside pixels of each 2 x 2 block, and 1 where there is one."""
+    h, w = inside.shape
+    for i in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            count = 0
+            r, g, b = 0, 0, 0
+            for y in range(2 * i, min(2 * i + 2, h)):
+                for x in range(2 * j, min(2 * j + 2, w)):
+                    if not inside[y, x]:
+                        count += 1
+                        r += np.int32(frame[y, x, 0]) - np.int32(plate[y, x, 0])
+                        g += np.int32(frame[y, x, 1]) - np.int32(plate[y, x, 1])
+                        b += np.int32(frame[y, x, 2]) - np.int32(plate[y, x, 2])
+            scale = np.float32(1 / (255 * count)) if count else np.float32(0)
+            known[i, j] = np.float32(1 if count else 0)
+            values[i, j, 0], values[i, j, 1], values[i, j, 2] = r * scale, g * scale, b * scale
+
+
+@numba.njit(cache=True, nogil=True)
+def _lay(rgb, alpha, frame, plate, inside, weight, membrane, layers):
+    """The generator's input in one pass; the membrane, at half resolution, is read bilinearly inside and replaced by the frame outside."""
+    h, w = inside.shape
+    one, zero, scale = np.float32(1), np.float32(0), np.float32(1 / 255)
+    for y in range(h):
+        # Half-resolution pixel i is centred on 2 i + 0.5: full-resolution rows lie a quarter of the way between.
+        near = y // 2
+        far = min(max(near + (1 if y % 2 else -1), 0), membrane.shape[0] - 1)
+        for x in range(w):
+            out = layers[y, x]
+            for c in range(3):
+                out[c] = min(max(np.float32(rgb[y, x, c]), zero), one)
+            out[3] = min(max(np.float32(alpha[y, x]), zero), one)
+            if inside[y, x]:
+                left = x // 2
+                right = min(max(left + (1 if x % 2 else -1), 0), membrane.shape[1] - 1)
+                for c in range(3):
+                    shift = np.float32(0.5625) * membrane[near, left, c] + np.float32(0.0625) * membrane[far, right, c]
+                    shift += np.float32(0.1875) * (membrane[far, left, c] + membrane[near, right, c])
+                    out[4 + c] = zero
+                    out[7 + c] = min(max(plate[y, x, c] * scale + shift, zero), one)
+            else:
+                for c in range(3):
+                    out[4 + c] = out[7 + c] = frame[y, x, c] * scale
+            out[10] = weight[y, x]
+
+
+@numba.njit(cache=True, nogil=True)
+def _paste(layers, residual, inside, out):
+    """`PlainComposite.output` in one pass, rounded, into the inside pixels of `out`. A residual of one pixel counts for all."""
+    h, w = inside.shape
+    whole = residual.shape[0] == h
+    for y in range(h):
+        for x in range(w):
+            if inside[y, x]:
+                p = layers[y, x]
+                for c in range(3):
+                    extra = residual[y, x, c] if whole else residual[0, 0, c]
+                    value = p[7 + c] + p[10] * (p[c] + (np.float32(1) - p[3]) * p[7 + c] + extra - p[7 + c])
+                    out[y, x, c] = np.uint8(
+                        min(max(value, np.float32(0)), np.float32(1)) * np.float32(255) + np.float32(0.5)
+                    )
 
 
 def background_plate(
@@ -223,7 +292,7 @@ def background_plate(
     for t, (frame, mask) in enumerate(zip(frames, head_masks, strict=True)):
         if t % stride:
             continue
-        kept.append((frame.copy(), _distance_from_head(mask) >= _px(PLATE_GUARD, mask)))
+        kept.append((frame.copy(), _distance_from_head(mask, _px(JAW_REACH, mask)) >= _px(PLATE_GUARD, mask)))
         if len(kept) == 2 * max_frames:
             kept, stride = kept[::2], 2 * stride
     assert kept, "no frame to take a background from"
@@ -263,12 +332,12 @@ def fill_smoothly(
     return values + (1 - known)[..., None] * fine
 
 
-def _distance_from_head(head_mask: np.ndarray) -> np.ndarray:
-    """Distance of each pixel from the head in px (0 on it); the head reaches `JAW_REACH` downwards. Infinite for an empty mask."""
-    head = (head_mask >= 128).astype(np.uint8)
+def _distance_from_head(head_mask: np.ndarray, jaw_px: float) -> np.ndarray:
+    """Distance of each pixel from the head in px (0 on it); the head reaches `jaw_px` downwards. Infinite for an empty mask."""
+    head = cv2.threshold(head_mask, 127, 1, cv2.THRESH_BINARY)[1]
     if not head.any():
         return np.full(head.shape, np.inf, np.float32)
-    down = max(1, round(_px(JAW_REACH, head_mask)))
+    down = max(1, round(jaw_px))
     column = np.ones((down + 1, 1), np.uint8)
     head = cv2.dilate(head, column, anchor=(0, down))  # the anchor at the kernel's end: the mask grows downwards only
     return cv2.distanceTransform(1 - head, cv2.DIST_L2, cv2.DIST_MASK_5)

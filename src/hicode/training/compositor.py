@@ -24,7 +24,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hicode.avatar.compositor import Compositor, CompositorConfig, plain_composite, seam_of
+from hicode.avatar.compositor import (
+    ALPHA,
+    FILL,
+    INPUT_CHANNELS,
+    RGB,
+    WEIGHT,
+    Compositor,
+    CompositorConfig,
+    plain_composite,
+    seam_of,
+)
 from hicode.errors import TrainingError
 from hicode.files import load_tensors, save_tensors
 from hicode.perceptual import SMALLEST_SIDE_PX, Features, lpips
@@ -253,7 +263,7 @@ def _pool_item(samples: Samples, t: int, seed: int | None, plate: np.ndarray) ->
     if seam is None:
         return None
     composite = plain_composite(rgb, alpha, frame, plate, seam)
-    layers = np.concatenate([composite.generator_input(), frame[seam.window].astype(np.float32) / 255], -1)
+    layers = np.concatenate([composite.layers, frame[seam.window].astype(np.float32) / 255], -1)
     if not np.isfinite(layers).all():
         raise TrainingError(f"The render of frame {t} is not finite. The Gaussians diverged: train them again.")
     inner = cv2.distanceTransform((seam.weight >= 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
@@ -281,7 +291,7 @@ def _crop(item: _PoolItem, config: CompositorTraining, rng: np.random.Generator)
         layers, depth = np.pad(layers, (*grow, (0, 0)), mode="edge"), np.pad(depth, grow, mode="edge")
     flow = random_flow(p, config.misalignment_px, rng)
     layers[..., :4] = _warped(layers[..., :4], flow)
-    layers[..., 11:] = _warped(layers[..., 11:], flow * (config.follow * depth)[..., None])
+    layers[..., INPUT_CHANNELS:] = _warped(layers[..., INPUT_CHANNELS:], flow * (config.follow * depth)[..., None])
     if rng.random() < 0.5:
         layers = layers[:, ::-1]
     return np.ascontiguousarray(layers)
@@ -339,8 +349,8 @@ class _Trainer:
             optimiser.param_groups[0]["lr"] = rate
         crops = np.stack([_crop(pool[rng.integers(len(pool))], config, rng) for _ in range(config.batch)])
         layers = torch.from_numpy(crops).permute(0, 3, 1, 2)
-        x, target = layers[:, :11], layers[:, 11:]
-        rgb, alpha, fill, weight = x[:, :3], x[:, 3:4], x[:, 7:10], x[:, 10:11]
+        x, target = layers[:, :INPUT_CHANNELS], layers[:, INPUT_CHANNELS:]
+        rgb, alpha, fill, weight = x[:, RGB], x[:, ALPHA], x[:, FILL], x[:, WEIGHT]
         output = fill + weight * (rgb + (1 - alpha) * fill + self.generator(x) - fill)
         output = torch.where(weight > 0, output, target)  # outside, composition leaves the frame alone
 
@@ -431,7 +441,7 @@ def _judge(
             continue
         composite = plain_composite(rgb, alpha, frame, plate, seam)
         truth = frame[seam.window].astype(np.float32) / 255
-        residual = generator.residual(composite.generator_input())
+        residual = generator.residual(composite.layers)
         truth_features = distance.normalized(_image(truth))
         for s in strengths:
             output = np.where(seam.inside[..., None], np.clip(composite.output(s * residual), 0, 1), truth)
