@@ -82,7 +82,7 @@ class Faceformer(nn.Module):
     def listen(self, features: Float[Tensor, "b s d"]) -> Float[Tensor, "b s w"]:
         """Each feature on its own, projected. A second step, `_contextual`, mixes neighbours."""
         x = (features - self.feature_mean) / self.feature_std
-        return self.hear_norm(F.gelu(self.hear(self.dropout(x))))
+        return self.hear_norm(F.gelu(self.hear(x)))
 
     def _contextual(self, heard: Float[Tensor, "b s+r w"]) -> Float[Tensor, "b s w"]:
         """Rows with 2 look_back rows of past and 2 look_ahead rows of future around them; nothing was heard outside the sound: zeros."""

@@ -1,0 +1,489 @@
+"""Learning speech → motion: generic Faceformers from many speakers, adapted to one subject (PAPER-DECISIONS 12, 14, 15; Eqs 13-14).
+
+t frames, n outputs (64 expression parameters, or 478 x 3 landmark coordinates), k components. A *displacement* is motion minus the speaker's
+template, the mean over the frames in which they speak. Speech says nothing of brows, gaze or pose, so errors are measured in a *metric* that
+weighs an output by how much of mouth and jaw it moves (Deviation from Eqs 13-14, which weigh all alike).
+
+The generic pair ships with the package; tools/pretrain_speech.py made it, and the file says from which clips. Adapting never looks at a clip's
+test part, and validates as a user sees it: free-running, on the last part of the training part.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hicode.errors import TrainingError
+from hicode.files import load_tensors, save_tensors
+from hicode.motion import EXPRESSION_DIM, LOWER_LIP_INNER, N_LANDMARKS, UPPER_LIP_INNER
+from hicode.speech.faceformer import IDENTITY_FRAMES, Faceformer, FaceformerConfig, SpeechModels
+
+SCHEMA, VERSION = "hicode-speech", 1
+GENERIC = Path(__file__).parent.parent / "weights" / "speech.safetensors"
+
+# What outputs that speech does not drive weigh against the mouth's: enough that they are defined, too little to be learned from.
+_REST_WEIGHT = 0.02
+
+
+# --- what an error weighs ----------------------------------------------------------------------------------------------------------------
+
+
+class Metric:
+    """A linear map in whose image plain squares are the errors that count. Diagonal ("n") or symmetric ("n n")."""
+
+    def __init__(self, root: Float[Tensor, "n"] | Float[Tensor, "n n"]):
+        self.root = root
+        self._inverse = 1 / root if root.dim() == 1 else torch.linalg.inv(root)
+
+    def __call__(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        return x * self.root if self.root.dim() == 1 else x @ self.root
+
+    def inverse(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        return x * self._inverse if self.root.dim() == 1 else x @ self._inverse
+
+
+@cache
+def mouth_metrics() -> tuple[Metric, Metric]:
+    """(of the 64 expression parameters, of the 1434 landmark coordinates): squares in dm², per landmark at the mouth."""
+    from hicode.face.model import HeadModel
+
+    head = HeadModel.load()
+    weight = (head.mouth_landmark_weight.clamp(min=_REST_WEIGHT) / head.mouth_landmark_weight.sum()).double()
+    moved = head.landmarks(head.expression_basis).double()  # "64 478 3" by a unit of each action
+    gram = torch.einsum("alc,blc,l->ab", moved, moved, weight)
+    # Actions that move no landmark (the tongue) must not be weightless, or the map would have no inverse.
+    gram = gram + 1e-3 * gram.diagonal().mean() * torch.eye(EXPRESSION_DIM, dtype=torch.float64)
+    value, vector = torch.linalg.eigh(gram)
+    return Metric(((vector * value.sqrt()) @ vector.T).float()), Metric(weight.sqrt().repeat_interleave(3).float())
+
+
+def fit_basis(displacements: list[Float[Tensor, "t n"]], components: int, metric: Metric) -> Float[Tensor, "k n"]:
+    """Principal movements in the metric, each as large as its standard deviation; every speaker counts alike."""
+    weighted = torch.cat([metric(d) / len(d) ** 0.5 for d in displacements]) / len(displacements) ** 0.5
+    value, vector = torch.linalg.eigh((weighted.T @ weighted).double())
+    value, vector = value[-components:].flip(0).clamp(min=1e-12), vector[:, -components:].flip(1)
+    return metric.inverse((vector * value.sqrt()).T.float())
+
+
+def to_coefficients(displacement: Float[Tensor, "*b n"], basis: Float[Tensor, "k n"], metric: Metric) -> Float[Tensor, "*b k"]:
+    """The coefficients whose sum of basis movements is nearest in the metric."""
+    rows = metric(basis)
+    return metric(displacement) @ rows.T / rows.square().sum(1)
+
+
+# --- what is learned from ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpeechExample:
+    """One recording of one speaker, sound and picture in sync.
+
+    features    "v 2*t d"  of the sound; v variants (other loudness, other window phase) of which training draws one
+    expression  "t 64"
+    landmarks   "t 478 3"  canonical
+    speaking    "t"        where there is sound
+    """
+
+    speaker: str
+    features: Float[Tensor, "v s d"]
+    expression: Float[Tensor, "t 64"]
+    landmarks: Float[Tensor, "t 478 3"]
+    speaking: Bool[Tensor, "t"]
+
+    def __len__(self) -> int:
+        return len(self.expression)
+
+    def __getitem__(self, frames: slice) -> "SpeechExample":
+        start, stop, step = frames.indices(len(self))
+        assert step == 1, frames
+        return replace(
+            self,
+            features=self.features[:, 2 * start : 2 * stop],
+            expression=self.expression[frames],
+            landmarks=self.landmarks[frames],
+            speaking=self.speaking[frames],
+        )
+
+
+def speaking_frames(samples: Float[np.ndarray, "n"], frames: int) -> Bool[Tensor, "t"]:
+    """Where a frame or one within 120 ms of it is louder than 8 % of the loudest."""
+    padded = np.zeros(frames * 640, np.float32)
+    padded[: min(len(samples), len(padded))] = samples[: len(padded)]
+    rms = np.sqrt((padded.reshape(frames, 640) ** 2).mean(1) + 1e-12)
+    active = rms > max(0.08 * np.percentile(rms, 95), 1e-3) if frames else np.zeros(0, bool)
+    return torch.from_numpy(np.convolve(active, np.ones(7), "same") > 0 if frames else active)
+
+
+@dataclass(frozen=True)
+class Template:
+    """What is a speaker's own before any learning, from the frames in which they speak (all of them where they never do)."""
+
+    expression: Float[Tensor, "64"]
+    landmarks: Float[Tensor, "478 3"]
+    identity_frames: Float[Tensor, "20 478 3"]
+
+    @staticmethod
+    def of(expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"], speaking: Bool[Tensor, "t"], seed: int = 0) -> "Template":
+        used = speaking if speaking.sum() >= 12 else torch.ones_like(speaking)
+        chosen = np.random.default_rng(seed).choice(len(landmarks), IDENTITY_FRAMES, replace=len(landmarks) < IDENTITY_FRAMES)
+        return Template(expression[used].mean(0), landmarks[used].mean(0), landmarks[np.sort(chosen)].clone())
+
+
+# --- training a Faceformer ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How a generic Faceformer is trained."""
+
+    steps: int = 600
+    batch: int = 16  # sequences
+    frames: int = 80  # of each
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-2
+    velocity_weight: float = 0.5  # of differences of successive frames
+    closed_weight: float = 2.5  # of frames with closed lips: rare and conspicuous
+    feature_noise: float = 0.2  # standard deviations, fresh each frame; half as much more for whole sequences
+    longest_speaker_s: float = 40.0  # a speaker with more speech than this counts as one with this much: variety beats minutes
+    passes: int = 2  # times the model's own output is fed back before the pass that learns
+    style_dropout: float = 0.5  # sequences that are told nothing of the speaker
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Inputs and targets of one Faceformer on one example."""
+
+    features: Float[Tensor, "v s d"]
+    target: Float[Tensor, "t k"]
+    weight: Float[Tensor, "t"]
+    style: Float[Tensor, "s"] | None
+    share: float = 1.0  # how often a frame of it is drawn
+
+
+@contextmanager
+def _one_thread():
+    """Sums this small are no faster on two threads, and far slower where something else wants the second core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def train_faceformer(
+    model: Faceformer, tasks: list[_Task], metric: Metric, config: PretrainConfig, progress: Callable[[float], None] | None = None
+) -> None:
+    """Train in place, free-running: the model's own output, found by a few parallel passes, is what precedes each frame.
+
+    Passes converge to the roll-out from the first frame on, far sooner than their number because sound decides most of a frame; back-propagation
+    goes through the last one only. Raises TrainingError where the loss is not finite.
+    """
+    generator, rng = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
+    importance = metric(model.basis).square().sum(1)
+    importance = importance / importance.sum()
+    optimiser = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    warm = max(config.steps // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # a short warm-up, then a cosine to nothing
+        optimiser, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+    )
+    share = np.array([len(task.target) * task.share for task in tasks], np.float64)
+    share /= share.sum()
+    frames = min(config.frames, max(len(task.target) for task in tasks))
+    model.train()
+    for step in range(config.steps):
+        batch = [_crop(tasks[i], frames, rng) for i in rng.choice(len(tasks), config.batch, p=share)]
+        features, target, weight = (torch.stack([b[k] for b in batch]) for k in range(3))
+        noise = torch.randn(features.shape, generator=generator) + 0.5 * torch.randn(len(batch), 1, features.shape[2], generator=generator)
+        style = model.start
+        if model.config.style_components:
+            told = torch.rand(len(batch), 1, generator=generator) >= config.style_dropout
+            style = model.start + model.style(torch.stack([b[3] for b in batch])) * told
+        memory = model.memory(features + config.feature_noise * noise * model.feature_std)
+        previous = torch.zeros_like(target)
+        model.eval()
+        with torch.no_grad():
+            for _ in range(config.passes):
+                previous = _preceding(model(memory, previous, style))
+        model.train()
+        predicted = model(memory, previous, style)
+        error = (predicted - target) * importance.sqrt()
+        motion_error = weight[..., None] * error.square()
+        loss = motion_error.sum(-1).mean() + config.velocity_weight * (error[:, 1:] - error[:, :-1]).square().sum(-1).mean()
+        if not torch.isfinite(loss):
+            raise TrainingError(f"Speech training diverged at step {step}: the loss is {loss.item()}. Lower the learning rate.")
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if progress:
+            progress((step + 1) / config.steps)
+    model.eval()
+
+
+def _preceding(coefficients: Float[Tensor, "b t k"]) -> Float[Tensor, "b t k"]:
+    return torch.cat([torch.zeros_like(coefficients[:, :1]), coefficients[:, :-1]], 1)
+
+
+def _crop(task: _Task, frames: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A random stretch; short examples repeat their end, which then weighs nothing."""
+    length = len(task.target)
+    start = int(rng.integers(0, max(length - frames, 0) + 1))
+    index = torch.arange(start, start + frames)
+    weight = torch.where(index < length, task.weight[index.clamp(max=length - 1)], 0.0)
+    index = index.clamp(max=length - 1)
+    variant = task.features[int(rng.integers(len(task.features)))]
+    return variant.unflatten(0, (-1, 2))[index].flatten(0, 1), task.target[index], weight, task.style
+
+
+# --- the generic pair --------------------------------------------------------------------------------------------------------------------
+
+
+def amplitude(displacement: Float[Tensor, "t n"], metric: Metric) -> float:
+    """Root mean square of a displacement in the metric."""
+    return float(metric(displacement).square().sum(-1).mean().sqrt())
+
+
+def pretrain(
+    examples: list[SpeechExample],
+    encoder: str,
+    config: PretrainConfig = PretrainConfig(),
+    shape: FaceformerConfig = FaceformerConfig(),
+    progress: Callable[[float], None] | None = None,
+) -> SpeechModels:
+    """A generic pair from recordings of several speakers; its templates are the speakers' mean.
+
+    `shape` is the expression model's; the landmark model differs in its outputs and its style input only.
+    """
+    speakers = sorted({e.speaker for e in examples})
+    template = {}
+    for s in speakers:
+        own = [e for e in examples if e.speaker == s]
+        template[s] = Template.of(*(torch.cat([getattr(e, k) for e in own]) for k in ("expression", "landmarks", "speaking")))
+    metrics = mouth_metrics()
+    features = torch.cat([e.features[0] for e in examples])
+    closed = [_lip_gap(e.landmarks) < 0.015 for e in examples]  # dm: 1.5 mm
+    weights = [torch.where(c, config.closed_weight, 1.0) for c in closed]
+    dim = features.shape[1]
+    styles = min(6, len(speakers) - 1)
+    shapes = (
+        replace(shape, feature_dim=dim, outputs=EXPRESSION_DIM, style_components=0),
+        replace(shape, feature_dim=dim, outputs=3 * N_LANDMARKS, style_components=styles),
+    )
+    models = []
+    for part, (model_shape, metric) in enumerate(zip(shapes, metrics)):
+        torch.manual_seed(config.seed)
+        model = Faceformer(model_shape)
+        model.feature_mean.copy_(features.mean(0))
+        model.feature_std.copy_(features.std(0) + 1e-3)
+
+        moved = [_displacements(e, template[e.speaker])[part] for e in examples]
+        by_speaker = [torch.cat([d[e.speaking] for d, e in zip(moved, examples) if e.speaker == s]) for s in speakers]
+        model.basis.copy_(fit_basis(by_speaker, model_shape.components, metric))
+        style = {s: None for s in speakers}
+        if styles:
+            _fit_style(model, [template[s].identity_frames for s in speakers])
+            style = {s: model.project_identity(template[s].identity_frames) for s in speakers} if part else style
+        share = {s: min(1.0, 25 * config.longest_speaker_s / sum(len(e) for e in examples if e.speaker == s)) for s in speakers}
+        tasks = [
+            _Task(e.features, to_coefficients(d, model.basis, metric), w, style[e.speaker], share[e.speaker])
+            for e, d, w in zip(examples, moved, weights)
+        ]
+        train_faceformer(model, tasks, metric, config, (lambda x, p=part: progress((p + x) / 2)) if progress else None)
+        models.append(model)
+    mean = Template(
+        torch.stack([template[s].expression for s in speakers]).mean(0),
+        torch.stack([template[s].landmarks for s in speakers]).mean(0),
+        torch.stack([template[s].identity_frames for s in speakers]).mean(0),
+    )
+    return SpeechModels(*models, encoder, mean.expression, mean.landmarks, mean.identity_frames)
+
+
+def _fit_style(model: Faceformer, faces: list[Float[Tensor, "20 478 3"]]) -> None:
+    """Principal faces of the speakers, scaled so that a speaker's coefficients have unit variance."""
+    if not model.config.style_components:
+        return
+    means = torch.stack([f.mean(0).flatten() for f in faces])
+    model.style_mean.copy_(means.mean(0))
+    _, s, vt = torch.linalg.svd(means - means.mean(0), full_matrices=False)
+    k = model.config.style_components
+    model.style_basis.copy_(vt[:k] / (s[:k, None] / (len(faces) - 1) ** 0.5).clamp(min=1e-6))
+
+
+def _displacements(example: SpeechExample, template: Template) -> tuple[Float[Tensor, "t 64"], Float[Tensor, "t 1434"]]:
+    return example.expression - template.expression, (example.landmarks - template.landmarks).flatten(1)
+
+
+def _lip_gap(landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t"]:
+    return (landmarks[:, UPPER_LIP_INNER] - landmarks[:, LOWER_LIP_INNER]).norm(dim=-1)
+
+
+def save_generic(models: SpeechModels, learned_from: list[dict], path: Path | str = GENERIC) -> None:
+    """Write the pair in half precision. `learned_from`: one entry a clip, with its terms."""
+    tensors, config = models.state()
+    save_tensors(path, {k: v.half() for k, v in tensors.items()}, SCHEMA, VERSION, config | {"learned_from": learned_from})
+
+
+def load_generic(path: Path | str = GENERIC) -> SpeechModels:
+    """The shipped pair, which speaks with the mean of its speakers' faces. Raises FileFormatError where the file is damaged."""
+    tensors, config = load_tensors(path, SCHEMA, VERSION)
+    return SpeechModels.from_state(tensors, config)
+
+
+# --- adapting to one subject -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """How the generic pair becomes the subject's."""
+
+    encoder: str = "embedded"
+    fine_tune_from_s: float = 10.0  # below this much training speech only template and gain are adapted
+    steps: int = 120
+    learning_rate: float = 5e-4
+    validation: float = 0.15  # of the training part, its end
+    gain_prior_s: float = 4.0  # seconds of speech that a gain of one weighs
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AdaptReport:
+    """What adapting did. Errors are root mean squares of the mouth in mm, free-running, on the validation part: (expression, landmarks)."""
+
+    speech_s: float
+    gain: tuple[float, float]
+    static_mm: tuple[float, float]
+    generic_mm: tuple[float, float]
+    adapted_mm: tuple[float, float]
+    fine_tuned: tuple[bool, bool]
+
+    def lines(self) -> list[str]:
+        if self.speech_s == 0:
+            return ["No speech in the training part: the generic speech models with the subject's mean face."]
+        out = []
+        for k, part in enumerate(("expression", "landmarks")):
+            how = "fine-tuned" if self.fine_tuned[k] else "template and gain"
+            out.append(
+                f"Speech to {part}: {how}, gain {self.gain[k]:.2f}; held-out mouth error {self.adapted_mm[k]:.2f} mm "
+                f"(generic {self.generic_mm[k]:.2f}, still mouth {self.static_mm[k]:.2f})."
+            )
+        return out
+
+
+def adapt(
+    clip, progress: Callable[[float], None] | None = None, config: AdaptConfig = AdaptConfig(), generic: SpeechModels | None = None
+) -> SpeechModels:
+    """The subject's speech models, from a `Clip`'s training part only; `adapt_example` says how it went."""
+    return adapt_example(example_of(clip, config.encoder), progress, config, generic)[0]
+
+
+def example_of(clip, encoder: str = "embedded") -> SpeechExample:
+    """The training part of a clip. A clip without sound, or with silence, gives features of no length."""
+    train = slice(clip.train.start, clip.train.stop)
+    motion = clip.track.motion[train]
+    samples = clip.audio()
+    if samples is None:
+        speaking = torch.zeros(len(motion), dtype=torch.bool)
+    else:
+        speaking = speaking_frames(samples[: 640 * clip.train.stop], clip.train.stop)[train]
+    features = clip.speech_features(encoder) if speaking.any() else None
+    features = torch.zeros(0, 0) if features is None else features[2 * train.start : 2 * train.stop]
+    return SpeechExample("subject", features[None], motion.expression, motion.landmarks, speaking)
+
+
+def adapt_example(
+    example: SpeechExample,
+    progress: Callable[[float], None] | None = None,
+    config: AdaptConfig = AdaptConfig(),
+    generic: SpeechModels | None = None,
+) -> tuple[SpeechModels, AdaptReport]:
+    """The subject's template and gain; above `fine_tune_from_s` also weights, kept only where the validation part says they are better."""
+    generic = generic or load_generic()
+    template = Template.of(example.expression, example.landmarks, example.speaking, config.seed)
+    own = (template.expression, template.landmarks, template.identity_frames)
+    speech_s = float(example.speaking.sum()) / 25
+    if speech_s == 0:
+        nothing = (float("nan"),) * 2
+        models = SpeechModels(generic.expression, generic.landmarks, generic.encoder, *own)
+        return models, AdaptReport(0.0, (1.0, 1.0), nothing, nothing, nothing, (False, False))
+    assert generic.encoder == config.encoder and generic.feature_dim == example.features.shape[-1], (generic.encoder, config.encoder)
+
+    parts = []
+    for k in (0, 1):
+        parts.append(_adapt_part(k, generic, example, template, speech_s, config, lambda x, k=k: progress and progress((k + x) / 2)))
+        if progress:
+            progress((k + 1) / 2)
+    models, gains, *errors = zip(*parts)
+    report = AdaptReport(speech_s, gains, *errors, (models[0] is not generic.expression, models[1] is not generic.landmarks))
+    return SpeechModels(*models, generic.encoder, *own, *gains), report
+
+
+def _adapt_part(
+    part: int, generic: SpeechModels, example: SpeechExample, template: Template, speech_s: float, config: AdaptConfig, progress
+) -> tuple[Faceformer, float, float, float, float]:
+    """(model, gain, error of a still mouth, of the generic model, of what was chosen) for expression (0) or landmarks (1)."""
+    model = (generic.expression, generic.landmarks)[part]
+    metric = mouth_metrics()[part]
+    target = _displacements(example, template)[part]
+    faces = template.identity_frames if part else None
+    cut = len(example) - min(max(25, round(config.validation * len(example))), len(example) // 2)
+
+    def error_mm(displacement: Tensor) -> float:
+        return 100 * amplitude(displacement[cut:] - target[cut:], metric)
+
+    predicted = predict_displacement(model, example.features[0], faces)
+    gain = fit_gain(predicted[:cut], target[:cut], metric, config.gain_prior_s)
+    candidates = [(error_mm(predicted), 1.0, model), (error_mm(gain * predicted), gain, model)]
+    if speech_s >= config.fine_tune_from_s:
+        tuned = fine_tune(model, example[:cut], target[:cut], metric, config, progress)
+        predicted = predict_displacement(tuned, example.features[0], faces)
+        gain = fit_gain(predicted[:cut], target[:cut], metric, config.gain_prior_s)
+        candidates.append((error_mm(gain * predicted), gain, tuned))
+    best = min(candidates, key=lambda c: c[0])
+    return best[2], best[1], error_mm(torch.zeros_like(target)), candidates[0][0], best[0]
+
+
+def fit_gain(predicted: Float[Tensor, "t n"], target: Float[Tensor, "t n"], metric: Metric, prior_s: float) -> float:
+    """The factor on a prediction that is nearest the target in the metric, drawn to one as if `prior_s` seconds had said so."""
+    p, y = metric(predicted), metric(target)
+    prior = 25 * prior_s * float(p.square().sum(-1).mean())
+    return float(((p * y).sum() + prior) / (p.square().sum() + prior).clamp(min=1e-12))
+
+
+def fine_tune(
+    model: Faceformer,
+    example: SpeechExample,
+    target: Float[Tensor, "t n"],
+    metric: Metric,
+    config: AdaptConfig,
+    progress: Callable[[float], None] | None = None,
+) -> Faceformer:
+    """A copy trained on one subject for a few steps at a low rate; how few is what keeps it near the generic one."""
+    copy = Faceformer(model.config)
+    copy.load_state_dict(model.state_dict())
+    weight = torch.where(_lip_gap(example.landmarks) < 0.015, 2.5, 1.0)
+    projected = None
+    if model.config.style_components:
+        projected = copy.project_identity(Template.of(example.expression, example.landmarks, example.speaking, config.seed).identity_frames)
+    task = _Task(example.features, to_coefficients(target, copy.basis, metric), weight, projected)
+    schedule = PretrainConfig(steps=config.steps, batch=8, learning_rate=config.learning_rate, style_dropout=0.0, seed=config.seed)
+    train_faceformer(copy, [task], metric, schedule, progress)
+    return copy
+
+
+@torch.no_grad()
+def predict_displacement(
+    model: Faceformer, features: Float[Tensor, "2*t d"], identity_frames: Float[Tensor, "20 478 3"] | None = None
+) -> Float[Tensor, "t n"]:
+    """Free-running prediction of one sound, without template and gain."""
+    return model.rollout(model.memory(features[None]), model.identity_style(identity_frames))[0] @ model.basis
