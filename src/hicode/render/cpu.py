@@ -33,6 +33,7 @@ from hicode.render.reference import ALPHA_MAX, ALPHA_MIN, DILATION_PX2, FIELD_MA
 from hicode.render.simd import (
     FAST,
     any_lane,
+    block_rows_twice,
     block_x,
     block_y,
     gather_block,
@@ -48,8 +49,9 @@ from hicode.render.simd import (
     maximum,
     minimum,
     prefetch,
+    quotient,
+    right_then_left,
     row_bits,
-    steps_of_4,
     store,
     store_block,
     store_rows_of_2,
@@ -92,6 +94,7 @@ _LARGEST = np.float32(1e9)  # px: a Gaussian larger than this on the image is no
 _BIT = np.uint64(1)
 _NONE = np.uint64(0)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_0, _1, _2, _3, _4 = np.int64(0), np.int64(1), np.int64(2), np.int64(3), np.int64(4)  # a literal would compile its callee once more
 _OPTIONS = {"fastmath": set(FAST), "error_model": "numpy", "cache": True, "boundscheck": False, "nogil": True}
 
 
@@ -211,8 +214,8 @@ def _project(
                 )
             else:  # only whole rows are read, so nothing runs past the arrays' ends
                 _project_16(
-                    _last_rows(means, 3, i), _last_rows(log_scales, 3, i), _last_rows(quats, 4, i), _last_rows(logits, 1, i),
-                    _last_rows(colors, 3, i), 0, view, lens, width, height, splats, depths, radii, boxes, i,
+                    _last_rows(means, _3, i), _last_rows(log_scales, _3, i), _last_rows(quats, _4, i), _last_rows(logits, _1, i),
+                    _last_rows(colors, _3, i), _0, view, lens, width, height, splats, depths, radii, boxes, i,
                 )  # fmt: skip
         chunk = take(counter)
 
@@ -221,10 +224,10 @@ def _project(
 
 
 @njit(**_OPTIONS)
-def _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start, schedule):
+def _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start):
     """How many Gaussians touch a tile, how many (Gaussian, tile) pairs they make, and the smallest and largest key (depth's bits).
 
-    `first_slot[i]` counts the pairs of the Gaussians before i, `tile_start[t]` those of the tiles before t; `schedule` lists full tiles first.
+    `first_slot[i]` counts the pairs of the Gaussians before i, `tile_start[t]` those of the tiles before t.
     """
     tile_start[:] = 0
     pairs = touching = 0
@@ -239,7 +242,6 @@ def _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start, schedule):
                     tile_start[y * tiles_x + x + 1] += 1
                     pairs += 1
     first_slot[n] = pairs
-    schedule[:] = np.argsort(-tile_start[1:], kind="mergesort")
     for t in range(tile_start.shape[0] - 1):
         tile_start[t + 1] += tile_start[t]
     return touching, pairs, least, most
@@ -302,20 +304,17 @@ def _fill_tiles(boxes, order, touching, first_slot, tiles_x, tile_start, pairs):
 
 @njit(inline="always", **_OPTIONS)
 def _touched_blocks(g, tile_x, tile_y):
-    """The 64-bit mask of a tile's blocks that the ellipse alpha >= 1/255 meets, eight rows of blocks at once."""
-    top = steps_of_4() + (tile_y - g[Y])
+    """The 64-bit mask of a tile's blocks that the ellipse alpha >= 1/255 meets; its right and left edges side by side in one vector."""
+    top = block_rows_twice() + (tile_y - g[Y])
     bottom = top + 3.0
     half = g[HALF_Y]
     inside = (top <= half) & (bottom >= -half)
-    low, high = maximum(top, vector(-half)), minimum(bottom, vector(half))
-    # The ellipse is widest at its tip; in rows that do not hold the tip, at the row's edge that is nearest to it.
-    y_right = minimum(maximum(vector(g[TIP_Y]), low), high)
-    y_left = minimum(maximum(vector(-g[TIP_Y]), low), high)
-    right = (y_right * g[XY] + vsqrt(maximum(y_right * y_right * g[SLOPE] + g[REACH], vector(0.0)))) * g[INVERSE_A]
-    left = (y_left * g[XY] - vsqrt(maximum(y_left * y_left * g[SLOPE] + g[REACH], vector(0.0)))) * g[INVERSE_A]
-    shift = g[X] - tile_x
-    # In units of blocks, with a margin for rounding; a block's last pixel is its fourth, hence the + 1.
-    return row_bits((left + (shift + np.float32(1.0))) * 0.25 - 1e-3, (right + shift) * 0.25 + 1e-3, inside)
+    # The ellipse is widest at its tip; in a row of blocks that does not hold the tip, at the row's edge that is nearest to it.
+    side = right_then_left()
+    y = minimum(maximum(side * g[TIP_Y], maximum(top, vector(-half))), minimum(bottom, vector(half)))
+    edge = (y * g[XY] + side * vsqrt(maximum(y * y * g[SLOPE] + g[REACH], vector(0.0)))) * g[INVERSE_A] + (g[X] - tile_x)
+    # In units of blocks. Pixel 4 c + 3 is block c's last, so a left edge beyond it belongs to c + 1; the margins are for rounding.
+    return row_bits(edge * 0.25 + where(side > 0.0, 1e-3, 0.25 - 1e-3), inside)
 
 
 @njit(**_OPTIONS)
@@ -423,13 +422,13 @@ def _blend_tile_back(
         o = 80 * b
         corner[2 * b], corner[2 * b + 1] = np.float32(bx), np.float32(by)
         inside = (block_x() < np.float32(width - x)) & (block_y() < np.float32(height - y))
-        red = _load_gradient(rgb_grad, x, y, width, height, rgb_strides[1], rgb_strides[2], 0, scratch)
+        red = _load_gradient(rgb_grad, x, y, width, height, rgb_strides[1], rgb_strides[2], _0, scratch)
         green = _load_gradient(rgb_grad, x, y, width, height, rgb_strides[1], rgb_strides[2], rgb_strides[0], scratch)
         blue = _load_gradient(rgb_grad, x, y, width, height, rgb_strides[1], rgb_strides[2], 2 * rgb_strides[0], scratch)
         # Everything is behind the first Gaussian. alpha = 1 - T at the end, so its gradient pulls on the last T only.
         behind = red * load_block(planes, q, pitch) + green * load_block(planes, q + plane, pitch)
         behind += blue * load_block(planes, q + 2 * plane, pitch)
-        alpha = _load_gradient(alpha_grad, x, y, width, height, alpha_strides[0], alpha_strides[1], 0, scratch)
+        alpha = _load_gradient(alpha_grad, x, y, width, height, alpha_strides[0], alpha_strides[1], _0, scratch)
         behind -= alpha * (1.0 - load_block(planes, q + 3 * plane, pitch))
         store(buffer, o, where(inside, 1.0, -1.0))
         store(buffer, o + 16, behind)
@@ -469,7 +468,7 @@ def _blend_tile_back(
             own = g_red * red + g_green * green + g_blue * blue
             behind = load(buffer, o + 16) - weight * own
             store(buffer, o + 16, behind)
-            d_log_alpha = alpha * (T * own - behind / (1.0 - alpha))
+            d_log_alpha = alpha * (T * own - quotient(behind, 1.0 - alpha))
             d_log_alpha = where(goes_on & (unclipped < _ALPHA_MAX), d_log_alpha, 0.0)
             qx, qy = d_log_alpha * dx, d_log_alpha * dy
             s += d_log_alpha
@@ -627,22 +626,22 @@ def _project_back(
         for i in range(chunk * CHUNK, min(n, (chunk + 1) * CHUNK), 16):
             if i + 16 <= n:
                 _project_16_back(
-                    means, log_scales, quats, logits, i, view, lens, rows, radii, first_slot, slots, i, 16, scratch,
+                    means, log_scales, quats, logits, i, view, lens, rows, radii, first_slot, slots, i, min(16, n - i), scratch,
                     d_means, d_log_scales, d_quats, d_logits, d_colors, d_means2d, pose, i,
                 )  # fmt: skip
             else:
                 t3, t3s, t4, t1 = np.empty(48, np.float32), np.empty(48, np.float32), np.empty(64, np.float32), np.empty(16, np.float32)
                 t3c, t2 = np.empty(48, np.float32), np.empty(32, np.float32)
                 _project_16_back(
-                    _last_rows(means, 3, i), _last_rows(log_scales, 3, i), _last_rows(quats, 4, i), _last_rows(logits, 1, i), 0,
-                    view, lens, rows, radii, first_slot, slots, i, n - i, scratch, t3, t3s, t4, t1, t3c, t2, pose, 0,
+                    _last_rows(means, _3, i), _last_rows(log_scales, _3, i), _last_rows(quats, _4, i), _last_rows(logits, _1, i), _0,
+                    view, lens, rows, radii, first_slot, slots, i, n - i, scratch, t3, t3s, t4, t1, t3c, t2, pose, _0,
                 )  # fmt: skip
-                _keep_first(d_means, t3, 3, i)
-                _keep_first(d_log_scales, t3s, 3, i)
-                _keep_first(d_quats, t4, 4, i)
-                _keep_first(d_logits, t1, 1, i)
-                _keep_first(d_colors, t3c, 3, i)
-                _keep_first(d_means2d, t2, 2, i)
+                _keep_first(d_means, t3, _3, i)
+                _keep_first(d_log_scales, t3s, _3, i)
+                _keep_first(d_quats, t4, _4, i)
+                _keep_first(d_logits, t1, _1, i)
+                _keep_first(d_colors, t3c, _3, i)
+                _keep_first(d_means2d, t2, _2, i)
         chunk = take(counter)
 
 
@@ -747,9 +746,9 @@ class _Rasterize(torch.autograd.Function):
 
         first_slot = get("first_slot", (n + 1,), np.int64)
         tile_start = get("tile_start", (tiles_x * tiles_y + 1,), np.int64)
-        schedule = get("schedule", (tiles_x * tiles_y,), np.int64)
         keys = depths.view(np.uint32)  # the bits of a positive float grow with it
-        touching, total, least, most = _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start, schedule)
+        touching, total, least, most = _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start)
+        schedule = np.argsort(-np.diff(tile_start), kind="stable")  # full tiles first, so that the threads finish together
         order = get("order", (touching,), np.uint64)
         order = _order_by_depth(boxes, keys, n, least, most, order, get("other_order", (touching,), np.uint64))
         pairs, masks = get("pairs", (total, 2), np.int32), get("masks", (total,), np.uint64)

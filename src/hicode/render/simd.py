@@ -181,7 +181,8 @@ def _ramp(values):
 
 block_x = _ramp([k % 4 for k in range(LANES)])  # a 4x4 block of pixels, row by row
 block_y = _ramp([k // 4 for k in range(LANES)])
-steps_of_4 = _ramp([4 * k for k in range(LANES)])
+block_rows_twice = _ramp([4 * (k % 8) for k in range(LANES)])
+right_then_left = _ramp([1.0] * 8 + [-1.0] * 8)
 
 
 @intrinsic
@@ -208,6 +209,13 @@ def _extremum(comparison):
 
 
 minimum, maximum = _extremum("<"), _extremum(">")  # y where either is NaN, as the processor's own instruction
+
+
+@intrinsic
+def quotient(typing, x, y):
+    """x / y for finite values, by the processor's estimate and a Newton step where it has one: a third of a division's time."""
+    flags = (*FAST, "ninf")
+    return F(F, F), lambda context, builder, sig, args: builder.fdiv(*args, flags=flags)
 
 
 @intrinsic
@@ -514,29 +522,30 @@ def trailing_zeros(typing, x):
 
 
 @intrinsic
-def row_bits(typing, low, high, ok):
-    """uint64 whose bit 8 r + c is set where low[r] <= c + 1 and c <= high[r], that is where column c, one unit wide, meets [low, high].
+def row_bits(typing, edges, ok):
+    """uint64 of 8 x 8 bits: bit 8 r + c is set where edges[8 + r] < c + 1 and c < edges[r], for columns c one unit wide.
 
-    Rows r are lanes 0..7, columns c 0..7; rows where `ok` fails are empty.
+    So lanes 0..7 hold the right edges of eight rows and lanes 8..15 the left ones; rows where `ok` fails are empty.
     """
 
     def build(context, builder, sig, args):
-        low, high, ok = args
-        zero, eight = _constant(0), _constant(8)
+        edges, ok = args
+        eight = ir.VectorType(_I32, 8)
+        # The first column that lies right of an edge: ceil for right edges (the row ends before it), floor for left ones.
+        right = ir.Constant(_M, [True] * 8 + [False] * 8)
+        edges = builder.select(
+            right, _call(builder, "llvm.ceil.v16f32", edges), _call(builder, "llvm.floor.v16f32", edges)
+        )
+        edges = builder.select(builder.fcmp_ordered(">", edges, _constant(0)), edges, _constant(0))
+        edges = builder.select(builder.fcmp_ordered("<", edges, _constant(8)), edges, _constant(8))
+        bits = builder.select(ok, builder.shl(_integers(1), builder.fptosi(edges, _I)), _integers(0))
+        end = builder.shuffle_vector(bits, bits, ir.Constant(eight, list(range(8))))
+        first = builder.shuffle_vector(bits, bits, ir.Constant(eight, list(range(8, 16))))
+        zero = ir.Constant(eight, [0] * 8)
+        rows = builder.select(builder.icmp_signed(">", end, first), builder.sub(end, first), zero)
+        return builder.bitcast(builder.trunc(rows, ir.VectorType(_I8, 8)), _I64)
 
-        def held(x):
-            x = builder.select(builder.fcmp_ordered(">", x, zero), x, zero)
-            return builder.fptosi(builder.select(builder.fcmp_ordered("<", x, eight), x, eight), _I)
-
-        first = held(_call(builder, "llvm.floor.v16f32", low))
-        end = held(builder.fadd(_call(builder, "llvm.floor.v16f32", high), _constant(1), flags=FAST))
-        one = _integers(1)
-        bits = builder.sub(builder.shl(one, end), builder.shl(one, first))
-        some = builder.and_(ok, builder.icmp_signed(">", end, first))
-        rows = builder.trunc(builder.select(some, bits, _integers(0)), ir.VectorType(_I8, LANES))
-        return builder.trunc(builder.bitcast(rows, ir.IntType(128)), _I64)
-
-    return types.uint64(F, F, M), build
+    return types.uint64(F, M), build
 
 
 @intrinsic
