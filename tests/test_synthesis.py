@@ -393,7 +393,7 @@ def test_original_size_needs_the_source(tmp_path, wav):
     gone = FakeAvatar(source={"path": str(tmp_path / "gone.mp4"), "crop_box": [0, 0, 64]})
     with pytest.raises(InputError, match="is gone. Name its new place"):
         speak(gone, wav, tmp_path / "out.mp4", original_size=True, progress=False)
-    with pytest.raises(InputError, match="does not say which video"):
+    with pytest.raises(InputError, match="does not say where that is"):
         speak(FakeAvatar(), wav, tmp_path / "out.mp4", original_size=True, progress=False)
 
 

@@ -377,7 +377,8 @@ class _Original:
         source = avatar.source
         path = source_video or source.get("path")
         if path is None:
-            raise InputError("The avatar does not say which video it came from. Name it with --source-video.")
+            name = source.get("name", "a video that the avatar does not name")
+            raise InputError(f"The avatar came from {name}, and does not say where that is. Name its place with --source-video.")
         self.path = Path(path)
         if not self.path.exists():
             raise InputError(
