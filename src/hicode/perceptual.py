@@ -164,33 +164,32 @@ class Features(nn.Module):
         unknown = [name for name in layers if name not in names or name == "pool"]
         assert layers and not unknown, f"{network} has no layers {unknown or layers}"
         self.table = table[: max(names.index(name) for name in layers) + 1]
-        self.convolutions = nn.ModuleDict()
-        for row in self.table:
-            if row[0] != "pool":
-                name, n_in, n_out, k, stride, padding = row
-                convolution = nn.utils.skip_init(nn.Conv2d, n_in, n_out, k, stride, padding)
-                convolution.weight = nn.Parameter(weights[f"{name}.weight"], requires_grad=False)
-                convolution.bias = nn.Parameter(weights[f"{name}.bias"], requires_grad=False)
-                self.convolutions[name] = convolution
+        # Channels last is how the fast kernels want it; contiguous weights would be reordered at every call.
+        names = [row[0] for row in self.table if row[0] != "pool"]
+        as_kernel = {"dtype": dtype, "memory_format": torch.channels_last}
+        self.kernels = nn.ParameterList([_frozen(weights[f"{name}.weight"].to(**as_kernel)) for name in names])
+        self.biases = nn.ParameterList([_frozen(weights[f"{name}.bias"].to(dtype)) for name in names])
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1), persistent=False)
-        # Channels last is how the fast kernels want it; contiguous weights would be reordered at every call.
-        self.to(memory_format=torch.channels_last)
-        self.convolutions.to(dtype)
         self.eval()
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c y x"]]:
         """The layers asked for, in the network's order, in `dtype`."""
         x = ((images - self.mean) / self.deviation).to(self.dtype).contiguous(memory_format=torch.channels_last)
-        out = []
-        for row in self.table:
-            if row[0] == "pool":
-                x = F.max_pool2d(x, row[1], row[2])
-            else:
-                x = F.relu(self.convolutions[row[0]](x))
-                if row[0] in self.layers:
-                    out.append(x)
+        out, parameters = [], zip(self.kernels, self.biases, strict=True)
+        for name, *shape in self.table:
+            if name == "pool":
+                x = F.max_pool2d(x, *shape)
+                continue
+            kernel, bias = next(parameters)
+            x = F.relu(F.conv2d(x, kernel, bias, stride=shape[3], padding=shape[4]))
+            if name in self.layers:
+                out.append(x)
         return out
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 class LPIPS(nn.Module):
@@ -202,10 +201,7 @@ class LPIPS(nn.Module):
         weights = load_weights(network)
         self.features = Features(network, LPIPS_LAYERS[network], weights)
         self.heads = nn.ParameterList(
-            [
-                nn.Parameter(weights[f"lpips.{name}"].view(1, -1, 1, 1), requires_grad=False)
-                for name in LPIPS_LAYERS[network]
-            ]
+            [_frozen(weights[f"lpips.{name}"].view(1, -1, 1, 1)) for name in LPIPS_LAYERS[network]]
         )
 
     def normalized(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c y x"]]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 SCHEMA, VERSION = "hicode-report", 1
 Mode = Literal["tracked", "audio"]
 ROWS = ("ground_truth", "control", "tracked", "audio")
-MAX_MEAN_FRAMES = 250  # training frames that the control's mean head is made of, spread evenly
+MAX_MEAN_FRAMES = 100  # training frames that the control's mean head is made of, spread evenly
 MIN_SYNC_FRAMES = 50  # below two seconds the sync measure has nothing to go by
 WORST_SHOWN, SPREAD_SHOWN, STRIP_SHOWN = 5, 3, 12
 
