@@ -9,7 +9,8 @@ not checked against the array's end.
 
 Arithmetic may be reordered and contracted, but NaN and infinity keep their meaning: poisoned input must stay visible to comparisons.
 
-Numba caches kernels by the file they stand in: after changing this file, touch the files with the kernels.
+Numba caches a kernel by the content of the file it stands in, not of this one: after a change here, or of a constant that the
+kernels import, delete render/__pycache__, or the old kernels keep running.
 """
 
 import operator
