@@ -22,8 +22,9 @@ from scipy.spatial import cKDTree
 from hicode import assets
 from hicode.face import model as head
 from hicode.face.depth import rasterize_mesh
+from hicode.face.fit import FitConfig, person_offsets
 from hicode.geometry import similarity
-from hicode.motion import LEFT_EYE_RING, LEFT_IRIS, LIPS_INNER, RIGHT_EYE_RING, RIGHT_IRIS
+from hicode.motion import LEFT_EYE_RING, LEFT_IRIS, LIPS, RIGHT_EYE_RING, RIGHT_IRIS
 
 IRIS_RADIUS = 0.0585  # dm; human irises vary little
 # Rings of lip landmarks, corners left out: outer edge to inner edge. Upper and lower lip part ways at the mouth's line.
@@ -82,8 +83,6 @@ def register(arrays: dict, names: tuple[str, ...], target: torch.Tensor, rounds:
     eyes = [mean[np.unique(triangles[part == head.PARTS.index(n)])].mean(0) for n in ("right_eye", "left_eye")]
     ids = np.arange(468)
     kind = np.where(np.isin(ids, UPPER_LIP), 1, np.where(np.isin(ids, LOWER_LIP), 2, 0))
-    # barycentric samples of a triangle, fine enough that the sampling error stays below 0.2 mm
-    grid = np.array([(a, b, 8 - a - b) for a in range(9) for b in range(9 - a)]) / 8
 
     # initial similarity: eyes, nose tip; the rest follows
     middle = (np.abs(mean[:, 0]) < 0.05) & (mean[:, 2] > 0.9)
@@ -99,8 +98,7 @@ def register(arrays: dict, names: tuple[str, ...], target: torch.Tensor, rounds:
         edges = vertices[triangles[:, 1:]] - vertices[triangles[:, :1]]
         normal = np.cross(edges[:, 0], edges[:, 1])
         normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-12
-        points = np.einsum("gb,fbc->fgc", grid, vertices[triangles[seen]]).reshape(-1, 3)
-        owner, weight = np.repeat(seen, len(grid)), np.tile(grid, (len(seen), 1))
+        owner, weight, points = samples(vertices, triangles, seen)
         found, bary, distance = np.zeros(468, int), np.zeros((468, 3)), np.zeros(468)
         for which, allowed in ((0, jaw[owner] > -1), (1, jaw[owner] < 0.15), (2, jaw[owner] > 0.15)):
             mine = kind == which
@@ -146,6 +144,40 @@ def place_irises(arrays: dict, found: torch.Tensor, bary: torch.Tensor, target: 
             found[point], bary[point] = own[z.argmax()], torch.tensor(w[z.argmax()])
 
 
+def refine(arrays: dict, names: tuple[str, ...], clips: dict[str, np.ndarray], sizes: dict, found: torch.Tensor, bary: torch.Tensor) -> float:
+    """Move each landmark on the mean head by the median over people of its offset, back onto the surface; the median move in mm."""
+    model = head.assemble(arrays, names, found, bary)
+    config = FitConfig(identity_steps=8, offset_rounds=2)
+    offsets = []
+    for name, points in clips.items():
+        frames = np.linspace(0, len(points) * 10 // 11 - 1, 20).astype(int)
+        offset, identity = person_offsets(points[frames], *(int(x) for x in sizes[name]), model, config)
+        offsets.append(offset)
+        print(f"  {name}: offsets {100 * np.linalg.norm(offset[:468], axis=1).mean():.2f} mm, lips {100 * np.linalg.norm(offset[LIPS], axis=1).mean():.2f} mm", flush=True)
+    move = np.median(offsets, 0)
+    vertices, triangles, part = model.mean.double().numpy(), model.triangles.numpy(), model.triangle_part.numpy()
+    jaw = np.linalg.norm(model.expression_basis[names.index("jawOpen")].numpy(), axis=1)[triangles].mean(1)
+    visible = visible_triangles(vertices, triangles)
+    wanted = model.landmarks(model.mean).double().numpy() + move
+    skin = visible & (part == 0)
+    kinds = np.zeros(478, int)
+    kinds[UPPER_LIP], kinds[LOWER_LIP], kinds[RIGHT_IRIS], kinds[LEFT_IRIS] = 1, 2, 3, 4
+    allowed = [skin, skin & (jaw < 0.15), skin & (jaw > 0.15), part == head.PARTS.index("right_eye"), part == head.PARTS.index("left_eye")]
+    for kind, which in enumerate(allowed):
+        owner, weight, points = samples(vertices, triangles, np.flatnonzero(which))
+        ids = np.flatnonzero(kinds == kind)
+        _, j = cKDTree(points).query(wanted[ids])
+        found[ids], bary[ids] = torch.tensor(owner[j]), torch.tensor(weight[j])
+    return float(np.median(np.linalg.norm(move, axis=1)) * 100)
+
+
+def samples(vertices: np.ndarray, triangles: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(triangle, barycentric, point) of points on the named triangles, dense enough that the nearest is off by less than 0.2 mm."""
+    grid = np.array([(a, b, 8 - a - b) for a in range(9) for b in range(9 - a)]) / 8
+    points = np.einsum("gb,fbc->fgc", grid, vertices[triangles[of]]).reshape(-1, 3)
+    return np.repeat(of, len(grid)), np.tile(grid, (len(of), 1)), points
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("clips", nargs="+", type=Path, help="videos, or .npz of landmarks (NAME: t 478 3 px; NAME/size: width, height)")
@@ -172,7 +204,12 @@ def main() -> None:
     found, bary, distance = register(arrays, names, target)
     place_irises(arrays, found, bary, target)
     print(f"{len(clips)} clips; mean distance of the mean face to the surface {distance:.2f} mm rms")
-    print(head.save_landmark_map(found, bary, f"registration to the mean MediaPipe face of {len(clips)} people"))
+    origin = f"registration to the mean MediaPipe face of {len(clips)} people, {options.refine} rounds of refinement by fitting"
+    for round_ in range(options.refine):
+        moved = refine(arrays, names, clips, sizes, found, bary)
+        print(f"round {round_ + 1}: landmarks moved {moved:.2f} mm (median)", head.save_landmark_map(found, bary, origin), flush=True)
+    if not options.refine:
+        print(head.save_landmark_map(found, bary, origin))
 
 
 if __name__ == "__main__":

@@ -149,6 +149,17 @@ def fit_track(
     return _track(problem, state)
 
 
+def person_offsets(
+    points_px: Float[np.ndarray, "t 478 3"], width: int, height: int, model: HeadModel, config: FitConfig = FitConfig()
+) -> tuple[Float[np.ndarray, "478 3"], Float[Tensor, "80"]]:
+    """(constant offset (dm, head frame) of each landmark from where the model has it, identity) for some frames of one person."""
+    points = np.asarray(points_px, np.float64)
+    problem = _Problem.of(points, np.ones(len(points), bool), width, height, model, config)
+    state = _initial_state(problem, config.focal_px * width / 512)
+    _fit_identity(problem, state, np.arange(len(points)), lambda done: None)
+    return state.offset, torch.from_numpy(state.identity).float()
+
+
 def fit_report(track: FaceTrack, model: HeadModel) -> FitReport:
     """Figures of a finished track."""
     seen = track.confidence > 0
