@@ -129,9 +129,8 @@ def test_dilation_reaches_further_down_than_up():
     dilated = dilate_mask(disc(512, 100)) > 0
     rows = np.flatnonzero(dilated.any(1))
     above, below = 156 - rows[0], rows[-1] - 355
-    assert (
-        14 <= above <= 18 and 22 <= below <= 26
-    )  # 16 px, and 8 more for the jaw; the soft edge and the chamfer metric take 2
+    # 12 px, and 6 more for the jaw; the soft edge and the chamfer metric take up to 2.
+    assert 10 <= above <= 14 and 16 <= below <= 20
 
 
 def test_dilation_contains_the_mask_and_grows_with_it():
