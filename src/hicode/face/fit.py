@@ -76,7 +76,7 @@ class FitConfig:
     expression_bound: float = 300.0
     expression_smooth: float = 6.0  # on second differences
     pose_smooth: float = 20.0  # on second differences, in noise units of landmark motion
-    pose_jump: float = 1.0  # second differences beyond this (noise units) count as motion, not noise (Cauchy)
+    pose_jump: float = 0.4  # second differences beyond this (noise units) count as motion, not noise (Cauchy)
     slip: float = 0.3  # deviation of the landmarks' common error in a frame, noise units
     flow_noise: float = 0.12  # of one flow vector, noise units; beyond it counts less (Cauchy)
     flow_weight: float = 0.2  # neighbouring flow vectors err alike, so each counts less than one
@@ -85,7 +85,7 @@ class FitConfig:
     focal_spread: float = 0.3  # its standard deviation in log f
     identity_frames: int = 96  # training frames that identity and focal length are fitted to
     identity_steps: int = 10
-    offset_rounds: int = 2  # estimates of the constant landmark offsets of this person; 0 switches them off
+    offset_rounds: int = 0  # estimates of this person's constant landmark offsets; measured: no steadier poses, so off
     frame_steps: int = 8
     flow_from_step: int = 3  # flow needs the mesh about in place
     window: int = 1000  # frames solved at once; bounds memory
