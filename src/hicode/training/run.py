@@ -93,7 +93,8 @@ def _speech(clip: Clip, folder: Path, report: "_Report") -> SpeechModels:
     stored = folder / "speech.safetensors"
     if stored.exists():
         return SpeechModels.from_state(*load_tensors(stored, "hicode-speech", 1))
-    speech = adapt(clip, progress=report.visible)
+    with progress_bar("Adapting speech", report.visible) as show:
+        speech = adapt(clip, progress=lambda done: show(round(100 * done), 100))
     tensors, config = speech.state()
     save_tensors(stored, tensors, "hicode-speech", 1, config)
     return speech
@@ -103,7 +104,7 @@ def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report
     def preview(iteration: int, state: HeadState) -> None:
         report.image(iteration, "render", _preview_image(clip, state))
 
-    with progress_bar("training the head", report.visible) as show:
+    with progress_bar("Training the head", report.visible) as show:
 
         def log(iteration: int, scalars: dict[str, float]) -> None:
             report.log("head", iteration, config.iterations, scalars)
@@ -169,6 +170,13 @@ class _Samples:
         return rendering.rgb, rendering.alpha, self.clip.image(t), self.clip.head_mask(t)
 
 
+def _source(clip: Clip) -> dict:
+    """Where the clip came from: what output at the original size needs to find its frames again."""
+    start_s = clip.config["steps"]["faces"]["settings"]["start"]
+    place = {"path": str(Path(clip.config["video"]).resolve()), "first_frame": round(start_s * clip.fps), "crop_box": list(clip.crop_box)}
+    return clip.source | place
+
+
 def _assemble(clip: Clip, model: HeadModel, gaussians: Gaussians, deformation: Deformation, poses, speech) -> Avatar:
     frames = list(clip.train)
     motion = clip.track.motion[slice(frames[0], frames[-1] + 1)]
@@ -186,7 +194,7 @@ def _assemble(clip: Clip, model: HeadModel, gaussians: Gaussians, deformation: D
         model.mouth_expression.clone(),
         model.mouth_landmark_weight.clone(),
         speech=speech,
-        source=clip.source | {"crop_box": list(clip.crop_box)},
+        source=_source(clip),
     )
 
 
