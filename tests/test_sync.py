@@ -8,7 +8,15 @@ import torch
 
 from hicode.speech import sync
 from hicode.speech.sync import (
-    RELIABLE_MARGIN, SyncModel, estimate_offset, fit_sync, in_context, lag_curve, mouth_measures, shuffled_control, sync_auc,
+    RELIABLE_MARGIN,
+    SyncModel,
+    estimate_offset,
+    fit_sync,
+    in_context,
+    lag_curve,
+    mouth_measures,
+    shuffled_control,
+    sync_auc,
 )  # fmt: skip
 
 DIM = 6

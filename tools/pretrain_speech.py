@@ -24,9 +24,15 @@ from hicode.media.audio import read_audio
 from hicode.motion import LEFT_EYE_OUTER, LIPS, RIGHT_EYE_OUTER
 from hicode.runtime import tune_allocator
 from hicode.speech.encoder import create_encoder, match_frames, speech_level
-from hicode.speech.sync import estimate_offset, fit_sync, mouth_measures, shuffled_control
+from hicode.speech.sync import SyncModel, estimate_offset, fit_sync, mouth_measures, shuffled_control
 from hicode.training.speech import (
-    PretrainConfig, SpeechExample, Template, adapt_example, pretrain, save_generic, speaking_frames,
+    PretrainConfig,
+    SpeechExample,
+    Template,
+    adapt_example,
+    pretrain,
+    save_generic,
+    speaking_frames,
 )  # fmt: skip
 
 HDTF = "HDTF, CC BY 4.0; a public official's address"
@@ -81,7 +87,7 @@ class Options:
     data: Path = Path("../shared/data")
     leave_out: tuple[str, ...] = ("markey", "khill")
     grid: int = 100
-    steps: int = 600
+    steps: int = 300
     width: int = 64
     look_ahead: int = 4
     components: int = 32
@@ -197,7 +203,8 @@ def examples(options: Options) -> dict[str, list[SpeechExample]]:
     out: dict[str, list[SpeechExample]] = {}
     for path in sorted((options.cache / "examples").glob("*.safetensors")):
         tensors, config = load_tensors(path, "corpus-example", 1)
-        out.setdefault(config["speaker"], []).append(SpeechExample(config["speaker"], **{k: v if k == "speaking" else v.float() for k, v in tensors.items()}))
+        tensors["features"] = tensors["features"].float()
+        out.setdefault(config["speaker"], []).append(SpeechExample(config["speaker"], **tensors))
     return out
 
 
@@ -274,10 +281,7 @@ def train(options: Options) -> None:
         if s.learn and s.speaker in corpus
     ]
     save_generic(models, learned)
-    judge = options.cache / "sync.safetensors"
-    from hicode.speech.sync import SyncModel
-
-    SyncModel.load(judge).save()
+    SyncModel.load(options.cache / "sync.safetensors").save()
     print("\n", learned)
 
 

@@ -55,6 +55,8 @@ class Faceformer(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(c.feature_dim))
         self.register_buffer("feature_std", torch.ones(c.feature_dim))
         self.register_buffer("basis", torch.eye(c.components, c.outputs))
+        # How far the speaker moves whom this model imitates, in training's metric: what another speaker's gain is relative to.
+        self.register_buffer("amplitude", torch.ones(()))
         if c.style_components:
             self.register_buffer("style_mean", torch.zeros(c.outputs))
             self.register_buffer("style_basis", torch.zeros(c.style_components, c.outputs))

@@ -20,7 +20,7 @@ from hicode.motion import LEFT_EYE_OUTER, MOUTH_CORNERS_INNER, RIGHT_EYE_OUTER
 MAX_LAG_FRAMES = 10
 PRINCIPAL = 96
 CONTEXT_FRAMES = range(-2, 4)  # frames of features that predict a frame: lips move before they are heard
-# Of unrelated sound and picture 8 s long, 95 % have a smaller margin (measured over the corpus: docs/log.md).
+# Sound and picture of different speakers, 8 s long, 56 pairs: margins of .11 in the median, .21 at 95 %, .23 at most; of the same: .40 at least.
 RELIABLE_MARGIN = 0.25
 
 _WEIGHTS = Path(__file__).parent.parent / "weights" / "sync.safetensors"
