@@ -1,4 +1,4 @@
-"""Pretrained parts: pinned by checksum, unpacked whole, refused when changed. No network: the registry is a stand-in."""
+"""Pretrained parts: pinned by checksum, unpacked whole, refused when changed. The registry is a stand-in."""
 
 import hashlib
 import io
@@ -30,7 +30,9 @@ def make_tar(path, files):
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """registry(files, members, ...) puts a package into a stand-in registry and an asset "thing" on it; returns the list of downloads."""
+    """registry(files, members, ...) puts a package into a stand-in registry and an asset "thing" on it; returns the
+    list of downloads.
+    """
     monkeypatch.setenv("HICODE_CACHE", str(tmp_path / "cache"))
 
     def add(files, members, archive=make_zip, sha256=None):
@@ -52,7 +54,11 @@ def registry(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("archive", [make_zip, make_tar])
 def test_members_are_unpacked_and_fetched_once(registry, archive):
-    downloads = registry({"pkg/a.bin": b"1", "pkg/data/x/b.bin": b"2", "pkg/other": b"3"}, {"pkg/a.bin": "a.bin", "pkg/data/": "data/"}, archive)
+    downloads = registry(
+        {"pkg/a.bin": b"1", "pkg/data/x/b.bin": b"2", "pkg/other": b"3"},
+        {"pkg/a.bin": "a.bin", "pkg/data/": "data/"},
+        archive,
+    )
     assert not assets.is_cached("thing")
     assert assets.path("thing", "a.bin").read_bytes() == b"1"
     assert (assets.folder("thing") / "data/x/b.bin").read_bytes() == b"2"

@@ -1,4 +1,6 @@
-"""What people give that cannot work: one line that names the thing, the finding and the remedy, exit status 2, and nothing half-written."""
+"""What people give that cannot work: one line that names the thing, the finding and the remedy, exit status 2, and
+nothing half-written.
+"""
 
 import errno
 import os
@@ -14,11 +16,12 @@ from test_prepare import portrait, speech_like, swaying, write_video
 
 import hicode.prepare
 from hicode import assets, cli
-from hicode.files import save_tensors, write_json
+from hicode.files import save_tensors
 
 REMEDIES = (
-    "Give", "Check", "Name", "Copy", "copy", "Export", "export", "Film", "Trim", "Choose", "Make", "Free", "Use", "Did you mean", "See hicode",
-    "Go on", "Update", "run hicode", "Train", "There are", "Leave", "Change", "Repair", "The usual", "make it anew",
+    "Give", "Check", "Name", "Copy", "copy", "Export", "export", "Film", "Trim", "Choose", "Make", "Free", "Use",
+    "Did you mean", "See hicode", "Go on", "Update", "run hicode", "Train", "There are", "Leave",
+    "Change", "Repair", "The usual", "make it anew",
 )  # fmt: skip
 
 
@@ -84,7 +87,7 @@ CASES = {
     "a start past the end": ("prepare {s}/face.mp4 -o {o} --start 60", "--start 60"),
     "no face": ("prepare {s}/no\\ face.mp4 -o {o}", "No face"),
     "a face for a moment": ("prepare {s}/face\\ for\\ a\\ moment.mp4 -o {o}", "A face in only"),
-    "a face in too few frames": ("prepare {s}/face\\ often.mp4 -o {o}", "--max-missing"),
+    "a face in too few frames": ("prepare {s}/face\\ often.mp4 -o {o} --size 128", "--max-missing"),
     # options
     "an unknown option": ("prepare {s}/face.mp4 -o {o} --szie 256", "Did you mean --size?"),
     "an unknown command": ("preprae {s}/face.mp4 -o {o}", "Did you mean prepare?"),

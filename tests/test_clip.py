@@ -1,4 +1,6 @@
-"""Clips on disk: what is written is what is read, lazily and within bounds; damaged ones are refused with their name and the remedy."""
+"""Clips on disk: what is written is what is read, lazily and within bounds; damaged ones are refused with their name
+and the remedy.
+"""
 
 import json
 import shutil
@@ -21,7 +23,9 @@ def some_track(t: int, size: int = SIZE) -> FaceTrack:
     g = torch.Generator().manual_seed(0)
     motion = Motion(torch.rand(t, 64, generator=g), torch.rand(t, 478, 3, generator=g), torch.eye(4).repeat(t, 1, 1))
     camera = Camera.pinhole(900.0, size, size)
-    return FaceTrack(motion, torch.rand(80, generator=g), camera, torch.rand(t, 478, 2, generator=g) * size, torch.ones(t))
+    return FaceTrack(
+        motion, torch.rand(80, generator=g), camera, torch.rand(t, 478, 2, generator=g) * size, torch.ones(t)
+    )
 
 
 def write_clip(path, t: int = 60, size: int = SIZE, sound: bool = True, **changes):
@@ -40,9 +44,10 @@ def write_clip(path, t: int = 60, size: int = SIZE, sound: bool = True, **change
         write_audio(path / "audio.wav", 0.3 * np.sin(np.arange(640 * t) / 9).astype(np.float32), 16000)
     train, test = split(t)
     config = {
-        "schema": SCHEMA, "version": VERSION, "complete": True, "fps": 25.0, "frame_count": t, "width": size, "height": size,
-        "train": [train.start, train.stop], "test": [test.start, test.stop], "source": {"name": "noise.mp4", "sha256": "0"},
-        "crop_box": [0, 0, size], "audio_offset_frames": 0.0, "has_audio": sound, "report": {}, "steps": {}, "video": "noise.mp4",
+        "schema": SCHEMA, "version": VERSION, "complete": True, "fps": 25.0, "frame_count": t,
+        "width": size, "height": size, "video": "noise.mp4", "source": {"name": "noise.mp4", "sha256": "0"},
+        "train": [train.start, train.stop], "test": [test.start, test.stop], "crop_box": [0, 0, size],
+        "audio_offset_frames": 0.0, "has_audio": sound, "report": {}, "steps": {},
     }  # fmt: skip
     write_json(path / "clip.json", {**config, **changes})
     return path, frames
@@ -93,7 +98,9 @@ def test_track_round_trip(tmp_path):
     track = some_track(7)
     save_track(tmp_path / "t.safetensors", track)
     back = load_track(tmp_path / "t.safetensors")
-    assert torch.equal(back.motion.expression, track.motion.expression) and torch.equal(back.landmarks_px, track.landmarks_px)
+    assert torch.equal(back.motion.expression, track.motion.expression) and torch.equal(
+        back.landmarks_px, track.landmarks_px
+    )
     assert torch.equal(back.camera.K, track.camera.K) and (back.camera.width, back.motion.fps) == (SIZE, 25.0)
 
 
@@ -131,8 +138,14 @@ DAMAGE = {
     "clip.json cut": (lambda p: _truncate(p / "clip.json"), "not readable JSON"),
     "another schema": (lambda p: write_json(p / "clip.json", {"schema": "other"}), "not a hicode-clip"),
     "newer": (lambda p: write_json(p / "clip.json", {"schema": SCHEMA, "version": 99}), "Update hicode"),
-    "unfinished": (lambda p: write_json(p / "clip.json", {"schema": SCHEMA, "version": VERSION, "complete": False}), "not finished"),
-    "a field missing": (lambda p: write_json(p / "clip.json", {"schema": SCHEMA, "version": VERSION, "complete": True}), "fps"),
+    "unfinished": (
+        lambda p: write_json(p / "clip.json", {"schema": SCHEMA, "version": VERSION, "complete": False}),
+        "not finished",
+    ),
+    "a field missing": (
+        lambda p: write_json(p / "clip.json", {"schema": SCHEMA, "version": VERSION, "complete": True}),
+        "fps",
+    ),
     "no track": (lambda p: (p / "track.safetensors").unlink(), "lacks track"),
     "last frame missing": (lambda p: (p / "frames/000059.png").unlink(), "lacks frames"),
 }

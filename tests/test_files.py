@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from hicode.errors import FileFormatError, OutputError
-from hicode.files import atomic_path, check_free_space, check_writable, load_tensors, read_json, save_tensors, write_json
+from hicode.files import (
+    atomic_path,
+    check_free_space,
+    check_writable,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+)
 
 
 def test_a_file_appears_whole_and_keeps_its_suffix(tmp_path):
@@ -28,7 +36,9 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("number, finding", [(errno.ENOSPC, "Disk full"), (errno.EROFS, "no permission"), (errno.EIO, "Cannot write")])
+@pytest.mark.parametrize(
+    "number, finding", [(errno.ENOSPC, "Disk full"), (errno.EROFS, "no permission"), (errno.EIO, "Cannot write")]
+)
 def test_what_the_system_refuses_is_said_in_one_line(tmp_path, number, finding):
     with pytest.raises(OutputError, match=finding) as caught, atomic_path(tmp_path / "a"):
         raise OSError(number, os.strerror(number))

@@ -9,7 +9,8 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "hicode"
 
-# From the bottom up; a module imports from its own layer or those below. A name with a dot is one module of a folder, one without the whole folder.
+# From the bottom up; a module imports from its own layer or those below. A name with a dot is one module of a folder,
+# one without the whole folder.
 LAYERS = [
     ["errors", "geometry", "motion", "camera", "gaussians", "files", "assets", "runtime", "progress"],
     ["media"],
@@ -64,7 +65,9 @@ def test_imports_go_down_the_layout(file):
 
 def loaded_by(code: str) -> set[str]:
     script = f"import sys\n{code}\nprint(' '.join(sorted({{m.split('.')[0] for m in sys.modules}})))"
-    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
 
 
 HEAVY = {"torch", "numba", "onnxruntime", "av", "cv2", "scipy", "transformers", "gsplat", "tensorboard", "rich"}
@@ -75,7 +78,8 @@ def test_importing_hicode_loads_no_heavy_backend():
 
 
 def test_the_command_line_starts_without_a_heavy_backend():
-    code = "import io, contextlib, hicode.cli\nwith contextlib.redirect_stdout(io.StringIO()):\n    assert hicode.cli.main(['--help']) == 0"
+    quietly = "import io, contextlib, hicode.cli\nwith contextlib.redirect_stdout(io.StringIO()):"
+    code = f"{quietly}\n    assert hicode.cli.main(['--help']) == 0"
     assert not loaded_by(code) & (HEAVY - {"rich"})
 
 

@@ -1,4 +1,6 @@
-"""Video and sound, in and out. Every clip is synthesised here; times are read off the pictures (a grey level that rises with time)."""
+"""Video and sound, in and out. Every clip is synthesised here; times are read off the pictures (a grey level that rises
+with time).
+"""
 
 import struct
 from fractions import Fraction
@@ -17,7 +19,9 @@ def grey(value: int, width=64, height=48) -> np.ndarray:
     return np.full((height, width, 3), value, np.uint8)
 
 
-def encode(path, frames, times_s, codec="libx264", pix_fmt="yuv420p", audio=None, options=None, aspect=None, start_audio_s=0.0):
+def encode(
+    path, frames, times_s, codec="libx264", pix_fmt="yuv420p", audio=None, options=None, aspect=None, start_audio_s=0.0
+):
     """Frames at arbitrary presentation times. `audio` = (samples "c n", rate, layout, codec)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options=options or ({"crf": "1"} if codec == "libx264" else {}))
@@ -63,7 +67,8 @@ def test_any_frame_rate_becomes_25_by_nearest_presentation_time(tmp_path, source
     path = encode(tmp_path / "v.mp4", [grey(int(20 + 60 * t)) for t in times], times)
     got = levels(path)
     assert abs(len(got) - 3 * 25) <= 1
-    # The level tells the time (60 a second): nearest frame is at most half a source frame off; 2 levels of codec and YUV rounding.
+    # The level tells the time (60 a second): nearest frame is at most half a source frame off; 2 levels of codec and
+    # YUV rounding.
     error = (got - 20) / 60 - np.arange(len(got)) / 25
     assert np.abs(error).max() <= 0.5 / source_fps + 2.5 / 60
     assert abs(error.mean()) < 1.5 / 60, "a mean error is drift or a shift"
@@ -89,7 +94,12 @@ def test_variable_frame_rate_keeps_its_clock(tmp_path):
 def test_a_late_first_frame_is_time_zero_for_picture_and_sound(tmp_path):
     times = 1.0 + np.arange(50) / 25
     sound = click(3.0, 1.6, 48000)[None]
-    path = encode(tmp_path / "v.mkv", [grey(200 if t >= 1.6 else 40) for t in times], times, audio=(sound, 48000, "mono", "pcm_f32le"))
+    path = encode(
+        tmp_path / "v.mkv",
+        [grey(200 if t >= 1.6 else 40) for t in times],
+        times,
+        audio=(sound, 48000, "mono", "pcm_f32le"),
+    )
     assert np.argmax(levels(path) > 120) == 15
     assert onset_s(read_audio(path)) == pytest.approx(0.6, abs=0.003)
 
@@ -141,7 +151,9 @@ def test_phone_rotation_is_applied(tmp_path, name):
 
 def test_4k_is_reduced_while_decoding(tmp_path):
     rng = np.random.default_rng(0)
-    image = np.kron(rng.integers(30, 220, (27, 48, 1)).repeat(3, 2), np.ones((80, 80, 1))).astype(np.uint8)  # 3840x2160, grey
+    image = np.kron(rng.integers(30, 220, (27, 48, 1)).repeat(3, 2), np.ones((80, 80, 1))).astype(
+        np.uint8
+    )  # 3840x2160, grey
     path = encode(tmp_path / "v.mp4", [image] * 2, [0, 0.04], options={"preset": "ultrafast"})
     got = next(read_video(path, max_size=960))
     assert got.shape == (540, 960, 3)
@@ -191,7 +203,10 @@ def test_any_channels_and_rate_become_16_khz_mono(tmp_path, layout, channels, ra
     t = np.arange(rate) / rate
     tone = (0.4 * np.sin(2 * np.pi * 440 * t)).astype(np.float32)
     path = encode(
-        tmp_path / "v.mkv", [grey(50)] * 25, np.arange(25) / 25, audio=(np.tile(tone, (channels, 1)), rate, layout, "pcm_f32le")
+        tmp_path / "v.mkv",
+        [grey(50)] * 25,
+        np.arange(25) / 25,
+        audio=(np.tile(tone, (channels, 1)), rate, layout, "pcm_f32le"),
     )
     got = read_audio(path)
     assert len(got) == pytest.approx(16000, abs=2)
@@ -226,7 +241,9 @@ def test_written_video_keeps_pictures_and_sound_in_sync(tmp_path):
             video.write(grey(220 if i >= flash else 30))
     got = levels(tmp_path / "out.mp4")
     assert len(got) == 75 and np.argmax(got > 120) == flash
-    assert onset_s(read_audio(tmp_path / "out.mp4")) == pytest.approx(flash / 25, abs=0.01)  # a frame is 0.04 s; AAC smears onsets
+    assert onset_s(read_audio(tmp_path / "out.mp4")) == pytest.approx(
+        flash / 25, abs=0.01
+    )  # a frame is 0.04 s; AAC smears onsets
     info = probe(tmp_path / "out.mp4")
     assert (info.codec, info.pixel_format, info.fps) == ("h264", "yuv420p", 25.0)
 

@@ -1,4 +1,6 @@
-"""From a video to a clip: the crop, who is followed, resuming, the report. Pictures of a face come from scikit-image (astronaut, public domain)."""
+"""From a video to a clip: the crop, who is followed, resuming, the report. Pictures of a face come from scikit-image
+(astronaut, public domain).
+"""
 
 import json
 
@@ -41,7 +43,7 @@ def speech_like(seconds: float) -> np.ndarray:
     return (0.2 * np.sin(2 * np.pi * 180 * t) * (1 + np.sin(2 * np.pi * 3 * t)) / 2).astype(np.float32)
 
 
-# --- who, and which part of the picture -----------------------------------------------------------------------------------------------
+# --- who, and which part of the picture -------------------------------------------------------------------------------
 
 
 def box(x, y, size):
@@ -100,7 +102,7 @@ def test_settings_out_of_range_are_refused_before_any_work(tmp_path, config, fin
         prepare(tmp_path / "absent.mp4", tmp_path / "c", config)
 
 
-# --- the whole way --------------------------------------------------------------------------------------------------------------------
+# --- the whole way ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +188,7 @@ def test_another_setting_repeats_only_what_depends_on_it(prepared, monkeypatch):
 
 
 def test_a_killed_run_goes_on_after_its_last_step(prepared, tmp_path, monkeypatch):
-    """Interrupted in the fit; the second run neither decodes nor looks for landmarks again, and gives the same track."""
+    """Interrupted in the fit; the second run neither decodes nor looks for landmarks again: the same track."""
     clip, video, config = prepared
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "_fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -216,7 +218,7 @@ def test_another_video_does_not_overwrite_a_clip(prepared, tmp_path):
     Clip.open(clip.path)
 
 
-# --- the real thing -------------------------------------------------------------------------------------------------------------------
+# --- the real thing ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.clip

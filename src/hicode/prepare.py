@@ -1,10 +1,11 @@
 """From a video file to a `Clip`: decode, crop, landmarks, track, masks, depth, sound, capture report.
 
-Each step writes its result and records in `clip.json` the settings and the upstream steps that made it. A rerun skips every step whose record
-still holds; a killed run goes on after its last finished step. A step's files appear under their names only when they are whole.
+Each step writes its result and records in `clip.json` the settings and the upstream steps that made it. A rerun skips
+every step whose record still holds; a killed run goes on after its last finished step. A step's files appear under
+their names only when they are whole.
 
-t frames at 25 fps. "Source" pixels are the upright video's, "crop" pixels those of the square that is kept: one box per clip, so it cannot
-jitter.
+t frames at 25 fps. "Source" pixels are the upright video's, "crop" pixels those of the square that is kept: one box per
+clip, so it cannot jitter.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ import torch
 from jaxtyping import Float, UInt8
 
 from hicode.clip import (
-    AUDIO_RATE_HZ, SAMPLES_PER_FRAME, SCHEMA, VERSION, Clip, load_track, read_png, save_track, shift_audio, split, write_png,
+    AUDIO_RATE_HZ, SAMPLES_PER_FRAME, SCHEMA, VERSION, Clip,
+    load_track, read_png, save_track, shift_audio, split, write_png,
 )  # fmt: skip
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
 from hicode.files import check_free_space, read_json, save_tensors, write_json
@@ -66,8 +68,17 @@ class _Work:
     state: dict
     show: bool
 
-    def step(self, name: str, version: int, settings: dict, after: tuple[str, ...], files: tuple[str, ...], work: Callable[[], dict]) -> dict:
-        """The step's recorded result where its settings, its upstream steps and its files are the same as then; else do it and record it.
+    def step(
+        self,
+        name: str,
+        version: int,
+        settings: dict,
+        after: tuple[str, ...],
+        files: tuple[str, ...],
+        work: Callable[[], dict],
+    ) -> dict:
+        """The step's recorded result where its settings, its upstream steps and its files are the same as then; else do
+        it and record it.
 
         `version` counts changes of the code that alter results.
         """
@@ -84,7 +95,13 @@ class _Work:
         started = time.perf_counter()
         result = work()
         seconds = round(time.perf_counter() - started, 2)
-        steps[name] = {"id": identity, "settings": described, "after": sorted(after), "seconds": seconds, "result": result}
+        steps[name] = {
+            "id": identity,
+            "settings": described,
+            "after": sorted(after),
+            "seconds": seconds,
+            "result": result,
+        }
         self.save()
         return result
 
@@ -95,8 +112,8 @@ class _Work:
 def prepare(video: Path | str, out: Path | str, config: PrepareConfig = PrepareConfig(), progress: bool = True) -> Clip:
     """Make the clip `out` from a video, or finish one that was begun; returns it opened.
 
-    Raises InputError where the video cannot serve (its message says why and what helps), OutputError where `out` cannot be written. A new folder
-    that failed is removed; an interrupted one stays, and the same call goes on with it.
+    Raises InputError where the video cannot serve (its message says why and what helps), OutputError where `out` cannot
+    be written. A new folder that failed is removed; an interrupted one stays, and the same call goes on with it.
     """
     video, out = Path(video), Path(out)
     _check_config(config)
@@ -117,7 +134,9 @@ def prepare(video: Path | str, out: Path | str, config: PrepareConfig = PrepareC
     except OSError as error:
         if created:
             shutil.rmtree(out, ignore_errors=True)
-        raise OutputError(f"Cannot write {out}: {error.strerror or error}. Free some space, or choose another place with -o.") from error
+        raise OutputError(
+            f"Cannot write {out}: {error.strerror or error}. Free some space, or choose another place with -o."
+        ) from error
     if progress:
         print_report(work.state["report"])
     return Clip.open(out)
@@ -133,11 +152,18 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     count = crop["frame_count"]
     train, test = split(count)
     state.update(
-        fps=FPS, frame_count=count, width=config.size, height=config.size, train=[train.start, train.stop], test=[test.start, test.stop],
+        fps=FPS,
+        frame_count=count,
+        width=config.size,
+        height=config.size,
+        train=[train.start, train.stop],
+        test=[test.start, test.stop],
         crop_box=crop["box"],
-    )  # fmt: skip
+    )
     limits = {"max_missing": config.max_missing}
-    found = work.step("landmarks", 2, limits, ("crop",), ("landmarks.safetensors",), lambda: _find_landmarks(work, video, count))
+    found = work.step(
+        "landmarks", 2, limits, ("crop",), ("landmarks.safetensors",), lambda: _find_landmarks(work, video, count)
+    )
     fitted = work.step("track", 2, {}, ("landmarks",), ("track.safetensors",), lambda: _fit(work, train))
     work.step("masks", 1, {}, ("track",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
     work.step("depth", 1, {}, ("masks",), ("depth.safetensors",), lambda: _depth(work, train))
@@ -145,10 +171,12 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
     if sound["usable"]:
         encoder = {"encoder": config.encoder}
-        offset = work.step("offset", 1, {}, ("sound", "track"), (), lambda: _offset(work, train))
+        offset = work.step("offset", 2, {}, ("sound", "track"), (), lambda: _offset(work, train))
         state["audio_offset_frames"] = offset["frames"]
         features = f"audio.{config.encoder}.safetensors"
-        work.step("features", 1, encoder, ("sound", "offset"), (features,), lambda: _features(work, count, offset["frames"]))
+        work.step(
+            "features", 1, encoder, ("sound", "offset"), (features,), lambda: _features(work, count, offset["frames"])
+        )
     else:
         offset = None
     report = work.step(
@@ -159,18 +187,22 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     work.save()
 
 
-# --- before anything is written ---------------------------------------------------------------------------------------------------------
+# --- before anything is written ---------------------------------------------------------------------------------------
 
 
 def _check_config(config: PrepareConfig) -> None:
     if config.size % 16 or not 128 <= config.size <= 1024:
         raise InputError(f"--size {config.size} is not a multiple of 16 from 128 to 1024. The usual size is 512.")
     if not 0 <= config.max_missing < 1:
-        raise InputError(f"--max-missing {config.max_missing} is not a share of frames from 0 to 1. The usual share is 0.1.")
+        raise InputError(
+            f"--max-missing {config.max_missing} is not a share of frames from 0 to 1. The usual share is 0.1."
+        )
     if config.start < 0:
         raise InputError(f"--start {config.start} is negative. Give seconds from the beginning.")
     if config.duration is not None and config.duration < config.min_seconds:
-        raise InputError(f"--duration {config.duration} is shorter than {config.min_seconds:g} s. Use more of the video.")
+        raise InputError(
+            f"--duration {config.duration} is shorter than {config.min_seconds:g} s. Use more of the video."
+        )
     encoders = get_args(get_type_hints(PrepareConfig)["encoder"])
     if config.encoder not in encoders:
         raise InputError(f"No speech encoder is called {config.encoder!r}. There are: {', '.join(encoders)}.")
@@ -180,14 +212,24 @@ def _check_length(info: VideoInfo, config: PrepareConfig) -> None:
     if info.duration_s is not None and info.duration_s - config.start < config.min_seconds - 0.5 / FPS:
         rest = f" after --start {config.start:g}" if config.start else ""
         raise InputError(
-            f"{info.path} is {max(info.duration_s - config.start, 0):.1f} s long{rest}; at least {config.min_seconds:g} s are needed, a minute is better. "
+            f"{info.path} is {max(info.duration_s - config.start, 0):.1f} s long{rest}; at least "
+            f"{config.min_seconds:g} s are needed, a minute is better. "
             "Give a longer video."
         )
 
 
 def _open_state(out: Path, video: Path, source: dict) -> dict:
-    """The records of an earlier run on this folder, or fresh ones. Refuses folders that are not ours or hold another video's clip."""
-    fresh = {"schema": SCHEMA, "version": VERSION, "complete": False, "video": str(video), "source": source, "steps": {}}
+    """The records of an earlier run on this folder, or fresh ones. Refuses folders that are not ours or hold another
+    video's clip.
+    """
+    fresh = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "complete": False,
+        "video": str(video),
+        "source": source,
+        "steps": {},
+    }
     if not out.exists():
         return fresh
     if not out.is_dir():
@@ -201,7 +243,10 @@ def _open_state(out: Path, video: Path, source: dict) -> dict:
     except FileFormatError as error:
         raise OutputError(f"{error} Or choose another name with -o.") from error
     if state["source"]["sha256"] != source["sha256"]:
-        raise OutputError(f"{out} is the clip of another video ({state['source']['name']}). Choose another name with -o, or delete it.")
+        raise OutputError(
+            f"{out} is the clip of another video ({state['source']['name']}). Choose another name with -o, or delete "
+            "it."
+        )
     state.update(video=str(video), source=source)
     return state
 
@@ -221,11 +266,12 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# --- decoding and the crop ----------------------------------------------------------------------------------------------------------------
+# --- decoding and the crop --------------------------------------------------------------------------------------------
 
 _LOOK_EVERY = 5  # frames between two looks for faces
 _LOOK_SIZE = 640  # px of the longer side in which faces are looked for
-# Margins around the detector's box (brows to chin, ear to ear) in its sizes: hair above, neck below, hair and turns beside.
+# Margins around the detector's box (brows to chin, ear to ear) in its sizes: hair above, neck below, hair and turns
+# beside.
 _ABOVE, _BELOW, _BESIDE = 0.7, 0.35, 0.5
 _FILLS = 0.4  # a square video whose face takes this share of its side is a head crop already
 _STAYS = 0.5  # a person is a candidate when there in this share of the frames of the most constant one
@@ -249,7 +295,9 @@ def _expected_frames(info: VideoInfo, config: PrepareConfig) -> int:
 
 
 def _find_faces(work: _Work, video: Path, info: VideoInfo) -> dict:
-    """Who is in the video: the face that is followed, as boxes in source px over looks every few frames, and who else is there."""
+    """Who is in the video: the face that is followed, as boxes in source px over looks every few frames, and who else
+    is there.
+    """
     from hicode.face.landmarks import FaceLandmarker
 
     landmarker = FaceLandmarker()
@@ -260,20 +308,29 @@ def _find_faces(work: _Work, video: Path, info: VideoInfo) -> dict:
             count += 1
             scale = info.width / frame.shape[1]
             if i % _LOOK_EVERY == 0:
-                looks.append([np.array([face.x0, face.y0, face.x1, face.y1]) * scale for face in landmarker.detect(frame)])
+                looks.append(
+                    [np.array([face.x0, face.y0, face.x1, face.y1]) * scale for face in landmarker.detect(frame)]
+                )
             report(i + 1, max(expected, i + 1))
     if count < round(work.config.min_seconds * FPS):
         raise InputError(
-            f"{video} has {count / FPS:.1f} s of pictures; at least {work.config.min_seconds:g} s are needed, a minute is better. Give a longer video."
+            f"{video} has {count / FPS:.1f} s of pictures; at least {work.config.min_seconds:g} s are needed, a "
+            "minute is better. Give a longer video."
         )
     people = follow_people(looks)
     if not people:
-        raise InputError(f"No face in {video} (looked at {len(looks)} of {count} frames). Film one person from the front, in good light.")
+        raise InputError(
+            f"No face in {video} (looked at {len(looks)} of {count} frames). Film one person from the front, in good "
+            "light."
+        )
     stay = max(len(person) for person in people)
-    chosen = max((p for p in people if len(p) >= _STAYS * stay), key=lambda p: len(p) * np.median([_size(b) for b in p.values()]))
+    chosen = max(
+        (p for p in people if len(p) >= _STAYS * stay), key=lambda p: len(p) * np.median([_size(b) for b in p.values()])
+    )
     if len(chosen) < 0.5 * len(looks):
         raise InputError(
-            f"A face in only {len(chosen)} of the {len(looks)} frames looked at in {video}. Trim the video with --start and --duration to where one "
+            f"A face in only {len(chosen)} of the {len(looks)} frames looked at in {video}. Trim the video with "
+            "--start and --duration to where one "
             "person is seen."
         )
     others = [p for p in people if p is not chosen and len(p) >= _BYSTANDER * len(looks)]
@@ -294,7 +351,8 @@ def _size(box: Float[np.ndarray, "4"]) -> float:
 
 
 def follow_people(looks: list[list[Float[np.ndarray, "4"]]]) -> list[dict[int, Float[np.ndarray, "4"]]]:
-    """Boxes (x0, y0, x1, y1) of successive looks joined into people, each {look: box}: a box goes to the person last seen nearest to it.
+    """Boxes (x0, y0, x1, y1) of successive looks joined into people, each {look: box}: a box goes to the person last
+    seen nearest to it.
 
     Nearest first, none farther than one face size away or of another size by more than half.
     """
@@ -318,15 +376,21 @@ def follow_people(looks: list[list[Float[np.ndarray, "4"]]]) -> list[dict[int, F
 
 
 def head_box(width: int, height: int, reach: list[float], size_px: float) -> tuple[int, int, int]:
-    """(x0, y0, side) of the one square that holds head, hair and neck wherever the face goes, inside a width x height video.
+    """(x0, y0, side) of the one square that holds head, hair and neck wherever the face goes, inside a width x height
+    video.
 
-    `reach` is the outline (x0, y0, x1, y1) of all the face's boxes. A square video that is a head crop already is kept whole, exactly. A head that
-    comes nearer to the border than its margins gets what there is: no pixel is invented.
+    `reach` is the outline (x0, y0, x1, y1) of all the face's boxes. A square video that is a head crop already is kept
+    whole, exactly. A head that comes nearer to the border than its margins gets what there is: no pixel is invented.
     """
     if width == height and size_px >= _FILLS * width:
         return 0, 0, width
     x0, y0, x1, y1 = reach
-    left, right, top, bottom = x0 - _BESIDE * size_px, x1 + _BESIDE * size_px, y0 - _ABOVE * size_px, y1 + _BELOW * size_px
+    left, right, top, bottom = (
+        x0 - _BESIDE * size_px,
+        x1 + _BESIDE * size_px,
+        y0 - _ABOVE * size_px,
+        y1 + _BELOW * size_px,
+    )
     side = int(min(max(right - left, bottom - top), width, height))
     x = np.clip((left + right - side) / 2, 0, width - side)
     y = np.clip((top + bottom - side) / 2, 0, height - side)
@@ -350,8 +414,12 @@ def _write_frames(work: _Work, video: Path, info: VideoInfo, faces: dict) -> dic
     return {"frame_count": count, "box": [x0, y0, side], "scale": size / side}
 
 
-def crop_square(frame: UInt8[np.ndarray, "h w 3"], x0: float, y0: float, side: float, size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """A square of a frame at `size` px: untouched where nothing needs scaling, area-averaged when reduced, bicubic when enlarged."""
+def crop_square(
+    frame: UInt8[np.ndarray, "h w 3"], x0: float, y0: float, side: float, size: int
+) -> UInt8[np.ndarray, "s s 3"]:
+    """A square of a frame at `size` px: untouched where nothing needs scaling, area-averaged when reduced, bicubic when
+    enlarged.
+    """
     x, y, n = round(x0), round(y0), round(side)
     x, y = min(x, frame.shape[1] - n), min(y, frame.shape[0] - n)
     part = frame[max(y, 0) : max(y, 0) + n, max(x, 0) : max(x, 0) + n]
@@ -379,7 +447,7 @@ class _whole_folder:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-# --- the face -----------------------------------------------------------------------------------------------------------------------------
+# --- the face ---------------------------------------------------------------------------------------------------------
 
 
 def _frames(work: _Work, count: int, label: str) -> Iterator[np.ndarray]:
@@ -398,7 +466,8 @@ def _find_landmarks(work: _Work, video: Path, count: int) -> dict:
     first = int(np.argmax(~found)) if missing else None
     if missing > work.config.max_missing * count:
         raise InputError(
-            f"No face in {missing} of {count} frames of {video} (first at {_clock(first)}). Trim it with --start and --duration, or accept gaps with "
+            f"No face in {missing} of {count} frames of {video} (first at {_clock(first)}). Trim it with --start and "
+            "--duration, or accept gaps with "
             f"--max-missing {min(0.99, np.ceil(100 * missing / count) / 100 + 0.01):.2f}."
         )
     tensors = {"points_px": landmarks.points_px, "presence": landmarks.presence, "found": landmarks.found}
@@ -427,10 +496,17 @@ def _fit(work: _Work, train: range) -> dict:
     points, found = saved["points_px"], saved["found"]
     flow = track_flow(_frames(work, len(points), "Optical flow"), points, found)
     with progress_bar("Fitting the head", work.show) as report:
-        track = fit_track(points, found, size, size, model, train, progress=lambda done: report(round(100 * done), 100), flow=flow)
+        track = fit_track(
+            points, found, size, size, model, train, progress=lambda done: report(round(100 * done), 100), flow=flow
+        )
     save_track(work.folder / "track.safetensors", track)
     figures = fit_report(track, model)
-    return {"error_px": figures.error_px, "lips_px": figures.lips_px, "focal_px": figures.focal_px, "jitter_px": figures.jitter_px}
+    return {
+        "error_px": figures.error_px,
+        "lips_px": figures.lips_px,
+        "focal_px": figures.focal_px,
+        "jitter_px": figures.jitter_px,
+    }
 
 
 def _segment(work: _Work, train: range, count: int) -> dict:
@@ -465,7 +541,7 @@ def _depth(work: _Work, train: range) -> dict:
     return {}
 
 
-# --- the sound ----------------------------------------------------------------------------------------------------------------------------
+# --- the sound --------------------------------------------------------------------------------------------------------
 
 
 def _sound(work: _Work, video: Path, count: int) -> dict:
@@ -483,7 +559,13 @@ def _sound(work: _Work, video: Path, count: int) -> dict:
     power = (samples.reshape(count, SAMPLES_PER_FRAME).astype(np.float64) ** 2).mean(1)
     quiet = float((10 * np.log10(np.maximum(power, 1e-12)) < loudest + _QUIET_FRAME_DB).mean())
     clipped = float((np.abs(samples) > 0.999).mean())
-    return {"usable": True, "present": True, "loudest_db": round(loudest, 1), "quiet": round(quiet, 3), "clipped": round(clipped, 5)}
+    return {
+        "usable": True,
+        "present": True,
+        "loudest_db": round(loudest, 1),
+        "quiet": round(quiet, 3),
+        "clipped": round(clipped, 5),
+    }
 
 
 def _read_sound(work: _Work) -> np.ndarray:
@@ -493,19 +575,23 @@ def _read_sound(work: _Work) -> np.ndarray:
 
 
 def _offset(work: _Work, train: range) -> dict:
-    """How much later the mouth is than the sound, in frames, from the training part; 0 where the measure is not to be believed."""
+    """How much later the mouth is than the sound, in frames, from the training part; 0 where the measure is not to be
+    believed.
+    """
     from hicode.speech.encoder import create_encoder, match_frames
     from hicode.speech.sync import SyncModel, estimate_offset
 
-    try:
-        model = SyncModel.load()
-    except FileFormatError:  # the weights are not shipped yet
-        return {"frames": 0.0, "sure": False, "measured": 0.0, "margin": 0.0}
+    model = SyncModel.load()
     features = match_frames(create_encoder(model.encoder).encode(_read_sound(work)), train.stop)
     landmarks = load_track(work.folder / "track.safetensors").motion.landmarks[: train.stop]
     result = estimate_offset(features, landmarks, model)
     frames = round(result.offset_frames, 2) if result.reliable else 0.0
-    return {"frames": frames, "sure": result.reliable, "measured": round(result.offset_frames, 2), "margin": round(result.margin, 3)}
+    return {
+        "frames": frames,
+        "sure": result.reliable,
+        "measured": round(result.offset_frames, 2),
+        "margin": round(result.margin, 3),
+    }
 
 
 def _features(work: _Work, count: int, offset_frames: float) -> dict:
@@ -514,14 +600,22 @@ def _features(work: _Work, count: int, offset_frames: float) -> dict:
     encoder = create_encoder(work.config.encoder)
     features = match_frames(encoder.encode(shift_audio(_read_sound(work), offset_frames, count)), count)
     config = {"encoder": encoder.name, "dim": encoder.dim, "rate_hz": encoder.rate_hz, "offset_frames": offset_frames}
-    save_tensors(work.folder / f"audio.{work.config.encoder}.safetensors", {"features": features}, "hicode-speech-features", 1, config)
+    save_tensors(
+        work.folder / f"audio.{work.config.encoder}.safetensors",
+        {"features": features},
+        "hicode-speech-features",
+        1,
+        config,
+    )
     return {"dim": encoder.dim}
 
 
-# --- the capture report -------------------------------------------------------------------------------------------------------------------
+# --- the capture report -----------------------------------------------------------------------------------------------
 
 
-def _report(work: _Work, info: VideoInfo, faces: dict, crop: dict, found: dict, fitted: dict, sound: dict, offset: dict | None) -> dict:
+def _report(
+    work: _Work, info: VideoInfo, faces: dict, crop: dict, found: dict, fitted: dict, sound: dict, offset: dict | None
+) -> dict:
     """{"items": [{"name", "value", "advice"}]}: what was measured, and where it limits the result, what would help."""
     config = work.config
     track = load_track(work.folder / "track.safetensors")
@@ -534,7 +628,12 @@ def _report(work: _Work, info: VideoInfo, faces: dict, crop: dict, found: dict, 
         items.append({"name": name, "value": value, "advice": advice if bad else ""})
 
     seconds = count / FPS
-    item("length", f"{seconds:.1f} s, {count} frames at 25 fps", seconds < 20, "A minute or more teaches the mouth better.")
+    item(
+        "length",
+        f"{seconds:.1f} s, {count} frames at 25 fps",
+        seconds < 20,
+        "A minute or more teaches the mouth better.",
+    )
     turned = f", turned {info.rotation_deg}°" if info.rotation_deg else ""
     item("video", f"{info.width}x{info.height} px, {info.fps:.4g} fps, {info.codec}{turned}")
     if info.hdr:
@@ -542,34 +641,88 @@ def _report(work: _Work, info: VideoInfo, faces: dict, crop: dict, found: dict, 
     if info.interlaced:
         item("scanning", "interlaced", True, "Combing hurts moving lips: deinterlace it first.")
     face_px = faces["size_px"]
-    item("face", f"{face_px:.0f} px in the video, {face_px * scale:.0f} px in the crop", face_px < config.min_face, "Small: film closer, or in a higher resolution.")
+    item(
+        "face",
+        f"{face_px:.0f} px in the video, {face_px * scale:.0f} px in the crop",
+        face_px < config.min_face,
+        "Small: film closer, or in a higher resolution.",
+    )
     x0, y0, side = crop["box"]
     wanders = max(faces["reach"][2] - faces["reach"][0], faces["reach"][3] - faces["reach"][1]) / face_px
-    item("crop", f"{side} px square at ({x0}, {y0})", wanders > 2.0, f"The face wanders over {wanders:.1f} face sizes, so it is small in the crop: sit still.")
+    item(
+        "crop",
+        f"{side} px square at ({x0}, {y0})",
+        wanders > 2.0,
+        f"The face wanders over {wanders:.1f} face sizes, so it is small in the crop: sit still.",
+    )
     if faces["others"]:
-        item("people", f"{1 + len(faces['others'])} faces", True, "The largest that stays was taken. Film one person alone.")
+        item(
+            "people",
+            f"{1 + len(faces['others'])} faces",
+            True,
+            "The largest that stays was taken. Film one person alone.",
+        )
     if found["missing"]:
-        item("missing face", f"{found['missing']} frames, first at {_clock(found['first_missing'])}", True, "They are interpolated.")
-    item("fit", f"{fitted['error_px']:.1f} px mean landmark error, focal length {fitted['focal_px']:.0f} px", fitted["error_px"] > 4, "The head model fits badly.")
+        item(
+            "missing face",
+            f"{found['missing']} frames, first at {_clock(found['first_missing'])}",
+            True,
+            "They are interpolated.",
+        )
+    item(
+        "fit",
+        f"{fitted['error_px']:.1f} px mean landmark error, focal length {fitted['focal_px']:.0f} px",
+        fitted["error_px"] > 4,
+        "The head model fits badly.",
+    )
     look = _look_at_face(work, track, count)
-    item("sharpness", f"{look['sharpness']:.2f}", look["sharpness"] < 0.05, "Blurred: check focus, use more light or a shorter exposure.")
-    item("light", f"face at {look['luma']:.0f} of 255", not 50 <= look["luma"] <= 210, "Too dark or too bright: use soft light from the front.")
+    item(
+        "sharpness",
+        f"{look['sharpness']:.2f}",
+        look["sharpness"] < 0.05,
+        "Blurred: check focus, use more light or a shorter exposure.",
+    )
+    item(
+        "light",
+        f"face at {look['luma']:.0f} of 255",
+        not 50 <= look["luma"] <= 210,
+        "Too dark or too bright: use soft light from the front.",
+    )
     if look["burnt"] > 0.02:
         item("burnt out", f"{100 * look['burnt']:.0f} % of the face", True, "Expose less.")
     opening = np.linalg.norm(points[:, UPPER_LIP_INNER] - points[:, LOWER_LIP_INNER], axis=1) / iod
     mouth = float(np.percentile(opening, 95) - np.percentile(opening, 5))
-    item("mouth range", f"{100 * mouth:.0f} % of the eye distance", mouth < 0.06, "The mouth hardly moves: speak clearly.")
+    item(
+        "mouth range",
+        f"{100 * mouth:.0f} % of the eye distance",
+        mouth < 0.06,
+        "The mouth hardly moves: speak clearly.",
+    )
     if not sound["present"]:
         item("sound", "none", True, "The renderer learns from it; generic speech models will drive the mouth.")
     elif not sound["usable"]:
         item("sound", f"silent (loudest {sound['loudest_db']:.0f} dB)", True, "Taken as a video without sound.")
     else:
-        item("sound", f"loudest {sound['loudest_db']:.0f} dB, {100 * sound['quiet']:.0f} % quiet", sound["loudest_db"] < -35, "Quiet: move the microphone closer.")
+        item(
+            "sound",
+            f"loudest {sound['loudest_db']:.0f} dB, {100 * sound['quiet']:.0f} % quiet",
+            sound["loudest_db"] < -35,
+            "Quiet: move the microphone closer.",
+        )
         if sound["clipped"] > 0.001:
             item("overdriven", f"{100 * sound['clipped']:.1f} % of the samples", True, "Record with less gain.")
         lead = offset["frames"]
-        where = "in sync" if lead == 0 else f"picture {'leads' if lead < 0 else 'trails'} by {abs(lead):g} frames, corrected"
-        item("audio offset", where if offset["sure"] else "not measurable, taken as 0", not offset["sure"], "Too little clear speech to measure it.")
+        where = (
+            "in sync"
+            if lead == 0
+            else f"picture {'leads' if lead < 0 else 'trails'} by {abs(lead):g} frames, corrected"
+        )
+        item(
+            "audio offset",
+            where if offset["sure"] else "not measurable, taken as 0",
+            not offset["sure"],
+            "Too little clear speech to measure it.",
+        )
     return {
         "items": items,
         "face_px": round(face_px, 1),
@@ -583,10 +736,12 @@ def _report(work: _Work, info: VideoInfo, faces: dict, crop: dict, found: dict, 
 
 
 def _look_at_face(work: _Work, track: FaceTrack, count: int, looks: int = 12) -> dict:
-    """Sharpness (share of the face's contrast in its finest detail), brightness, and burnt-out share, over some frames."""
+    """Over some frames: sharpness (share of the face's contrast in its finest detail), brightness, burnt-out share."""
     sharpness, luma, burnt = [], [], []
     for t in np.linspace(0, count - 1, min(looks, count)).round().astype(int):
-        grey = cv2.cvtColor(read_png(work.folder / f"frames/{t:06d}.png", grey=False), cv2.COLOR_RGB2GRAY).astype(np.float32)
+        grey = cv2.cvtColor(read_png(work.folder / f"frames/{t:06d}.png", grey=False), cv2.COLOR_RGB2GRAY).astype(
+            np.float32
+        )
         points = track.landmarks_px[t].numpy()
         x0, y0 = np.clip(points.min(0), 0, np.array(grey.shape[::-1]) - 8).astype(int)
         x1, y1 = np.clip(points.max(0), (x0 + 8, y0 + 8), grey.shape[::-1]).astype(int)
@@ -607,5 +762,7 @@ def print_report(report: dict) -> None:
     for column in ("", "measured", "advice"):
         table.add_column(column)
     for item in report["items"]:
-        table.add_row(item["name"], item["value"], f"[yellow]{item['advice']}[/]" if item["advice"] else "[green]good[/]")
+        table.add_row(
+            item["name"], item["value"], f"[yellow]{item['advice']}[/]" if item["advice"] else "[green]good[/]"
+        )
     Console(stderr=True).print(table)

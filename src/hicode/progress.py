@@ -1,4 +1,6 @@
-"""Progress of whatever takes longer than a second, with the time left: a live bar on a terminal, a line every ten seconds elsewhere."""
+"""Progress of whatever takes longer than a second, with the time left: a live bar on a terminal, a line every ten
+seconds elsewhere.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +16,8 @@ Report = Callable[[int, int], None]
 def progress_bar(label: str, show: bool = True) -> Iterator[Report]:
     """A function to call with (done, total) as work goes on; on standard error, so that results can be piped.
 
-        with progress_bar("Landmarks") as report:
-            report(i + 1, len(frames))
+    with progress_bar("Landmarks") as report:
+        report(i + 1, len(frames))
     """
     if not show:
         yield lambda done, total: None
@@ -26,10 +28,18 @@ def progress_bar(label: str, show: bool = True) -> Iterator[Report]:
     if not console.is_terminal:
         yield _lines(label, console)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
-        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(label, total=None)

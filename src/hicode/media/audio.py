@@ -1,7 +1,7 @@
 """Sound in and out: any file that FFmpeg reads, as mono float samples at one rate, aligned to the video it belongs to.
 
-Samples are float32 "n" in [-1, 1]; sample 0 sounds when the video's first frame shows. Time stamps place the sound: a track that starts
-late is padded with silence, one that starts early is cut, gaps inside it become silence.
+Samples are float32 "n" in [-1, 1]; sample 0 sounds when the video's first frame shows. Time stamps place the sound: a
+track that starts late is padded with silence, one that starts early is cut, gaps inside it become silence.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ from hicode.errors import InputError
 from hicode.files import atomic_path
 from hicode.media.video import open_media
 
-# Stamps of a continuous track jitter by rounding (a millisecond in Matroska); what is off by more is a real gap or overlap.
+# Stamps of a continuous track jitter by rounding (a millisecond in Matroska); what is off by more is a real gap or
+# overlap.
 _GAP_S = 0.03
 _LONGEST_GAP_S = 3600.0
 _SILENCE_DB = -60.0
@@ -61,12 +62,16 @@ def _resampled(path: Path, rate_hz: int) -> Iterator[np.ndarray]:
 
 
 def read_speech(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n"]:
-    """`read_audio` for sound that is to drive an avatar: InputError where there is none, nothing in it, or only silence."""
+    """`read_audio` for sound that is to drive an avatar: InputError where there is none, nothing in it, or only
+    silence.
+    """
     samples = read_audio(path, rate_hz)
     if samples is None:
         raise InputError(f"{path} has no sound track. Give a file with speech.")
     if len(samples) < rate_hz // 25:
-        raise InputError(f"{path} holds {len(samples) / rate_hz:.3f} s of sound, less than one frame. Give a file with speech.")
+        raise InputError(
+            f"{path} holds {len(samples) / rate_hz:.3f} s of sound, less than one frame. Give a file with speech."
+        )
     loudest_db = level_db(samples)
     if loudest_db < _SILENCE_DB:
         raise InputError(f"{path} is silent (loudest 20 ms at {loudest_db:.0f} dB). Give a file with speech.")
@@ -113,7 +118,9 @@ def _mono(container, path: Path, start_s: float | None) -> Iterator[tuple[np.nda
         except av.error.InvalidDataError:
             continue  # the time stamps of what follows turn it into silence of the right length
         except av.error.FFmpegError as error:
-            raise InputError(f"The sound of {path} cannot be decoded ({error.strerror}). Export it again as WAV or MP4.") from error
+            raise InputError(
+                f"The sound of {path} cannot be decoded ({error.strerror}). Export it again as WAV or MP4."
+            ) from error
         for frame in frames:
             if rate_hz is None:
                 rate_hz = frame.sample_rate
@@ -121,16 +128,24 @@ def _mono(container, path: Path, start_s: float | None) -> Iterator[tuple[np.nda
                     start_s = frame.time or 0.0
                 tolerance = 0
             elif frame.sample_rate != rate_hz:
-                raise InputError(f"The sound of {path} changes from {rate_hz} to {frame.sample_rate} Hz midway. Export it again at one rate.")
+                raise InputError(
+                    f"The sound of {path} changes from {rate_hz} to {frame.sample_rate} Hz midway. Export it again "
+                    "at one rate."
+                )
             samples = _to_mono(frame)
             if not np.isfinite(samples).all():
                 at = cursor / rate_hz
-                raise InputError(f"The sound of {path} has samples that are not numbers (NaN or infinite) at {at:.2f} s. Export it again.")
+                raise InputError(
+                    f"The sound of {path} has samples that are not numbers (NaN or infinite) at {at:.2f} s. Export "
+                    "it again."
+                )
             gap = 0 if frame.time is None else round((frame.time - start_s) * rate_hz) - cursor
             if abs(gap) <= tolerance:
                 gap = 0
             if gap > _LONGEST_GAP_S * rate_hz:
-                raise InputError(f"The sound of {path} jumps by {gap / rate_hz:.0f} s: its time stamps are broken. Export it again.")
+                raise InputError(
+                    f"The sound of {path} jumps by {gap / rate_hz:.0f} s: its time stamps are broken. Export it again."
+                )
             tolerance = round(_GAP_S * rate_hz)
             if gap > 0:
                 yield np.zeros(gap, np.float32), rate_hz

@@ -1,8 +1,9 @@
-"""Video in and out: any file that FFmpeg reads, as upright RGB frames at a constant rate; H.264 with sound, written whole or not at all.
+"""Video in and out: any file that FFmpeg reads, as upright RGB frames at a constant rate; H.264 with sound, written
+whole or not at all.
 
-Time is presentation time in seconds from the video's first frame. Reading is by timestamps, never by counting, so variable and odd frame
-rates neither drift nor bunch: output frame i is the decoded frame whose presentation time is nearest to i / fps. Memory is constant: two
-decoded frames and the decoder's own.
+Time is presentation time in seconds from the video's first frame. Reading is by timestamps, never by counting, so
+variable and odd frame rates neither drift nor bunch: output frame i is the decoded frame whose presentation time is
+nearest to i / fps. Memory is constant: two decoded frames and the decoder's own.
 """
 
 import math
@@ -63,7 +64,8 @@ def open_media(path: Path | str) -> Iterator[av.container.InputContainer]:
         container = av.open(str(path))
     except av.error.FFmpegError as error:
         raise InputError(
-            f"{path} is not a readable video or sound file ({error.strerror}). It may be cut off or of another kind: copy it again, or "
+            f"{path} is not a readable video or sound file ({error.strerror}). It may be cut off or of another kind: "
+            "copy it again, or "
             "export it as MP4."
         ) from error
     with container:
@@ -110,7 +112,9 @@ class _Orientation:
 
 
 def _orientation(frame: av.VideoFrame) -> _Orientation:
-    """From the frame's display matrix: a row vector (x, y, 1) times [[a b u] [c d v] [x y w]] in 16.16 fixed point is where a pixel goes."""
+    """From the frame's display matrix: a row vector (x, y, 1) times [[a b u] [c d v] [x y w]] in 16.16 fixed point is
+    where a pixel goes.
+    """
     data = frame.side_data.get(SideData.DISPLAYMATRIX)
     if data is None:
         return _Orientation()
@@ -122,7 +126,8 @@ def _orientation(frame: av.VideoFrame) -> _Orientation:
 
 
 def _decoded(container, stream, path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
-    """(presentation time, frame) in order. Times always rise: a missing or repeated stamp counts as one nominal frame on.
+    """(presentation time, frame) in order. Times always rise: a missing or repeated stamp counts as one nominal frame
+    on.
 
     InputError where nothing decodes, or where the file ends well before the length it declares.
     """
@@ -150,15 +155,20 @@ def _decoded(container, stream, path: Path) -> Iterator[tuple[float, av.VideoFra
             last_s = time_s
             yield time_s, frame
     if last_s is None:
-        raise InputError(f"{path} holds no decodable picture ({damaged} damaged packets). Export it again as MP4 (H.264).")
+        raise InputError(
+            f"{path} holds no decodable picture ({damaged} damaged packets). Export it again as MP4 (H.264)."
+        )
     if declared_s is not None and reached_s - start_s < declared_s - max(0.5, 0.02 * declared_s):
         raise InputError(
-            f"{path} is cut off: {reached_s - start_s:.1f} of its {declared_s:.1f} s are there. Copy it again, or re-export the part that plays."
+            f"{path} is cut off: {reached_s - start_s:.1f} of its {declared_s:.1f} s are there. Copy it again, or "
+            "re-export the part that plays."
         )
 
 
 class _Converter:
-    """Decoded frames to upright RGB with square pixels, none longer than `max_size`; a size change midway is scaled to the first frame's."""
+    """Decoded frames to upright RGB with square pixels, none longer than `max_size`; a size change midway is scaled to
+    the first frame's.
+    """
 
     def __init__(self, stream, max_size: int | None):
         self._reformatter = VideoReformatter()
@@ -176,7 +186,8 @@ class _Converter:
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         width, height = self.size(frame)
-        # Untagged: the convention is BT.709 from 720 lines on, BT.601 below. FFmpeg itself would take BT.601 throughout.
+        # Untagged: the convention is BT.709 from 720 lines on, BT.601 below. FFmpeg itself would take BT.601
+        # throughout.
         untagged_hd = int(frame.colorspace) == _UNSPECIFIED_MATRIX and min(frame.width, frame.height) >= 720
         rgb = self._reformatter.reformat(
             frame,
@@ -222,9 +233,9 @@ def probe(path: Path | str) -> VideoInfo:
 def read_video(path: Path | str, fps: float = 25.0, max_size: int | None = None) -> Iterator[np.ndarray]:
     """Frames as uint8 RGB "h w 3", upright, at constant `fps`; the longer side at most `max_size` px.
 
-    Frame i is the decoded frame nearest in presentation time to i / fps (the earlier one of two equally near), so faster videos lose
-    frames and slower ones repeat some; a gap in the stream repeats its last frame. InputError where the file is not a video, or ends before
-    the length it declares.
+    Frame i is the decoded frame nearest in presentation time to i / fps (the earlier one of two equally near), so
+    faster videos lose frames and slower ones repeat some; a gap in the stream repeats its last frame. InputError where
+    the file is not a video, or ends before the length it declares.
     """
     path = Path(path)
     with open_media(path) as container:
@@ -237,7 +248,8 @@ def read_video(path: Path | str, fps: float = 25.0, max_size: int | None = None)
         def emit_until(next_s: float) -> Iterator[np.ndarray]:
             nonlocal count, held_rgb
             while count / fps < next_s:
-                # Converted once and only where it is shown; repeats are copies, so that a caller may write into what it gets.
+                # Converted once and only where it is shown; repeats are copies, so that a caller may write into what it
+                # gets.
                 if held_rgb is None:
                     held_rgb = convert(held)
                     yield held_rgb
@@ -249,7 +261,8 @@ def read_video(path: Path | str, fps: float = 25.0, max_size: int | None = None)
             if start_s is None:
                 start_s = time_s
             else:
-                # The middle between two frames is where the nearer one changes; 1 µs absorbs the rounding of time stamps.
+                # The middle between two frames is where the nearer one changes; 1 µs absorbs the rounding of time
+                # stamps.
                 frame_s = time_s - held_s
                 yield from emit_until((held_s + time_s) / 2 - start_s + 1e-6)
             held, held_s, held_rgb = frame, time_s, None
@@ -259,14 +272,15 @@ def read_video(path: Path | str, fps: float = 25.0, max_size: int | None = None)
 
 
 class VideoWriter:
-    """H.264 (yuv420p, BT.709) with AAC sound in an MP4 that starts to play before it is whole; sound and picture both start at 0.
+    """H.264 (yuv420p, BT.709) with AAC sound in an MP4 that starts to play before it is whole; sound and picture both
+    start at 0.
 
         with VideoWriter("out.mp4", 512, 512, audio=samples) as video:
             video.write(frame)
 
-    `audio` is float "n" in [-1, 1], or an iterable of such pieces for sound of any length in constant memory; it is interleaved as the
-    frames come, and what is left is written at the end. Odd sizes grow by one repeated row or column. On an exception, or a full disk
-    (OutputError), no file stays.
+    `audio` is float "n" in [-1, 1], or an iterable of such pieces for sound of any length in constant memory; it is
+    interleaved as the frames come, and what is left is written at the end. Odd sizes grow by one repeated row or
+    column. On an exception, or a full disk (OutputError), no file stays.
     """
 
     def __init__(
@@ -280,7 +294,10 @@ class VideoWriter:
         crf: int = 16,
     ):
         if Path(path).suffix.lower() not in (".mp4", ".m4v", ".mov"):
-            raise OutputError(f"{path} does not end in .mp4, .m4v or .mov, the kinds of video written here. Choose such a name with -o.")
+            raise OutputError(
+                f"{path} does not end in .mp4, .m4v or .mov, the kinds of video written here. Choose such a name "
+                "with -o."
+            )
         assert width > 0 and height > 0, (width, height)
         self.path = Path(path)
         self.width, self.height, self.fps = width, height, fps
@@ -298,14 +315,20 @@ class VideoWriter:
             stack.push(self._close)
             rate = Fraction(self.fps).limit_denominator(1001)
             try:
-                self._video = self._container.add_stream("libx264", rate=rate, options={"crf": str(self._crf), "preset": "veryfast"})
+                self._video = self._container.add_stream(
+                    "libx264", rate=rate, options={"crf": str(self._crf), "preset": "veryfast"}
+                )
             except (av.error.FFmpegError, ValueError) as error:
-                raise OutputError("This PyAV has no H.264 encoder (libx264). Install the wheel: pip install --force-reinstall av") from error
+                raise OutputError(
+                    "This PyAV has no H.264 encoder (libx264). Install the wheel: pip install --force-reinstall av"
+                ) from error
             self._video.width, self._video.height = self.width + self.width % 2, self.height + self.height % 2
             self._video.pix_fmt = "yuv420p"
             context = self._video.codec_context
             context.time_base = 1 / rate
-            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709, said outright: players guess differently
+            context.colorspace = context.color_primaries = context.color_trc = (
+                1  # BT.709, said outright: players guess differently
+            )
             context.color_range = ColorRange.MPEG
             self._reformatter = VideoReformatter()
             self._sound = None
