@@ -185,7 +185,7 @@ def test_a_clip_almost_without_a_face_is_refused(model):
     found = np.zeros(6, bool)
     found[2] = True
     with pytest.raises(InputError, match="1 of 5 training frames"):
-        fit_track(points, found, 512, 512, model, train=range(0, 5))
+        fit_track(points, found, 512, 512, model, train=range(5))
 
 
 def test_optical_flow_follows_a_moving_face_to_a_tenth_of_a_pixel(model):

@@ -151,7 +151,7 @@ def refine(arrays: dict, names: tuple[str, ...], clips: dict[str, np.ndarray], s
     offsets = []
     for name, points in clips.items():
         frames = np.linspace(0, len(points) * 10 // 11 - 1, 20).astype(int)
-        offset, identity = person_offsets(points[frames], *(int(x) for x in sizes[name]), model, config)
+        offset, _ = person_offsets(points[frames], *(int(x) for x in sizes[name]), model, config)
         offsets.append(offset)
         print(f"  {name}: offsets {100 * np.linalg.norm(offset[:468], axis=1).mean():.2f} mm, lips {100 * np.linalg.norm(offset[LIPS], axis=1).mean():.2f} mm", flush=True)
     move = np.median(offsets, 0)

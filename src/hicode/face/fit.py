@@ -590,7 +590,8 @@ def track_flow(
     count = max(len(points_px) - 1, 0)
     start, end = np.zeros((count, points, 2)), np.zeros((count, points, 2))
     valid = np.zeros((count, points), bool)
-    search = dict(winSize=(21, 21), maxLevel=2, criteria=(cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01))
+    stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01)
+    search = {"winSize": (21, 21), "maxLevel": 2, "criteria": stop}
     before = None
     for t, frame in enumerate(frames):
         now = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)

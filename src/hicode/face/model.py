@@ -25,7 +25,7 @@ from torch import Tensor
 from hicode import assets
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
-from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM, N_LANDMARKS
+from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM
 
 PARTS = ("skin", "left_eye", "right_eye", "upper_teeth", "lower_teeth", "tongue")
 
