@@ -8,8 +8,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY.parent / "shared" / "data"
 
-# One thread is enough for small problems and keeps timings of neighbours honest; kernels that must agree on 1 and 2 threads set their own.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Waiting OpenMP threads sleep: on two busy cores spinning ones cost three times the time. Before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

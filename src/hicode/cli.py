@@ -23,7 +23,7 @@ import tyro
 
 from hicode import __version__
 from hicode.errors import HicodeError, InputError
-from hicode.runtime import Device
+from hicode.runtime import Device, share_cores
 
 Out = Annotated[Path, tyro.conf.arg(aliases=("-o",))]
 Video = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="VIDEO")]]
@@ -241,6 +241,7 @@ COMMANDS: dict[str, tuple[Callable[[], Callable], str]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    share_cores()
     try:
         return _run(argv)
     except HicodeError as error:

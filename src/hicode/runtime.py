@@ -29,6 +29,15 @@ def tune_allocator() -> bool:
         return False
 
 
+def share_cores() -> None:
+    """Let OpenMP's waiting threads sleep instead of spin, unless the user's environment says otherwise. Call before torch is imported.
+
+    A spinning thread takes the core that another process, or our own kernels' threads, would work on: with two cores and other work on them a
+    training iteration took 436 ms spinning and 151 ms sleeping.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

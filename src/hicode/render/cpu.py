@@ -16,10 +16,6 @@ kernels hold no lock) and take the next tile when they are free, so a core that 
 `torch.get_num_threads()` take part.
 """
 
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -58,7 +54,6 @@ from hicode.render.simd import (
     store_rows_of_3,
     store_rows_of_4,
     store_rows_of_16,
-    take,
     trailing_zeros,
     vabs,
     vceil,
@@ -69,6 +64,7 @@ from hicode.render.simd import (
     vsqrt,
     where,
 )
+from hicode.threads import run_on_threads, take
 
 TILE = 32
 BLOCKS = 64  # in a tile, 8 x 8
@@ -647,36 +643,6 @@ def _project_back(
 
 # Around the kernels
 
-_threads: ThreadPoolExecutor | None = None
-_threads_lock = threading.Lock()
-
-
-def _forget_threads() -> None:
-    global _threads, _threads_lock
-    _threads, _threads_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # a forked child has the pool's bookkeeping but none of its threads, and would wait for ever
-    os.register_at_fork(after_in_child=_forget_threads)
-
-
-def _run(kernel, pieces: int, *arguments) -> None:
-    """Run `kernel(counter, *arguments)` on as many threads as torch uses; each takes pieces from the counter until none is left."""
-    global _threads
-    helpers = min(torch.get_num_threads(), pieces) - 1
-    counter = np.zeros(1, np.int64)
-    if helpers <= 0:
-        kernel(counter, *arguments)
-        return
-    with _threads_lock:
-        if _threads is None:
-            _threads = ThreadPoolExecutor(thread_name_prefix="hicode-render")
-    waiting = [_threads.submit(kernel, counter, *arguments) for _ in range(helpers)]
-    kernel(counter, *arguments)
-    for helper in waiting:
-        helper.result()
-
-
 class _Buffers:
     """Working memory of one rendering, used again by the next: fresh pages would cost as much as the blending."""
 
@@ -740,7 +706,7 @@ class _Rasterize(torch.autograd.Function):
         boxes = get("boxes", (rows, 4), np.int32)
         radii = torch.empty(rows)
         pieces = -(-n // CHUNK)
-        _run(
+        run_on_threads(
             _project, pieces, *inputs, _flat(colors), view, lens, width, height, splats.reshape(-1), depths, _flat(radii), boxes
         )
 
@@ -757,7 +723,7 @@ class _Rasterize(torch.autograd.Function):
         planes = torch.empty(4, tiles_y * TILE, tiles_x * TILE)
         tiling = (schedule, tiles_x, tile_start, splats, splats.reshape(-1), pairs, masks)
         size = (width, height, pitch, plane)
-        _run(_blend, len(schedule), *tiling, _flat(background), _flat(planes), *size)
+        run_on_threads(_blend, len(schedule), *tiling, _flat(background), _flat(planes), *size)
 
         if stats is not None:
             stats.radii_px = radii[:n].clone()
@@ -779,12 +745,12 @@ class _Rasterize(torch.autograd.Function):
             _any_layout(by_channel), np.array(by_channel.stride(), np.int64), _any_layout(alpha_grad), np.array(alpha_grad.stride(), np.int64)
         )  # fmt: skip
         slots = lease.buffers.get("slots", (total * ROW,), np.float32)
-        _run(_blend_back, len(tiling[0]), *tiling, _flat(planes), *gradients, slots, *size)
+        run_on_threads(_blend_back, len(tiling[0]), *tiling, _flat(planes), *gradients, slots, *size)
 
         out = [torch.empty_like(t) for t in (means, log_scales, quats, logits)] + [torch.empty(n, 3), torch.empty(n, 2)]
         pose_sums = np.zeros((pieces if ctx.needs_input_grad[5] else 0, 12 * 16), np.float32)
         inputs = [_flat(t) for t in (means, log_scales, quats, logits)]
-        _run(
+        run_on_threads(
             _project_back, pieces, *inputs, view, lens, tiling[4], _flat(radii), first_slot, slots, *(_flat(t) for t in out), pose_sums
         )
         if stats is not None:

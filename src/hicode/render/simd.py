@@ -547,14 +547,3 @@ def row_bits(typing, edges, ok):
         return builder.bitcast(builder.trunc(rows, ir.VectorType(_I8, 8)), _I64)
 
     return types.uint64(F, M), build
-
-
-@intrinsic
-def take(typing, counter):
-    """counter[0], which grows by one: the next piece of work, given to exactly one thread."""
-
-    def build(context, builder, sig, args):
-        pointer = context.make_array(sig.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "monotonic")
-
-    return types.int64(counter), build

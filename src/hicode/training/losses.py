@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hicode.errors import TrainingError
 from hicode.perceptual import LPIPS_LAYERS, Features
+from hicode.threads import run_on_threads, take
 
 if TYPE_CHECKING:
     from hicode.face.landmarks import FaceLandmarker
@@ -122,12 +123,11 @@ class _Photometric(torch.autograd.Function):
         y, y_strides = _planar(target)
         gradient = torch.empty(3, h, w)
         weights = np.zeros((0, 0), np.float32) if weight is None else weight.to(torch.float32).contiguous().numpy()
-        # One scratch a thread, allocated here: allocating in every task would cost more, in page faults, than the
-        # arithmetic.
-        scratch = np.empty((numba.get_num_threads(), 7, _STRIP + 4 * RADIUS, w), np.float32)
-        l1, ssim = _photometric_kernel(
-            x, x_strides, y, y_strides, weights, h, w, np.float32(ssim_weight), scratch, gradient.numpy()
-        )
+        strips = 3 * ((h + _STRIP - 1) // _STRIP)
+        sums = np.zeros((strips, 2))
+        arguments = x, x_strides, y, y_strides, weights, h, w, np.float32(ssim_weight), gradient.numpy(), sums
+        run_on_threads(_photometric_kernel, strips, *arguments)
+        l1, ssim = (float(s) for s in sums.sum(0) / (3.0 * h * w))
         ctx.gradient = gradient.permute(1, 2, 0)
         l1, ssim = torch.tensor(l1), torch.tensor(ssim)
         ctx.mark_non_differentiable(l1, ssim)
@@ -247,25 +247,28 @@ def _l1_weighted_row(a, b, weight, scale, out):
     return total
 
 
-@numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
-def _photometric_kernel(x_flat, x_strides, y_flat, y_strides, weights, height, width, ssim_weight, scratch, gradient):
-    """Mean weighted |x - y| and mean SSIM over (3, height, width); d loss / d x into `gradient`.
+@numba.njit(fastmath=_FAST, error_model="numpy", cache=True, nogil=True)
+def _photometric_kernel(
+    counter, x_flat, x_strides, y_flat, y_strides, weights, height, width, ssim_weight, gradient, sums
+):
+    """Sums of weighted |x - y| and of SSIM over each task's rows; d loss / d x into `gradient`, "3 height width".
 
     A task owns 64 rows of one channel: blur four moments (x, y, x² + y², x y), form SSIM and its derivatives by the
     three moments that x touches, then blur those back: the window is symmetric, so the blur is its own adjoint.
     """
     r = 5
     strips = (height + _STRIP - 1) // _STRIP
-    sums = np.zeros((3 * strips, 2))
     n = np.float32(1.0 / (3.0 * height * width))
     d_l1, d_ssim = (_ONE - ssim_weight) * n, -ssim_weight * n
-    for task in numba.prange(3 * strips):
+    # One scratch a thread: allocating in every task would cost more, in page faults, than the arithmetic.
+    scratch = np.empty((7, _STRIP + 4 * RADIUS, width), np.float32)
+    task = take(counter)
+    while task < 3 * strips:
         channel, first = task // strips, (task % strips) * _STRIP
         last = min(first + _STRIP, height)
         low, high = max(first - r, 0), min(last + r, height)  # rows whose SSIM this task needs
         bottom, top = max(low - r, 0), min(high + r, height)  # rows that those see
-        thread = numba.get_thread_id()
-        source, maps = scratch[thread, :4], scratch[thread, 4:7]
+        source, maps = scratch[:4], scratch[4:7]
         for row in range(bottom, top):
             x0, y0 = channel * x_strides[0] + row * x_strides[1], channel * y_strides[0] + row * y_strides[1]
             source[0, row - bottom] = x_flat[x0 : x0 + width]
@@ -298,11 +301,7 @@ def _photometric_kernel(x_flat, x_strides, y_flat, y_strides, weights, height, w
             else:
                 total_l1 += _l1_row(x, y, d_l1, out)
         sums[task, 0], sums[task, 1] = total_l1, total_ssim
-    total_l1, total_ssim = 0.0, 0.0
-    for task in range(3 * strips):
-        total_l1 += sums[task, 0]
-        total_ssim += sums[task, 1]
-    return total_l1 / (3.0 * height * width), total_ssim / (3.0 * height * width)
+        task = take(counter)
 
 
 def mouth_weight(

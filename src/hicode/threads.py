@@ -1,0 +1,55 @@
+"""Threads for compiled kernels: one small pool of Python threads, shared by all of them.
+
+Kernels that hold no lock take pieces of work from a counter until none is left, so a core that is busy elsewhere costs little. Numba's own parallel
+loops are not used: they bring a second OpenMP runtime, whose waiting threads and torch's spin against each other.
+"""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_pool: ThreadPoolExecutor | None = None
+_lock = threading.Lock()
+
+
+@intrinsic
+def take(typing, counter):
+    """counter[0], which grows by one: the next piece of work, given to exactly one thread."""
+
+    def build(context, builder, sig, args):
+        pointer = context.make_array(sig.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), build
+
+
+def run_on_threads(kernel, pieces: int, *arguments) -> None:
+    """Run `kernel(counter, *arguments)`, compiled with nogil, on as many threads as torch uses; each takes pieces from the counter until none is left."""
+    global _pool
+    helpers = min(torch.get_num_threads(), pieces) - 1
+    counter = np.zeros(1, np.int64)
+    if helpers <= 0:
+        kernel(counter, *arguments)
+        return
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(thread_name_prefix="hicode")
+    waiting = [_pool.submit(kernel, counter, *arguments) for _ in range(helpers)]
+    kernel(counter, *arguments)
+    for helper in waiting:
+        helper.result()
+
+
+def _forget() -> None:
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has the pool's bookkeeping but none of its threads, and would wait for ever
+    os.register_at_fork(after_in_child=_forget)
