@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hicode import assets
-from hicode.avatar.compositor import dilate_mask
+from hicode.avatar.compositor import hidden_mask
 from hicode.camera import Camera
 from hicode.clip import SCHEMA, VERSION, Clip, save_track, write_png
 from hicode.errors import InputError, OutputError
@@ -195,7 +195,7 @@ def test_figures_are_means_over_the_test_frames(clip):
 def test_the_control_is_the_mean_training_head_on_the_true_frame(clip):
     out = evaluate(FakeAvatar(clip, darker), clip, modes=("tracked",), progress=False)
     mean = (np.mean([drawn(t).astype(float) for t in clip.train], 0) + 0.5).astype(np.uint8)
-    values = [psnr(np.where(dilate_mask(head(t))[..., None] > 0, mean, drawn(t)), drawn(t)) for t in clip.test]
+    values = [psnr(np.where(hidden_mask(head(t))[..., None] > 0, mean, drawn(t)), drawn(t)) for t in clip.test]
     assert out["control"]["frame"]["psnr"] == pytest.approx(mean_of_frames(values), abs=1e-5)
     assert out["over_control"]["tracked"]["frame"] == pytest.approx(
         out["tracked"]["frame"]["psnr"] - out["control"]["frame"]["psnr"], abs=1e-5

@@ -1,9 +1,10 @@
 """Head-background composition (HiCoDe, "Head-background Composition", Eqs 17-18): the rendered head goes back into the video frame.
 
-A frame is parted by its head mask, dilated to reach past hair and an opening jaw. Outside, every pixel stays the input's, exactly. Inside,
-nothing of the input is read, so no true mouth or head can leak into the result; what lies there is made of three things:
+A frame is parted by its head mask, dilated to reach past hair and an opening jaw. Outside, every pixel stays the input's, exactly. On the head and a
+narrow rim around it, the *hidden* region, nothing of the input is read, so no true mouth or head can leak into the result. What lies inside the dilated
+mask is made of three things:
 
-    fill   "h w 3"  the background plate, shifted smoothly so that it meets this frame at the border of the dilated mask
+    fill   "h w 3"  in the hidden region the background plate, shifted smoothly so that it meets this frame at its border; the frame itself around it
     plain  "h w 3"  rgb + (1 - alpha) * fill, the alpha composite of the rendered head (`rgb` is rendered over black: premultiplied)
     output          weight * (plain + residual) + (1 - weight) * fill, `weight` falling from 1 to 0 within the mask's rim
 
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 # Lengths as fractions of the image's larger side (the comments give px at 512).
 # How far the dilated mask goes beyond the head: half of it for tracking error and hair, half for the feather.
 REACH = 12 / 512
+# How far the input is hidden beyond the head: soft hair and a blurred edge. Between this and REACH the frame itself is the background, so that hair and neck
+# that the mask cuts go on as they are; a plate there smears them.
+HIDE = 4 / 512
 FEATHER = 6 / 512  # width of the rim in which the composite fades into the fill
 JAW_REACH = 6 / 512  # further reach downwards: the spoken jaw may open wider than the driving frame's
 # Background this near to a head mask is not trusted (soft hair, motion blur). 6 px instead of 3 costs 1 dB of band (EdMarkey, held out).
@@ -53,12 +57,14 @@ class Seam:
     """Where the head goes: everything that the head mask alone decides, inside a box of the frame.
 
     box    (x0, y0, x1, y1)  the dilated mask's bounding box and some context, in px
-    inside bool "bh bw"      the dilated mask
+    inside bool "bh bw"      the dilated mask: what composition may change
+    hidden bool "bh bw"      what it must not read: the head and `HIDE` around it
     weight float "bh bw"     1 on the head, 0 on the dilated mask's border and outside
     """
 
     box: tuple[int, int, int, int]
     inside: np.ndarray
+    hidden: np.ndarray
     weight: np.ndarray
 
     @property
@@ -150,17 +156,26 @@ class Compositor(nn.Module):
 
 def dilate_mask(head_mask: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     """The region that composition may change: 255 within `REACH` of the head (and `JAW_REACH` more downwards), 0 elsewhere."""
+    return _region(head_mask, "inside")
+
+
+def hidden_mask(head_mask: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    """The region of the input that composition does not read: 255 within `HIDE` of the head, 0 elsewhere."""
+    return _region(head_mask, "hidden")
+
+
+def _region(head_mask: np.ndarray, name: str) -> np.ndarray:
     out = np.zeros(head_mask.shape, np.uint8)
     seam = seam_of(head_mask)
     if seam is not None:
-        out[seam.window][seam.inside] = 255
+        out[seam.window][getattr(seam, name)] = 255
     return out
 
 
 def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     """The seam of a head mask (soft, 0..255); None where the mask is empty."""
     h, w = head_mask.shape
-    reach, feather, jaw = (_px(length, head_mask) for length in (REACH, FEATHER, JAW_REACH))
+    reach, hide, feather, jaw = (_px(length, head_mask) for length in (REACH, HIDE, FEATHER, JAW_REACH))
     x, y, width, height = cv2.boundingRect(cv2.threshold(head_mask, 127, 255, cv2.THRESH_BINARY)[1])
     if width == 0:
         return None
@@ -168,7 +183,8 @@ def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     x0, x1 = _span(max(0, x - margin), min(w, x + width + margin), w)
     y0, y1 = _span(max(0, y - margin), min(h, y + height + margin + math.ceil(jaw)), h)
     distance = _distance_from_head(head_mask[y0:y1, x0:x1], jaw)
-    return Seam((x0, y0, x1, y1), distance < reach, np.clip((reach - distance) / np.float32(feather), 0, 1))
+    weight = np.clip((reach - distance) / np.float32(feather), 0, 1)
+    return Seam((x0, y0, x1, y1), distance < reach, distance < hide, weight)
 
 
 def plain_composite(
@@ -178,7 +194,7 @@ def plain_composite(
     plate: UInt8[np.ndarray, "h w 3"],
     seam: Seam,
 ) -> PlainComposite:
-    """The alpha composite inside the seam's box; `rgb` is rendered over black. Reads the frame only outside the dilated mask."""
+    """The alpha composite inside the seam's box; `rgb` is rendered over black. Reads the frame only outside the hidden region."""
     window = seam.window
     h, w = seam.inside.shape
     frame, plate = frame[window], plate[window]
@@ -187,10 +203,10 @@ def plain_composite(
         np.empty(((h + 1) // 2, (w + 1) // 2, 3), np.float32),
         np.empty(((h + 1) // 2, (w + 1) // 2), np.float32),
     )
-    _difference_halved(frame, plate, seam.inside, values, known)
+    _difference_halved(frame, plate, seam.hidden, values, known)
     membrane = fill_smoothly(values, known)
     layers = np.empty((h, w, INPUT_CHANNELS), np.float32)
-    _lay(_numpy(rgb)[window], _numpy(alpha)[window], frame, plate, seam.inside, seam.weight, membrane, layers)
+    _lay(_numpy(rgb)[window], _numpy(alpha)[window], frame, plate, seam.hidden, seam.weight, membrane, layers)
     return PlainComposite(seam, layers)
 
 
@@ -204,7 +220,7 @@ def compose(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The final frame: the head rendered over black (`rgb`, `alpha`) pasted into `frame` within the dilated head mask.
 
-    Pixels outside the dilated mask are the frame's, bit for bit; the result does not depend on the frame's pixels inside it. Without a
+    Pixels outside the dilated mask are the frame's, bit for bit; the result does not depend on the frame's pixels in the hidden region. Without a
     generator, the plain composite with a feathered edge. An empty mask gives the frame back.
     """
     seam = seam_of(head_mask)
@@ -217,16 +233,16 @@ def compose(
 
 
 @numba.njit(cache=True, nogil=True)
-def _difference_halved(frame, plate, inside, values, known):
-    """Mean of frame - plate over the outside pixels of each 2 x 2 block, and 1 where there is one."""
-    h, w = inside.shape
+def _difference_halved(frame, plate, hidden, values, known):
+    """Mean of frame - plate over the readable pixels of each 2 x 2 block, and 1 where there is one."""
+    h, w = hidden.shape
     for i in range(values.shape[0]):
         for j in range(values.shape[1]):
             count = 0
             r, g, b = 0, 0, 0
             for y in range(2 * i, min(2 * i + 2, h)):
                 for x in range(2 * j, min(2 * j + 2, w)):
-                    if not inside[y, x]:
+                    if not hidden[y, x]:
                         count += 1
                         r += np.int32(frame[y, x, 0]) - np.int32(plate[y, x, 0])
                         g += np.int32(frame[y, x, 1]) - np.int32(plate[y, x, 1])
@@ -237,9 +253,9 @@ def _difference_halved(frame, plate, inside, values, known):
 
 
 @numba.njit(cache=True, nogil=True)
-def _lay(rgb, alpha, frame, plate, inside, weight, membrane, layers):
-    """The generator's input in one pass; the membrane, at half resolution, is read bilinearly inside and replaced by the frame outside."""
-    h, w = inside.shape
+def _lay(rgb, alpha, frame, plate, hidden, weight, membrane, layers):
+    """The generator's input in one pass; the membrane, at half resolution, is read bilinearly in the hidden region and replaced by the frame outside."""
+    h, w = hidden.shape
     one, zero, scale = np.float32(1), np.float32(0), np.float32(1 / 255)
     for y in range(h):
         # Half-resolution pixel i is centred on 2 i + 0.5: full-resolution rows lie a quarter of the way between.
@@ -250,7 +266,7 @@ def _lay(rgb, alpha, frame, plate, inside, weight, membrane, layers):
             for c in range(3):
                 out[c] = min(max(np.float32(rgb[y, x, c]), zero), one)
             out[3] = min(max(np.float32(alpha[y, x]), zero), one)
-            if inside[y, x]:
+            if hidden[y, x]:
                 left = x // 2
                 right = min(max(left + (1 if x % 2 else -1), 0), membrane.shape[1] - 1)
                 for c in range(3):

@@ -4,7 +4,7 @@ and a control.
 Regions are the frame, the head mask and the mouth box; rows are
 
     ground_truth  the test frames themselves: each measure's best value, the detector's and the sync measure's own
-    control       a static head, the mean of the training frames, pasted on the test frames inside the dilated head mask
+    control       a static head, the mean of the training frames, pasted on the test frames over the region that composition does not read
     tracked       the avatar under the motion tracked from the test frames: measures the renderer
     audio         the avatar under motion predicted from the test sound, head pose, upper face and eyes from the test
                   track: measures the system
@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from hicode.avatar.compositor import dilate_mask
+from hicode.avatar.compositor import dilate_mask, hidden_mask
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.clip import SAMPLES_PER_FRAME, Clip
 from hicode.errors import FileFormatError, HicodeError, InputError
@@ -254,7 +254,7 @@ class _Work:
 
     def control(self, i: int) -> UInt8[np.ndarray, "h w 3"]:
         t = self.test[i]
-        return np.where(dilate_mask(self.clip.head_mask(t))[..., None] > 0, self.mean_frame, self.clip.image(t))
+        return np.where(hidden_mask(self.clip.head_mask(t))[..., None] > 0, self.mean_frame, self.clip.image(t))
 
     @cached_property
     def landmarker(self) -> "FaceLandmarker":
@@ -545,13 +545,14 @@ def print_table(report: dict, console=None) -> None:
     console = console or Console()
     first, end = report["split"]["test"]
     title = f"{report['provenance']['clip'].get('name', 'clip')}: {end - first} unseen frames ({first} … {end - 1})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    shown = [name for name in ROWS if report[name] is not None]
+    # Measures go down and driving modes across, unlike on the page: four columns fit any terminal.
     table.add_column("", no_wrap=True)
-    for column, _, _ in COLUMNS:
-        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
-    for name in ROWS:
-        if report[name] is not None:
-            table.add_row(TITLES[name], *(cell(report[name], where, digits) for _, where, digits in COLUMNS))
+    for name in shown:
+        table.add_column(TITLES[name], justify="right", no_wrap=True)
+    for column, where, digits in COLUMNS:
+        table.add_row(column, *(cell(report[name], where, digits) for name in shown))
     console.print(table)
     for line in headlines(report):
         console.print(line, highlight=False)

@@ -2,7 +2,7 @@
 
 A ridge regression predicts four mouth measures (opening, width, lip height, jaw) from speech features; the lag at which prediction and picture
 correlate best is the offset. It ships with weights learned from speakers that are in no evaluation clip (tools/pretrain_speech.py says which),
-so it also serves as a score; it is not SyncNet, and is never called AVConf. Every score has a control: the same features in shuffled blocks.
+so it also serves as a score; it is not SyncNet, and is never called AVConf. Every score has a control: the same features rotated in time.
 """
 
 from dataclasses import dataclass
@@ -182,14 +182,10 @@ def _peak(curve: Float[Tensor, "21"]) -> float:
 def shuffled_control(
     features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None, seed: int = 0
 ) -> SyncResult:
-    """`estimate_offset` with the sound in shuffled one-second blocks: what chance gives on this clip."""
+    """`estimate_offset` with the sound rotated by a third to two thirds of the clip: what chance gives on it, the sound's own rhythm kept."""
     frames = min(len(features) // 2, len(landmarks))
-    blocks = list(torch.arange(2 * frames).split(50))
-    if len(blocks) > 1:
-        step = int(np.random.default_rng(seed).integers(1, len(blocks)))
-        blocks = blocks[step:] + blocks[:step]  # a rotation leaves no block in place
-    order = torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.long)
-    return estimate_offset(features[order], landmarks[:frames], model)
+    turn = 2 * int(np.random.default_rng(seed).integers(frames // 3, max(2 * frames // 3, frames // 3 + 1)))
+    return estimate_offset(features[: 2 * frames].roll(turn, 0), landmarks[:frames], model)
 
 
 def sync_auc(
