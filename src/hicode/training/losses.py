@@ -49,7 +49,7 @@ class LossWeights:
     """Mean absolute error over the image."""
     ssim: float = 0.2
     """1 - SSIM over the image; `l1` and `ssim` as 3DGS."""
-    vgg: float = 0.01
+    vgg: float = 0.03
     """Mean absolute difference of VGG16 features on a crop; sharpens."""
     wing: float = 0.0005
     """Wing loss of 478 landmarks in px: errors of 1 px each way give about 8, so 0.004 here beside an L1 of 0.02. Its
