@@ -206,7 +206,7 @@ def test_no_test_frame_enters_the_control(clip, tmp_path):
     other = write_clip(tmp_path / "other.clip")
     for t in other.test:
         write_png(other.path / "frames" / f"{t:06d}.png", np.zeros((SIZE, SIZE, 3), np.uint8))
-    means = [report_module._Work(FakeAvatar(c), c, "auto").mean_frame for c in (clip, Clip.open(other.path))]
+    means = [report_module._Work(FakeAvatar(c), c).mean_frame for c in (clip, Clip.open(other.path))]
     assert np.array_equal(*means)
 
 

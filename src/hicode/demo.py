@@ -72,7 +72,7 @@ def demo(
     Args:
         out: Folder for everything that is made.
         seconds: How much of the video to learn from.
-        device: cuda uses the GPU through gsplat.
+        device: Where to run; only the CPU so far.
     """
     from hicode import assets
     from hicode.evaluation.report import evaluate

@@ -43,15 +43,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
-    """The device that `auto` means here. Raises InputError where CUDA is asked for and missing."""
+def resolve_device(device: Device) -> Literal["cpu"]:
+    """The device that commands run on. Raises InputError where CUDA is asked for: so far only `rasterize(..., backend="cuda")` runs there."""
     import torch
 
-    if device == "auto":
-        return "cpu"  # training's other parts run on the CPU: the GPU is used only where asked for
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("No CUDA device is visible to torch. Leave --device out, or install a CUDA build of torch.")
-    return device
+    if device == "cuda":
+        raise InputError("Commands do not run on CUDA yet, only the rasteriser does (rasterize(..., backend='cuda')). Leave --device out.")
+    return "cpu"
 
 
 def peak_memory_mb() -> float:

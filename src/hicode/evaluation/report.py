@@ -111,14 +111,14 @@ def evaluate(
         raise InputError(f"There is no driving mode {unknown[0]!r}. Choose tracked, audio or both.")
     for place in filter(None, (json, html)):
         check_writable(place)
-    backend = "cuda" if resolve_device(device) == "cuda" else "auto"
+    resolve_device(device)
     if isinstance(avatar, (str, Path)):
         from hicode.avatar.avatar import Avatar
 
         avatar = Avatar.load(avatar)
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     started = time.perf_counter()
-    work = _Work(avatar, clip, backend)
+    work = _Work(avatar, clip)
     work.check()
     motions = work.motions(modes)
     rows = {"ground_truth": _Row(), "control": _Row()} | {mode: _Row() for mode in motions}
@@ -157,8 +157,8 @@ class _Row:
 class _Work:
     """An avatar, a clip, and how to make each row's frames."""
 
-    def __init__(self, avatar: Evaluated, clip: Clip, backend: str):
-        self.avatar, self.clip, self.backend = avatar, clip, backend
+    def __init__(self, avatar: Evaluated, clip: Clip):
+        self.avatar, self.clip = avatar, clip
         self.test = list(clip.test)
         self.notes: list[str] = []
         self.speech_seconds: float | None = None  # a frame's share of encoding and prediction
@@ -239,8 +239,7 @@ class _Work:
         """Test frame i of a driven row: composited into the true frame, of which only what lies outside the dilated
         mask can show."""
         t = self.test[i]
-        options = {} if self.backend == "auto" else {"backend": self.backend}
-        return self.avatar.synthesize_frame(motion, i, self.clip.image(t), self.clip.head_mask(t), **options)
+        return self.avatar.synthesize_frame(motion, i, self.clip.image(t), self.clip.head_mask(t))
 
     @cached_property
     def mean_frame(self) -> UInt8[np.ndarray, "h w 3"]:
@@ -434,13 +433,12 @@ def _timing(work: _Work, rows: dict[str, _Row], motions: dict[str, Motion]) -> d
         from hicode.render import rasterize
 
         motion, looks = motions[name], range(min(10, len(work.test)))
-        options = {"backend": work.backend}
-        out["deform_rasterise_ms"] = _median_ms(lambda i: avatar.render(motion, i, **options), looks)
+        out["deform_rasterise_ms"] = _median_ms(lambda i: avatar.render(motion, i), looks)
         moved = [avatar.deformed(motion, i) for i in looks]
         black = torch.zeros(3)
         with torch.no_grad():
             out["rasterise_ms"] = _median_ms(
-                lambda i: rasterize(moved[i], avatar.camera.with_pose(motion.T_camera_head[i]), black, **options), looks
+                lambda i: rasterize(moved[i], avatar.camera.with_pose(motion.T_camera_head[i]), black), looks
             )
     return out
 
