@@ -55,7 +55,7 @@ def clip(model):
         points.append(camera.with_pose(poses[t]).project(landmarks[t])[0])
     track = FaceTrack(Motion(expression, landmarks, poses), identity, camera, torch.stack(points), torch.ones(FRAMES))
     return SimpleNamespace(
-        train=range(0, FRAMES - 2), test=range(FRAMES - 2, FRAMES), track=track, width=SIZE, height=SIZE,
+        train=range(FRAMES - 2), test=range(FRAMES - 2, FRAMES), track=track, width=SIZE, height=SIZE,
         image=lambda t: images[t], head_mask=lambda t: masks[t], depth=lambda: depths[0],
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from hicode.avatar.deformation import Binding, Carrier, Deformation, bind
+from hicode.avatar.deformation import Carrier, Deformation, bind
 from hicode.camera import Camera
 from hicode.clip import Clip
 from hicode.errors import InputError
