@@ -1,9 +1,9 @@
 """Make the weights that the package ships for speech: generic Faceformers and the sync model, from a folder of talking faces.
 
-    python tools/pretrain_speech.py track  --data ../shared/data --cache /tmp/corpus     landmarks of every clip (about real time)
-    python tools/pretrain_speech.py build  --data ../shared/data --cache /tmp/corpus     head fits, offsets, features
-    python tools/pretrain_speech.py report --cache /tmp/corpus --leave-out markey khill  held-out figures, speaker by speaker
-    python tools/pretrain_speech.py train  --cache /tmp/corpus                           src/hicode/weights/{speech,sync}.safetensors
+    python tools/pretrain_speech.py track  --data ../shared/data --cache corpus     landmarks of every clip (about real time)
+    python tools/pretrain_speech.py build  --data ../shared/data --cache corpus     head fits, offsets, features
+    python tools/pretrain_speech.py report --cache corpus --leave-out markey khill  held-out figures, speaker by speaker
+    python tools/pretrain_speech.py train  --cache corpus                           src/hicode/weights/{speech,sync}.safetensors
 
 What may be learned from is in SOURCES. The last 1/11 of every clip that is also used for evaluation is never read by `train`; the sync model,
 which is used as a score, is learned without the evaluation clips' speakers altogether.
