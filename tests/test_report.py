@@ -263,7 +263,7 @@ def test_without_sound_or_speech_models_there_is_no_audio_row_and_a_note(clip, t
 
 def test_short_test_parts_have_no_sync_figure_and_say_so(clip):
     out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False)
-    assert out["tracked"]["sync_margin"] is None and any("at least 25" in note for note in out["notes"])
+    assert out["tracked"]["sync_margin"] is None and any("at least 50" in note for note in out["notes"])
 
 
 def test_frames_without_a_face_are_counted(clip, monkeypatch):

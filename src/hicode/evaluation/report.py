@@ -45,8 +45,7 @@ SCHEMA, VERSION = "hicode-report", 1
 Mode = Literal["tracked", "audio"]
 ROWS = ("ground_truth", "control", "tracked", "audio")
 MAX_MEAN_FRAMES = 100  # training frames that the control's mean head is made of, spread evenly
-MIN_SYNC_FRAMES = 25  # below one second the sync measure has nothing to go by; below two it is rough, and the report says so
-ROUGH_SYNC_FRAMES = 50
+MIN_SYNC_FRAMES = 50  # below two seconds the sync measure has nothing to go by
 WORST_SHOWN, SPREAD_SHOWN, STRIP_SHOWN = 5, 3, 12
 
 DEFINITIONS = {
@@ -375,15 +374,10 @@ def _sync(work: _Work, rows: dict[str, _Row]) -> dict[str, dict]:
         return unknown
     if len(work.test) < MIN_SYNC_FRAMES:
         work.notes.append(
-            f"No sync: {len(work.test)} test frames, at least {MIN_SYNC_FRAMES} (one second) are needed. "
-            "A clip of 11 s or more has them."
+            f"No sync: {len(work.test)} test frames, at least {MIN_SYNC_FRAMES} (two seconds) are needed. "
+            "A clip of 22 s or more has them."
         )
         return unknown
-    if len(work.test) < ROUGH_SYNC_FRAMES:
-        work.notes.append(
-            f"Sync is from {len(work.test)} frames only, so it is rough: read it beside the ground truth's. "
-            "A clip of 22 s or more gives two seconds."
-        )
     from hicode.speech.sync import SyncModel, estimate_offset, shuffled_control, sync_auc
 
     try:
@@ -399,12 +393,12 @@ def _sync(work: _Work, rows: dict[str, _Row]) -> dict[str, dict]:
             out[name] = dict(nothing)
             continue
         landmarks = torch.from_numpy(points)
-        result = estimate_offset(features, landmarks, model, MIN_SYNC_FRAMES)
+        result = estimate_offset(features, landmarks, model)
         auc = sync_auc(features, landmarks, offset_frames=round(result.offset_frames), model=model)[0]
         out[name] = {
             "sync_offset_frames": result.offset_frames if result.margin > 0 else None,
             "sync_margin": result.margin,
-            "sync_margin_shuffled": shuffled_control(features, landmarks, model, least=MIN_SYNC_FRAMES).margin,
+            "sync_margin_shuffled": shuffled_control(features, landmarks, model).margin,
             "sync_auc_shifted": auc,
             "sync_reliable": bool(result.reliable),
         }

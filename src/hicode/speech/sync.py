@@ -152,16 +152,14 @@ def lag_curve(predicted: Float[Tensor, "t 4"], measured: Float[Tensor, "t 4"]) -
     return torch.stack(out)
 
 
-def estimate_offset(
-    features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None, least: int = 50
-) -> SyncResult:
+def estimate_offset(features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None) -> SyncResult:
     """How much later the mouth is than the sound, from features of the model's encoder and landmarks in any unit, posed or not.
 
-    Clips under `least` frames (two seconds), silent ones and still ones give offset 0 with margin 0: nothing to go by.
+    Clips under two seconds, silent ones and still ones give offset 0 with margin 0: nothing to go by.
     """
     model = model or SyncModel.load()
     frames = min(len(features) // 2, len(landmarks))
-    if frames < least:
+    if frames < 50:
         return SyncResult(0.0, 0.0, 0.0)
     curve = lag_curve(model.predict(features[: 2 * frames]), mouth_measures(landmarks[:frames])).double()
     correlation = float(curve.max())
@@ -182,12 +180,12 @@ def _peak(curve: Float[Tensor, "21"]) -> float:
 
 
 def shuffled_control(
-    features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None, seed: int = 0, least: int = 50
+    features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None, seed: int = 0
 ) -> SyncResult:
     """`estimate_offset` with the sound rotated by a third to two thirds of the clip: what chance gives on it, the sound's own rhythm kept."""
     frames = min(len(features) // 2, len(landmarks))
     turn = 2 * int(np.random.default_rng(seed).integers(frames // 3, max(2 * frames // 3, frames // 3 + 1)))
-    return estimate_offset(features[: 2 * frames].roll(turn, 0), landmarks[:frames], model, least)
+    return estimate_offset(features[: 2 * frames].roll(turn, 0), landmarks[:frames], model)
 
 
 def sync_auc(

@@ -91,7 +91,7 @@ def head_preset(preset: Preset) -> HeadConfig:
     if preset == "draft":
         return HeadConfig(_stages(200, 300, 1_700), deformation=DeformationConfig(anchors=2048), vgg_every=4)
     if preset == "standard":
-        return HeadConfig(_stages(500, 1_500, 10_000), loss=LossWeights())
+        return HeadConfig(_stages(500, 1_000, 6_500), loss=LossWeights())
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
         deformation=DeformationConfig(anchors=0, base="none"),
