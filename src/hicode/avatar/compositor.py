@@ -9,7 +9,7 @@ mask is made of three things:
     output          weight * (plain + residual) + (1 - weight) * fill, `weight` falling from 1 to 0 within the mask's rim
 
 `residual` comes from a light U-Net whose last layer starts at zero: an untrained `Compositor` is the plain composite. As a generator it
-sees [rgb, alpha, frame with the dilated head region zeroed, fill, weight]; the fill and the two masks are additions to the paper's pair of
+sees [rgb, alpha, frame with the hidden region zeroed, fill, weight]; the fill and the two masks are additions to the paper's pair of
 images. Colours are floats in [0, 1] inside, uint8 at the edges.
 """
 
@@ -77,7 +77,7 @@ class Seam:
 class PlainComposite:
     """The composite before the generator, within `seam.box`.
 
-    layers float32 "bh bw 11": what the generator sees, in [0, 1]: rgb, alpha, surround (the frame with the dilated head region zeroed), fill,
+    layers float32 "bh bw 11": what the generator sees, in [0, 1]: rgb, alpha, surround (the frame with the hidden region zeroed), fill,
     weight, in this order.
     """
 

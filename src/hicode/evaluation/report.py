@@ -236,8 +236,8 @@ class _Work:
         return time.perf_counter() - started
 
     def frame(self, name: str, motion: Motion, i: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Test frame i of a driven row: composited into the true frame, of which only what lies outside the dilated
-        mask can show."""
+        """Test frame i of a driven row: composited into the true frame, of which only what lies outside the hidden
+        region (the head and a rim of 4 px) can show."""
         t = self.test[i]
         return self.avatar.synthesize_frame(motion, i, self.clip.image(t), self.clip.head_mask(t))
 
