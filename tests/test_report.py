@@ -18,7 +18,9 @@ from hicode.errors import InputError, OutputError
 from hicode.evaluation import report as report_module
 from hicode.evaluation.images import mean_of_frames, psnr
 from hicode.evaluation.page import chart, difference_map
-from hicode.evaluation.report import ROWS, evaluate, print_table
+from hicode.evaluation.report import ROWS, evaluate
+from hicode.evaluation.rows import without_gaps
+from hicode.evaluation.show import print_table
 from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.motion import LIPS, N_LANDMARKS, FaceTrack, Motion
@@ -163,7 +165,7 @@ def test_json_holds_what_is_promised(clip, tmp_path):
     for name in ROWS:
         for region in ("frame", "head", "mouth"):
             assert {"psnr", "ssim", "lpips"} <= set(out[name][region])
-        assert {"lmd_px", "lmd_iod", "sync_offset_frames", "sync_margin"} <= set(out[name])
+        assert {"lmd_px", "lmd_norm", "sync_offset_frames", "sync_margin", "jitter_px", "seam", "motion_in_silence", "closure"} <= set(out[name])
     assert out["seconds"] == {"prepare": 2.5, "speech": 1.0, "head": 20.0}
     assert out["fps"] > 0 and out["peak_memory_mb"] == 321
     assert out["split"]["test"] == [TRAIN, FRAMES] and "MediaPipe" in out["detector"]
@@ -263,7 +265,7 @@ def test_without_sound_or_speech_models_there_is_no_audio_row_and_a_note(clip, t
 
 def test_short_test_parts_have_no_sync_figure_and_say_so(clip):
     out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False)
-    assert out["tracked"]["sync_margin"] is None and any("at least 50" in note for note in out["notes"])
+    assert out["tracked"]["sync_margin"] is None and "at least 50" in out["not_measured"]["sync"]
 
 
 def test_frames_without_a_face_are_counted(clip, monkeypatch):
@@ -286,19 +288,20 @@ def test_gaps_are_interpolated_for_sync_and_half_blind_rows_are_not():
     points = np.arange(10, dtype=np.float32)[:, None, None].repeat(4, 1).repeat(3, 2)
     gap = points.copy()
     gap[4:6] = np.nan
-    assert np.allclose(report_module._without_gaps(gap), points)
+    assert np.allclose(without_gaps(gap), points)
     gap[:5] = np.nan
-    assert report_module._without_gaps(gap) is None
+    assert without_gaps(gap) is None
 
 
 def test_the_page_is_whole_and_shows_the_worst_first(clip, tmp_path):
     evaluate(FakeAvatar(clip, darker), clip, html=tmp_path / "r.html", progress=False)
     text = (tmp_path / "r.html").read_text()
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
-    assert not re.findall(r"(?:src|href)=['\"](?!data:image/)", text) and "http" not in re.sub(
+    assert not re.findall(r"(?:src|href)=['\"](?!data:image/|#)", text) and "http" not in re.sub(
         r"data:image[^']*", "", text
     )
-    assert text.count("<svg") == 5 and "ground truth" in text and "∞" in text
+    assert text.count("<svg") == 6 and "<polygon" in text  # four measures, the openings, the waveform
+    assert "<script" not in text and "ground truth" in text and "∞" in text
     shown = [int(t) for t in re.findall(r"<h3>Frame (\d+):", text)]
     assert shown[0] == FRAMES - 1  # `darker` grows with t
     assert shown[:5] == sorted(shown[:5], reverse=True)
