@@ -268,6 +268,41 @@ def test_short_test_parts_have_no_sync_figure_and_say_so(clip):
     assert out["tracked"]["sync_margin"] is None and "at least 50" in out["not_measured"]["sync"]
 
 
+def test_what_is_not_measured_says_why(clip):
+    out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False)
+    why = out["not_measured"]
+    assert "--syncnet" in why["AVConf"] and "--alignment" in why["closure"] and "silent" in why["motion in silence"]
+    assert all("avconf" not in out[name] for name in ("ground_truth", "control", "tracked"))
+    assert "avconf" not in out["definitions"]
+
+
+def test_with_weights_a_part_too_short_for_avconf_says_so(clip, tmp_path):
+    from hicode.evaluation.syncnet import SyncNet
+
+    torch.save(SyncNet().state_dict(), tmp_path / "syncnet_v2.model")
+    out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False, syncnet=tmp_path / "syncnet_v2.model")
+    assert out["tracked"]["avconf"] is None and "at least 36" in out["not_measured"]["AVConf of tracked"]
+    assert set(out["provenance"]["assets"]) == {"face_landmarks", "face_detection", "perceptual", "syncnet_v2.model"}
+
+
+def test_closure_is_counted_where_an_alignment_is_given(clip, tmp_path):
+    """The lips of the drawing's landmarks never close, the detector here says where they are."""
+    start = TRAIN / 25
+    (tmp_path / "a.txt").write_text(f"0.0 0.1 B\n{start + 0.04:.2f} {start + 0.12:.2f} M\n{start + 0.2:.2f} {start + 0.24:.2f} P\n")
+    out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False, alignment=tmp_path / "a.txt")
+    assert out["ground_truth"]["closures_due"] == 2 and out["ground_truth"]["closure"] is not None
+    assert out["tracked"]["closure"] == out["ground_truth"]["closure"]
+    assert "closure" not in out["not_measured"]
+
+
+def test_some_equal_frames_do_not_hide_the_mean(clip):
+    """A frame equal to the truth has no finite PSNR: the mean is infinite, and a note gives that of the others."""
+    out = evaluate(FakeAvatar(clip, lambda image, t: image if t < 3 else darker(image, t)), clip, modes=("tracked",), progress=False)
+    others = np.mean([psnr(darker(drawn(t), i), drawn(t)) for i, t in enumerate(clip.test) if i >= 3])
+    assert out["tracked"]["frame"]["psnr"] is None
+    assert any("3 of 8 frames equal the truth in the frame" in note and f"{others:.2f} dB" in note for note in out["notes"])
+
+
 def test_frames_without_a_face_are_counted(clip, monkeypatch):
     seen, calls = report_module.detect, []
 
