@@ -128,6 +128,23 @@ def test_without_syncnets_weights_nothing_is_called_avconf(compared):
     assert "LSE-C" not in (base / "r.html").read_text()
 
 
+def test_with_weights_every_row_has_an_avconf(tmp_path, monkeypatch):
+    """Random weights, six frames: that crops, sound and both towers meet; what the scores are worth is tested with the scoring."""
+    import torch
+
+    from hicode.evaluation import rows, syncnet
+
+    monkeypatch.setattr(rows, "MIN_FRAMES", COUNT)
+    monkeypatch.setattr(syncnet, "MIN_FRAMES", COUNT)
+    torch.save(syncnet.SyncNet().state_dict(), tmp_path / "syncnet_v2.model")
+    clip = write_video(tmp_path / "a.mp4", truth(), speech_like(COUNT / 25))
+    out = compare_videos(clip, clip, progress=False, syncnet=tmp_path / "syncnet_v2.model")
+    assert out["avconf"] == out["ground_truth"]["avconf"] and set(out["avconf"]) == {"confidence", "distance", "offset_frames"}
+    assert out["control"]["avconf"]["distance"] != out["avconf"]["distance"]
+    assert "AVConf LSE-C" in table(out) and "AVConf" not in out["not_measured"] and "avconf" in out["definitions"]
+    assert "syncnet_v2.model" in out["provenance"]["assets"]
+
+
 def table(out) -> str:
     from rich.console import Console
 

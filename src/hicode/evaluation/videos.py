@@ -43,7 +43,7 @@ from hicode.evaluation.rows import (
     over_control,
     per_frame,
 )
-from hicode.evaluation.show import Pictures, ShownFrame, evenly, print_table, worst_first
+from hicode.evaluation.show import Pictures, ShownFrame, evenly, mouth_windows, print_table, worst_first
 from hicode.evaluation.syncnet import LipStream, SyncNet, crop, crop_boxes
 from hicode.files import check_writable, write_json
 from hicode.media.audio import read_audio
@@ -471,14 +471,15 @@ def _pictures(pair: _Pair, face: _Face, rows: dict[str, Row]) -> Pictures:
     for i in set(map(int, lost)) & set(wanted):
         wanted[i] += "; no face found in the video or the reference"
     mouths = [int(np.flatnonzero(face.found)[k]) for k in evenly(int(face.found.sum()), STRIP_SHOWN)]
+    windows = dict(zip(mouths, mouth_windows([face.mouth(i, width, height) for i in mouths], width, height), strict=True))
     shown, strip = {}, []
     for i, (truth, image) in enumerate(pair.frames()):
         if i in wanted:
             images = {"control": control(pair, truth, face.mask(i)), "video": image}
             scores = {name: rows[name].images[i]["head"]["psnr"] for name in images}
             shown[i] = ShownFrame(i, wanted[i], truth, images, scores)
-        if i in mouths:
-            x0, y0, x1, y1 = face.mouth(i, width, height)
+        if i in windows:
+            x0, y0, x1, y1 = windows[i]
             strip.append((i, {"ground_truth": truth[y0:y1, x0:x1], "video": image[y0:y1, x0:x1]}))
     heard = pair.heard("video")
     return Pictures([shown[i] for i in wanted], strip, None if heard is None else heard.samples)
