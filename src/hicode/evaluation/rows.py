@@ -51,6 +51,7 @@ DEFINITIONS = {
     "sync_margin": "correlation at that offset less the median over offsets; `sync_margin_shuffled` with the sound rotated",
     "sync_auc_shifted": "how surely two seconds of mouth tell their sound from the same sound 5 ... 10 frames off",
     "closure": f"share of the p, b and m due in which the inner lips come nearer than {CLOSED} of the eye distance",
+    "closed_elsewhere": "share of the other frames in which they do: a mouth that never opens has 1 of both",
     "motion_in_silence": f"change of the mouth's opening a frame in silence ({-SILENCE_DB:.0f} dB under the speech) over that in speech",
     "opening_correlation": "of the mouth's opening, row against truth",
 }
@@ -123,12 +124,13 @@ def figures(
             "motion_in_silence": None,
             "closure": None,
             "closures_due": None,
+            "closed_elsewhere": None,
         }
         if heard[name] is not None:
             found["motion_in_silence"] = motion_in_silence(opening(points), heard[name].silent())
         if due:
             came = closure(opening(points), due)
-            found |= {"closure": came.recall, "closures_due": came.due}
+            found |= {"closure": came.recall, "closures_due": came.due, "closed_elsewhere": came.elsewhere}
         if name != "ground_truth":
             _note_equal_frames(name, row, findings)
         if distance.missed:

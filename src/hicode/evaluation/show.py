@@ -43,6 +43,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("lips", "LMD / eyes", ("lmd_norm",), 4, -1),
     Column("lips", "opening r", ("opening_correlation",), 2, 1),
     Column("lips", "closure", ("closure",), 2, 1),
+    Column("lips", "closed else", ("closed_elsewhere",), 2),
     Column("sync", "offset", ("sync_offset_frames",), 1),
     Column("sync", "margin", ("sync_margin",), 2, 1),
     Column("sync", "shuffled", ("sync_margin_shuffled",), 2),
