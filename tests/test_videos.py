@@ -294,3 +294,23 @@ def test_the_command_says_in_one_line_what_is_wrong(arguments, finding, capfd):
     assert cli.main(arguments.split()) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and finding in lines[0]
+
+
+def test_a_small_head_in_a_wide_frame_is_found_masked_and_shown_by_itself(tmp_path):
+    """Regions are the head's, wherever it is; nothing beside it is in the head's mask or changed by the control."""
+    wide = np.full((240, 420, 3), 110, np.uint8)
+    wide[40:200, 230:390] = portrait(SIZE)
+    frames = list(swaying(4, wide, amount=3.0))
+    clip = folder(tmp_path / "wide", frames)
+    pair = videos._Pair.open(clip, clip, CompareConfig())
+    face = videos._follow(pair, lambda done, total: None)
+    mask = face.mask(0)
+    assert mask.shape == (240, 420) and face.found.all()
+    ys, xs = np.nonzero(mask >= 128)
+    assert xs.min() > 235 and xs.max() < 390 and ys.min() >= 30 and ys.max() < 200 and len(xs) > 1500
+    x0, y0, x1, y1 = face.mouth(0, 420, 240)
+    assert 260 < x0 < x1 < 360 and 90 < y0 < y1 < 190
+    still = videos.control(pair, frames[0], mask)
+    assert np.array_equal(still[:, :220], frames[0][:, :220])
+    rows, columns = face.square
+    assert columns.start > 100 and rows.stop - rows.start == columns.stop - columns.start

@@ -42,6 +42,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("lips", "LMD px", ("lmd_px",), 2, -1),
     Column("lips", "LMD / eyes", ("lmd_norm",), 4, -1),
     Column("lips", "opening r", ("opening_correlation",), 2, 1),
+    Column("lips", "opening", ("opening_mean",), 3),
     Column("lips", "closure", ("closure",), 2, 1),
     Column("lips", "closed else", ("closed_elsewhere",), 2),
     Column("sync", "offset", ("sync_offset_frames",), 1),
