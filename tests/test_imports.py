@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "hicode"
 # From the bottom up; a module imports from its own layer or those below. A name with a dot is one module of a folder,
 # one without the whole folder.
 LAYERS = [
-    ["errors", "geometry", "motion", "camera", "gaussians", "files", "assets", "runtime", "progress", "threads"],
+    ["errors", "geometry", "motion", "camera", "gaussians", "files", "assets", "runtime", "progress", "threads", "provenance"],
     ["media"],
     ["face"],
     ["speech"],

@@ -174,26 +174,3 @@ def _assemble(tensors: dict[str, Tensor], config: dict) -> Avatar:
         config["source"],
         config["info"],
     )
-
-
-def provenance() -> dict:
-    """What made a result: package version, commit where there is one, machine."""
-    import os
-    import platform
-    import subprocess
-
-    import hicode
-
-    root = Path(hicode.__file__).parent
-    try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5)
-        commit = done.stdout.strip() if done.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    return {
-        "version": hicode.__version__,
-        "commit": commit,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-    }

@@ -36,6 +36,7 @@ from hicode.evaluation.lips import DETECTOR, correlation, detect, jitter, lip_di
 from hicode.files import check_writable, write_json
 from hicode.motion import Motion
 from hicode.progress import progress_bar
+from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device
 
 if TYPE_CHECKING:
@@ -462,12 +463,11 @@ def _stage_seconds(clip: Clip, info: dict) -> dict[str, float]:
 
 
 def _provenance(clip: Clip, avatar: Evaluated) -> dict:
-    from hicode.avatar.avatar import provenance
-
     made = {key: avatar.info[key] for key in ("preset", "seed", "config", "provenance") if key in avatar.info}
     source = {key: clip.source[key] for key in ("name", "sha256") if key in clip.source}
     size = {"width": clip.width, "height": clip.height, "audio_offset_frames": clip.audio_offset_frames}
-    return {"evaluated": datetime.date.today().isoformat(), **provenance(), "clip": source | size, "avatar": made}
+    used = ["face_landmarks", "face_detection", "perceptual"]
+    return {"evaluated": datetime.date.today().isoformat(), **provenance(assets=used), "clip": source | size, "avatar": made}
 
 
 def _jsonable(value):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar, Images, provenance
+from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar, Images
 from hicode.avatar.compositor import Compositor, background_plate
 from hicode.avatar.deformation import Deformation
 from hicode.clip import Clip
@@ -25,6 +25,7 @@ from hicode.files import check_writable, load_tensors, read_json, save_tensors, 
 from hicode.gaussians import Gaussians
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.progress import progress_bar
+from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device, tune_allocator
 from hicode.speech.faceformer import SpeechModels
 from hicode.training.avatar import HeadState, deform, train_head, training_split
@@ -33,6 +34,8 @@ from hicode.training.speech import adapt
 from hicode.training.stages import HeadConfig, Preset, head_preset
 
 RUN_SCHEMA, RUN_VERSION = "hicode-run", 1
+# The pretrained parts that a clip and an avatar are made with: the report of an avatar names them with their hashes.
+PARTS = ("face_landmarks", "face_detection", "person_mask", "head_model", "speech_encoder", "perceptual")
 
 
 def train(
@@ -79,7 +82,7 @@ def train(
             "seconds": report.seconds,
             "peak_memory_mb": round(peak_memory_mb()),
             "config": description["config"],
-            "provenance": provenance(),
+            "provenance": provenance(seed=seed, assets=PARTS),
         }
         avatar.save(out)
     finally:
