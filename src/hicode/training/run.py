@@ -60,7 +60,7 @@ def train(
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     out = Path(out)
     check_writable(out)
-    config = head or head_preset(preset)
+    config = head or replace(head_preset(preset), seed=seed)
     folder = Path(run) if run else out.parent / "runs" / out.stem
     description = _open_run(folder, clip, config, preset, seed)
     if config.deformation.coarse == "audio":
