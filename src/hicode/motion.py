@@ -97,15 +97,22 @@ class FaceTrack:
         return self.camera.with_pose(self.motion.T_camera_head[t])
 
     def mouth_box(self, t: int, padding: float = 0.35) -> tuple[int, int, int, int]:
-        """x0, y0, x1, y1 in px around the lips, padded by a fraction of their width, clipped to the image, never empty."""
-        lips = self.landmarks_px[t, torch.from_numpy(LIPS)]
-        low, high = lips.amin(0), lips.amax(0)
-        pad = padding * float(high[0] - low[0])
-        x0 = int(np.clip(np.floor(float(low[0]) - pad), 0, self.camera.width - 2))
-        y0 = int(np.clip(np.floor(float(low[1]) - pad), 0, self.camera.height - 2))
-        x1 = int(np.clip(np.ceil(float(high[0]) + pad), x0 + 1, self.camera.width))
-        y1 = int(np.clip(np.ceil(float(high[1]) + pad), y0 + 1, self.camera.height))
-        return x0, y0, x1, y1
+        """`mouth_box` of the frame's landmarks."""
+        return mouth_box(self.landmarks_px[t].numpy(), self.camera.width, self.camera.height, padding)
+
+
+def mouth_box(
+    points: Float[np.ndarray, "478 c"], width: int, height: int, padding: float = 0.35
+) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 in px around the lips, padded by a fraction of their width, clipped to the image, never empty."""
+    lips = np.asarray(points)[LIPS, :2]
+    low, high = lips.min(0), lips.max(0)
+    pad = padding * float(high[0] - low[0])
+    x0 = int(np.clip(np.floor(float(low[0]) - pad), 0, width - 2))
+    y0 = int(np.clip(np.floor(float(low[1]) - pad), 0, height - 2))
+    x1 = int(np.clip(np.ceil(float(high[0]) + pad), x0 + 1, width))
+    y1 = int(np.clip(np.ceil(float(high[1]) + pad), y0 + 1, height))
+    return x0, y0, x1, y1
 
 
 def bounce(length: int, start: int, count: int) -> np.ndarray:

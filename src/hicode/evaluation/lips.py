@@ -5,7 +5,9 @@ the tracking that trained the avatar, and no smoothing that could hide what a vi
 "t 478 3" in px, NaN in frames without a face.
 """
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -214,3 +216,60 @@ def motion_in_silence(gap: Float[np.ndarray, "t"], silent: Bool[np.ndarray, "t"]
     if min(map(len, speeds)) < 5 or speeds[1].mean() < 1e-9:
         return None
     return float(speeds[0].mean() / speeds[1].mean())
+
+
+SILENCE_DB = -30.0  # below the speech's own level a frame counts as silent
+SILENCE_FRAMES = 3  # of this many in a row at least: the closure of a p, b or m is not a silence
+
+
+def silent_frames(rms: Float[np.ndarray, "t"], speech_level: float) -> Bool[np.ndarray, "t"]:
+    """Which frames are silent, from each frame's RMS and the speech's."""
+    quiet = np.asarray(rms) < speech_level * 10 ** (SILENCE_DB / 20)
+    out = np.zeros(len(quiet), bool)
+    for run in np.split(np.arange(len(quiet)), np.flatnonzero(np.diff(quiet)) + 1):
+        if len(run) >= SILENCE_FRAMES and quiet[run[0]]:
+            out[run] = True
+    return out
+
+
+_GRID_UNITS_PER_S = 25000
+_WORD_CLOSURE_S = 0.12  # a word that begins with p, b or m closes the lips somewhere in this time about its beginning
+_CLOSED_PHONES = {"P", "B", "M"}
+
+
+def closures_due(path: Path | str, first: int, count: int, offset_frames: float = 0.0, fps: float = 25.0) -> list[tuple[int, int]]:
+    """[first, end) of the frames in which each p, b or m of an alignment is spoken, counted from frame `first` of the video, in `count` frames.
+
+    A line is `start end label`. In a file called *.align (GRID) labels are words and times are in 1/25000 s: a word that begins with p, b or m
+    is due at its beginning, the letter m (spoken "em") at its end. In any other file labels are phones (ARPABET; stress digits do not
+    matter) and times are seconds. `offset_frames`: how much later the mouth is than the sound. Closures that are not wholly inside
+    are left out. InputError names the line that cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is no file. Give an alignment: a line of start, end and phone for each sound.")
+    words = path.suffix.lower() == ".align"
+    due = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        fields = line.split()
+        if not fields:
+            continue
+        try:
+            start, end, label = float(fields[0]), float(fields[1]), fields[2]
+        except (ValueError, IndexError):
+            start, end, label = 0.0, -1.0, ""
+        if not start <= end:
+            raise InputError(f"{path}, line {number}, is not start, end and label: {line[:60]!r}. Give an alignment, a sound a line.")
+        if words:
+            start, end, word = start / _GRID_UNITS_PER_S, end / _GRID_UNITS_PER_S, label.lower()
+            if word[0] not in "pbm":
+                continue
+            at = end if word == "m" else start
+            start, end = at - _WORD_CLOSURE_S / 2, at + _WORD_CLOSURE_S / 2
+        elif re.sub(r"\d", "", label).upper() not in _CLOSED_PHONES:
+            continue
+        a = int(np.floor(start * fps + offset_frames)) - first
+        b = max(int(np.ceil(end * fps + offset_frames)) - first, a + 1)
+        if 0 <= a and b <= count:
+            due.append((a, b))
+    return due

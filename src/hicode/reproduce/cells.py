@@ -115,6 +115,7 @@ class Cell:
     row     what the table calls the configuration; not part of the key
     compose whether a compositor is trained; without, the plain composite
     cross   the clip whose sound the avatar is also made to speak; None for none
+    syncnet file of SyncNet's weights, for AVConf; None without
     threads cores to use; all where None; not part of the key
     """
 
@@ -125,6 +126,7 @@ class Cell:
     seed: int
     compose: bool
     cross: Preparation | None = None
+    syncnet: str | None = None
     threads: int | None = None
 
     @cached_property
@@ -137,6 +139,7 @@ class Cell:
                 "head": plain(self.head),
                 "seed": self.seed,
                 "cross": self.cross and self.cross.key,
+                "syncnet": self.syncnet and _file_hash(Path(self.syncnet)),
                 "code": self.clip.code,
                 "assets": {name: assets.ASSETS[name].package.sha256 for name in PARTS},
             }
@@ -176,7 +179,7 @@ def run_cell(cell: Cell) -> None:
         clip, work / "avatar.hicode", cell.preset, head=head, run=work / "run", seed=cell.seed, compose=cell.compose, progress=False
     )
     recorder = _Recorder(avatar, _kept(len(clip.test)))
-    report = evaluate(recorder, clip, progress=False)
+    report = evaluate(recorder, clip, progress=False, syncnet=cell.syncnet)
     cross = None if cell.cross is None else _speak_for(avatar, Clip.open(cell.cross.clip), cell.cross.source.name)
     modes = [mode for mode in ("tracked", "audio") if report[mode] is not None]
     assert len(modes) == len(recorder.motions), (modes, len(recorder.motions))
@@ -196,7 +199,7 @@ def run_cell(cell: Cell) -> None:
             "report": report,
             "cross": cross,
             "kept_frames": {mode: sorted(frames) for mode, frames in zip(modes, recorder.frames, strict=True)},
-            "provenance": provenance(config=plain(head), seed=cell.seed, assets=PARTS),
+            "provenance": provenance(config=plain(head), seed=cell.seed, assets=(*PARTS, *filter(None, [cell.syncnet]))),
         },
     )
     shutil.rmtree(work, ignore_errors=True)
@@ -271,14 +274,13 @@ def _speak_for(avatar, other: Clip, name: str) -> dict | None:
 
 
 def _sync(features, points: np.ndarray) -> dict:
+    from hicode.evaluation.rows import MIN_SYNC_FRAMES, without_gaps
     from hicode.speech.sync import estimate_offset, shuffled_control
 
-    known = np.isfinite(points).all((1, 2))
-    if len(points) < 50 or known.mean() <= 0.5:
+    filled = without_gaps(points)
+    if len(points) < MIN_SYNC_FRAMES or filled is None:
         return {"sync_offset_frames": None, "sync_margin": None, "sync_margin_shuffled": None}
-    times, flat = np.arange(len(points)), points.reshape(len(points), -1)
-    filled = np.stack([np.interp(times, times[known], column[known]) for column in flat.T], 1).reshape(points.shape)
-    landmarks = torch.from_numpy(filled.astype(np.float32))
+    landmarks = torch.from_numpy(filled)
     found = estimate_offset(features, landmarks)
     return {
         "sync_offset_frames": found.offset_frames if found.margin > 0 else None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from hicode.errors import FileFormatError, InputError, OutputError
+from hicode.evaluation.syncnet import SyncNet
 from hicode.files import atomic_path, read_json, write_json
 from hicode.progress import progress_bar
 from hicode.provenance import plain, provenance
@@ -33,7 +34,7 @@ from hicode.training.stages import ABLATIONS, HeadConfig, Preset, head_preset
 
 MEASURES = (
     "Means over clips, then mean ± sample standard deviation over seeds. SSIM, PSNR, LPIPS (AlexNet) are of the whole frame, LMD by MediaPipe's "
-    "landmarks in px at 512. AVConf needs SyncNet's weights and is not given; the sync margin is another measure."
+    "landmarks in px at 512. The sync margin is hicode.speech.sync's; only SyncNet's own weights (--syncnet) give AVConf."
 )
 Table = Literal["table1", "table2"]
 SCHEMA, VERSION = "hicode-table", 1
@@ -52,6 +53,7 @@ def reproduce(
     ray: str | None = None,
     workers: int | None = None,
     cpus: int = 1,
+    syncnet: Path | str | None = None,
     progress: bool = True,
 ) -> dict:
     """Make a table, or go on with it: OUT/TABLE.md, .tex, .png and .json, written anew after each cell.
@@ -61,6 +63,7 @@ def reproduce(
     seeds   cells of each row and clip, seeds 0 … seeds - 1; 1 for table1, 2 for table2 if not given
     rows    of table2 (names in ABLATIONS); all if none is named
     iterations_scale  multiplies the head's iterations: a sweep that is quicker and less than the preset
+    syncnet SyncNet's own weights, syncnet_v2.model: adds AVConf
     ray, workers, cpus  as `hicode.reproduce.sweep.execute`; without `ray` one cell after the other, each on all cores
 
     Returns what the JSON file holds. InputError for what cannot be done at all, and, after all other cells, where a cell failed.
@@ -68,7 +71,7 @@ def reproduce(
     out = Path(out)
     config = {"table": table, "presets": list(presets), "seeds": seeds or SEEDS[table], "rows": list(rows), "iterations_scale": iterations_scale}
     sources = find_sources(clips)
-    cells = plan(table, sources, out, tuple(presets), config["seeds"], tuple(rows), iterations_scale, cpus if ray else None)
+    cells = plan(table, sources, out, tuple(presets), config["seeds"], tuple(rows), iterations_scale, cpus if ray else None, syncnet)
     with _only_one(out):
         return _sweep(table, cells, out, config, ray, workers, cpus, progress)
 
@@ -82,6 +85,7 @@ def plan(
     rows: Sequence[str] = (),
     iterations_scale: float = 1.0,
     threads: int | None = None,
+    syncnet: Path | str | None = None,
 ) -> list[Cell]:
     """The cells of a table, in the order in which they are best made: a first look at every row before the second seed."""
     if seeds < 1:
@@ -94,6 +98,9 @@ def plan(
         raise InputError(f"Table 2 has one preset, {len(presets)} are given. Give one; run the command again for another, with another -o.")
     if table == "table1" and rows:
         raise InputError("Rows can be chosen in table2 only. Leave --rows out.")
+    if syncnet is not None:
+        SyncNet.load(syncnet)  # refused before the long work
+        syncnet = str(Path(syncnet).resolve())
     code = code_version()
     ready = [Preparation(source, str(out.resolve()), code, threads) for source in sources]
     cells = []
@@ -103,11 +110,11 @@ def plan(
             if table == "table1":
                 for i, clip in enumerate(ready):
                     cross = ready[(i + 1) % len(ready)] if len(ready) > 1 else None
-                    cells.append(Cell(clip, preset, preset, base, seed, True, cross, threads))
+                    cells.append(Cell(clip, preset, preset, base, seed, True, cross, syncnet, threads))
                 continue
             for name in rows or ABLATIONS:
                 # No row of Table 2 concerns composition: the plain composite does for all, and its training is saved.
-                cells += [Cell(clip, name, preset, ABLATIONS[name].apply(base), seed, False, None, threads) for clip in ready]
+                cells += [Cell(clip, name, preset, ABLATIONS[name].apply(base), seed, False, None, syncnet, threads) for clip in ready]
     return cells
 
 

@@ -27,6 +27,7 @@ class Metric:
     paper: str | None = None
 
 
+AVCONF = Metric("AVConf", ("avconf", "confidence"), 2, "high", "AVConf")
 METRICS = (
     Metric("SSIM", ("frame", "ssim"), 3, "high", "SSIM"),
     Metric("PSNR", ("frame", "psnr"), 2, "high", "PSNR"),
@@ -131,6 +132,12 @@ class Row:
     extra: dict[str, str]
 
 
+def _metrics(cells: Sequence[dict]) -> tuple[Metric, ...]:
+    """The columns: AVConf only where some cell was measured with SyncNet's weights."""
+    known = any(lookup(row, AVCONF.where) is not None for c in cells for row in (c["report"].get(m) for m in DRIVEN))
+    return (*METRICS[:4], AVCONF, *METRICS[4:]) if known else METRICS
+
+
 def rows_of(cells: Sequence[dict], key: str, title: str, mode: str, metrics: Sequence[Metric], part: str = "report") -> Row:
     """The row of cells of one configuration: `part` "report" or "cross", `mode` the row in it."""
 
@@ -218,6 +225,7 @@ def _block(heading: str, rows: Sequence[Row], metrics: Sequence[Metric], note: s
 
 def table1(cells: Sequence[dict], presets: Sequence[str]) -> Made:
     """Same identity (tracked, driven by sound) with ground truth and control, another's sound, each clip by itself, and the paper's rows."""
+    metrics = _metrics(cells)
     here = [p for p in presets if any(c["row"] == p for c in cells)]
     of = lambda preset, name=None: [c for c in cells if c["row"] == preset and name in (None, c["clip"]["name"])]
     names = sorted({c["clip"]["name"] for c in cells})
@@ -226,16 +234,16 @@ def table1(cells: Sequence[dict], presets: Sequence[str]) -> Made:
         rows = []
         for preset in here[:1]:  # truth and control do not depend on the preset
             for mode, title in (("ground_truth", "ground truth"), ("control", "control: a static mean head")):
-                rows.append(rows_of(of(preset, name), mode, title, mode, METRICS))
+                rows.append(rows_of(of(preset, name), mode, title, mode, metrics))
         for preset in here:
             for mode, title in DRIVEN.items():
-                rows.append(rows_of(of(preset, name), f"{preset}-{mode}", f"hicode {preset}, {title}", mode, METRICS))
+                rows.append(rows_of(of(preset, name), f"{preset}-{mode}", f"hicode {preset}, {title}", mode, metrics))
         return rows
 
     whole = same_identity(None)
     clips = f"{len(names)} clip{'s' * (len(names) != 1)}"
     note = "PSNR of the truth is infinite. The frame columns profit from true background: a result is its distance from the control."
-    blocks = [_block(f"Same identity, mean over {clips}", whole, METRICS, note)]
+    blocks = [_block(f"Same identity, mean over {clips}", whole, metrics, note)]
     cross = []
     for preset in here:
         spoken = [c for c in of(preset) if c["cross"]]
@@ -248,7 +256,7 @@ def table1(cells: Sequence[dict], presets: Sequence[str]) -> Made:
         note = f"No true frames exist: sync (hicode.speech.sync, not SyncNet) and jitter only, over {frames[0]}-{frames[-1]} frames a clip; it keeps no frames for --check."
         blocks.append(_block("Cross identity: each avatar speaks the next clip's sound", [truth, *cross], CROSS_METRICS, note))
     if len(names) > 1:
-        blocks += [_block(name, same_identity(name), METRICS) for name in names]
+        blocks += [_block(name, same_identity(name), metrics) for name in names]
     for data, methods in PAPER_TABLE1.items():
         rows = [
             (f"{m} {PAPER}", *(_paper_text(r[c]) for c in _COLUMNS), *map(str, PAPER_SPEED.get(m, ("–", "–")))) for m, r in methods.items()
@@ -256,20 +264,21 @@ def table1(cells: Sequence[dict], presets: Sequence[str]) -> Made:
         blocks.append(Block(f"The paper's Table 1, {data}", ("", *_COLUMNS, "training", "FPS"), tuple(rows)))
     data = {"same_identity": _data(whole), "cross_identity": _data(cross), "clips": {n: _data(same_identity(n)) for n in names}}
     control = whole[1] if whole else None
-    return Made("Table 1", tuple(blocks), {"same identity": (tuple(whole[2:]), control)}, METRICS, (), data | {"paper": PAPER_TABLE1})
+    return Made("Table 1", tuple(blocks), {"same identity": (tuple(whole[2:]), control)}, metrics, (), data | {"paper": PAPER_TABLE1})
 
 
 def table2(cells: Sequence[dict]) -> Made:
     """The ablations, driven by sound and tracked, beside the paper's figures, and how far the orders agree."""
+    metrics = _metrics(cells)
     here = [name for name in ABLATIONS if any(c["row"] == name for c in cells)]
     blocks, plotted, lines, data = [], {}, [], {}
     for mode, title in (("audio", DRIVEN["audio"]), ("tracked", DRIVEN["tracked"])):
-        rows = [rows_of([c for c in cells if c["row"] == n], n, ABLATIONS[n].title, mode, METRICS) for n in here]
+        rows = [rows_of([c for c in cells if c["row"] == n], n, ABLATIONS[n].title, mode, metrics) for n in here]
         any_row = [c for c in cells if c["row"] == here[0]] if here else []
-        control = rows_of(any_row, "control", "control: a static mean head", "control", METRICS)
-        blocks.append(_block(f"Ablations, {title}", [control, *rows], METRICS))
+        control = rows_of(any_row, "control", "control: a static mean head", "control", metrics)
+        blocks.append(_block(f"Ablations, {title}", [control, *rows], metrics))
         plotted[title] = (tuple(rows), control)
-        orders = [agreement(rows, m) for m in METRICS if m.paper]
+        orders = [agreement(rows, m) for m in metrics if m.paper]
         data[mode] = {"control": _data([control]), "rows": _data(rows), "agreement": orders}
         for order in orders:
             if order["pairs"]:
@@ -283,7 +292,7 @@ def table2(cells: Sequence[dict]) -> Made:
     rows = [(f"{ABLATIONS[n].title} {PAPER}", *(_paper_text(r[c]) for c in _COLUMNS)) for n, r in PAPER_TABLE2.items()]
     blocks.append(Block("The paper's Table 2", ("", *_COLUMNS), tuple(rows)))
     lines += [f"{ABLATIONS[n].title}: {ABLATIONS[n].what}." for n in here]
-    return Made("Table 2", tuple(blocks), plotted, METRICS, tuple(lines), data | {"paper": PAPER_TABLE2})
+    return Made("Table 2", tuple(blocks), plotted, metrics, tuple(lines), data | {"paper": PAPER_TABLE2})
 
 
 def _paper_text(value: float | None) -> str:
