@@ -34,7 +34,7 @@ from hicode.training.stages import HeadConfig, Preset
 SCHEMA, VERSION = "hicode-cell", 1
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
 MAX_KEPT_FRAMES = 60  # test frames kept for a later check, spread evenly: 60 of 512² are some 25 MB a driving mode
-CROSS_FRAMES = 150  # of the other clip's sound, from its beginning: six seconds, three times what the sync measure needs
+CROSS_FRAMES = 100  # of the other clip's sound, from its beginning: four seconds, twice what the sync measure needs
 # Sources that no figure can depend on: what people see and type. Whatever else changes makes every cell anew.
 SURFACES = {
     "cli.py", "demo.py", "doctor.py", "progress.py", "viewer.py", "server.py",

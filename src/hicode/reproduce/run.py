@@ -38,6 +38,7 @@ MEASURES = (
 )
 Table = Literal["table1", "table2"]
 SCHEMA, VERSION = "hicode-table", 1
+WRITE_REST_SECONDS = 5.0  # between two writings of the tables: with a hundred machines cells end faster than a plot is drawn
 SEEDS = {"table1": 1, "table2": 2}  # two are the fewest that show a spread
 
 
@@ -132,9 +133,15 @@ def _sweep(
     tasks += [Task(c.key, run_cell, c, after=tuple(f"prepare {p.key}" for p in (c.clip, c.cross) if p)) for c in wanted.values()]
     failures: dict[str, str] = {}
     started, done_before = time.perf_counter(), len(cells) - len(missing)
+    known: dict[str, dict] = {}
+    rested = -WRITE_REST_SECONDS
 
     def write() -> dict:
-        return _write(table, cells, out, config, failures, time.perf_counter() - started)
+        nonlocal rested
+        known.update({c.key: c.read() for c in cells if c.key not in known and c.is_finished})
+        made = _write(table, cells, known, out, config, failures, time.perf_counter() - started)
+        rested = time.perf_counter()
+        return made
 
     with progress_bar(f"{table}: {done_before} of {len(cells)} cells were there", progress) as show:
         ended = 0
@@ -143,14 +150,15 @@ def _sweep(
             nonlocal ended
             if key in wanted:
                 ended += 1
-                write()
+                if time.perf_counter() - rested >= WRITE_REST_SECONDS:
+                    write()
                 show(ended, len(missing))
 
         def failed(key: str, why: str) -> None:
             failures[key] = why
             end(key)
 
-        made = write()
+        write()
         execute(tasks, end, failed, ray=ray, workers=workers, cpus=cpus)
     made = write()
     lost = [c for c in cells if c.key in failures]
@@ -163,8 +171,11 @@ def _sweep(
     return made
 
 
-def _write(table: Table, cells: Sequence[Cell], out: Path, config: dict, failures: dict[str, str], seconds: float) -> dict:
-    finished = [c.read() | {"row": c.row, "preset": c.preset} for c in cells if c.is_finished]
+def _write(
+    table: Table, cells: Sequence[Cell], known: dict[str, dict], out: Path, config: dict, failures: dict[str, str], seconds: float
+) -> dict:
+    # A cell may have been made for another table: what this one calls it counts.
+    finished = [known[c.key] | {"row": c.row, "preset": c.preset} for c in cells if c.key in known]
     made = table1(finished, config["presets"]) if table == "table1" else table2(finished)
     names = sorted({c.clip.source.name for c in cells})
     status = [
@@ -190,7 +201,7 @@ def _write(table: Table, cells: Sequence[Cell], out: Path, config: dict, failure
         "table": table,
         "config": config,
         "finished": len(finished),
-        "cells": [{"key": c.key, "clip": c.clip.source.name, "row": c.row, "preset": c.preset, "seed": c.seed, "finished": c.is_finished} for c in cells],
+        "cells": [{"key": c.key, "clip": c.clip.source.name, "row": c.row, "preset": c.preset, "seed": c.seed, "finished": c.key in known} for c in cells],
         "failed": {c.key: failures[c.key] for c in cells if c.key in failures},
         "figures": made.data,
         "agreement": list(made.lines),
