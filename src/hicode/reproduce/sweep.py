@@ -122,6 +122,8 @@ def _cluster(address: str, workers: int | None, cpus: int) -> Iterator:
     """Ray, connected. Left as it was found: a local one ends, a cluster stays."""
     # Ray reports its use to its makers unless told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Its workers step back behind everything else on the machine (nice 15): their frames a second would be those of an idle moment.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         import ray
     except ImportError as error:

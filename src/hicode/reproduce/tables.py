@@ -296,7 +296,7 @@ def table2(cells: Sequence[dict]) -> Made:
 
 
 def _paper_text(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _data(rows: Sequence[Row]) -> list[dict]:
