@@ -282,6 +282,15 @@ def test_closure_counts_what_was_due():
         lips.closure(gap, [(18, 25)])
 
 
+def test_a_mouth_that_never_opens_recalls_every_closure_and_pays_for_it():
+    shut, due = np.zeros(40), [(10, 12), (20, 22)]
+    found = lips.closure(shut, due)
+    assert found.recall == 1 and found.elsewhere == 1
+    speaking = np.full(40, 0.2)
+    speaking[[10, 20]] = 0
+    assert lips.closure(speaking, due).recall == 1 and lips.closure(speaking, due).elsewhere == 0
+
+
 def test_a_resting_mouth_has_no_motion_in_silence():
     gap = np.concatenate([np.full(20, 0.05), 0.1 + 0.05 * np.sin(np.arange(30))])
     silent = np.arange(50) < 20
@@ -291,10 +300,10 @@ def test_a_resting_mouth_has_no_motion_in_silence():
 
 def test_silence_is_what_lasts_and_lies_under_the_speech():
     rms = np.full(40, 0.1)
-    rms[10:20], rms[25:27] = 0.001, 0.001  # a pause, and a closure of two frames
+    rms[10:20], rms[25:28] = 0.001, 0.001  # a pause, and a closure of three frames
     found = lips.silent_frames(rms, 0.1)
     assert found[10:20].all() and found.sum() == 10
-    assert not lips.silent_frames(np.full(40, 0.01), 0.1).any()  # 20 dB under is quiet speech
+    assert not lips.silent_frames(np.full(40, 0.02), 0.1).any()  # 14 dB under is quiet speech
 
 
 def test_a_mouth_that_moves_as_much_in_silence_as_in_speech_has_a_ratio_of_one():

@@ -20,7 +20,7 @@ from hicode.evaluation.images import mean_of_frames, psnr
 from hicode.evaluation.page import chart, difference_map
 from hicode.evaluation.report import ROWS, evaluate
 from hicode.evaluation.rows import without_gaps
-from hicode.evaluation.show import print_table
+from hicode.evaluation.show import mouth_windows, print_table, worst_first
 from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.motion import LIPS, N_LANDMARKS, FaceTrack, Motion
@@ -395,3 +395,16 @@ def test_a_difference_map_is_dark_where_images_agree():
     assert shown[40:, 40:].max() < 5
     assert shown[12:18, 12:18].mean() > 60
     assert cv2.countNonZero((shown > 30).astype(np.uint8)) <= 100
+
+
+def test_mouths_over_time_keep_their_scale():
+    windows = mouth_windows([(10, 20, 30, 32), (60, 60, 70, 80), (0, 0, 8, 8)], 72, 90)
+    assert {(x1 - x0, y1 - y0) for x0, y0, x1, y1 in windows} == {(20, 20)}
+    assert all(0 <= x0 and x1 <= 72 and 0 <= y0 and y1 <= 90 for x0, y0, x1, y1 in windows)
+    assert windows[0] == (10, 16, 30, 36)
+
+
+def test_the_worst_come_first_and_unknown_frames_are_never_worst():
+    nan, inf = float("nan"), float("inf")
+    picked = worst_first([30.0, nan, 20.0, inf, 25.0, 40.0], 3, 2)
+    assert [i for i, _ in picked] == [2, 4, 0, 5] and "worst 1" in picked[0][1] and picked[-1][1] == "evenly spread"

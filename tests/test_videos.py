@@ -128,6 +128,23 @@ def test_without_syncnets_weights_nothing_is_called_avconf(compared):
     assert "LSE-C" not in (base / "r.html").read_text()
 
 
+def test_with_weights_every_row_has_an_avconf(tmp_path, monkeypatch):
+    """Random weights, six frames: that crops, sound and both towers meet; what the scores are worth is tested with the scoring."""
+    import torch
+
+    from hicode.evaluation import rows, syncnet
+
+    monkeypatch.setattr(rows, "MIN_FRAMES", COUNT)
+    monkeypatch.setattr(syncnet, "MIN_FRAMES", COUNT)
+    torch.save(syncnet.SyncNet().state_dict(), tmp_path / "syncnet_v2.model")
+    clip = write_video(tmp_path / "a.mp4", truth(), speech_like(COUNT / 25))
+    out = compare_videos(clip, clip, progress=False, syncnet=tmp_path / "syncnet_v2.model")
+    assert out["avconf"] == out["ground_truth"]["avconf"] and set(out["avconf"]) == {"confidence", "distance", "offset_frames"}
+    assert out["control"]["avconf"]["distance"] != out["avconf"]["distance"]
+    assert "AVConf LSE-C" in table(out) and "AVConf" not in out["not_measured"] and "avconf" in out["definitions"]
+    assert "syncnet_v2.model" in out["provenance"]["assets"]
+
+
 def table(out) -> str:
     from rich.console import Console
 
@@ -277,3 +294,23 @@ def test_the_command_says_in_one_line_what_is_wrong(arguments, finding, capfd):
     assert cli.main(arguments.split()) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and finding in lines[0]
+
+
+def test_a_small_head_in_a_wide_frame_is_found_masked_and_shown_by_itself(tmp_path):
+    """Regions are the head's, wherever it is; nothing beside it is in the head's mask or changed by the control."""
+    wide = np.full((240, 420, 3), 110, np.uint8)
+    wide[40:200, 230:390] = portrait(SIZE)
+    frames = list(swaying(4, wide, amount=3.0))
+    clip = folder(tmp_path / "wide", frames)
+    pair = videos._Pair.open(clip, clip, CompareConfig())
+    face = videos._follow(pair, lambda done, total: None)
+    mask = face.mask(0)
+    assert mask.shape == (240, 420) and face.found.all()
+    ys, xs = np.nonzero(mask >= 128)
+    assert xs.min() > 235 and xs.max() < 390 and ys.min() >= 30 and ys.max() < 200 and len(xs) > 1500
+    x0, y0, x1, y1 = face.mouth(0, 420, 240)
+    assert 260 < x0 < x1 < 360 and 90 < y0 < y1 < 190
+    still = videos.control(pair, frames[0], mask)
+    assert np.array_equal(still[:, :220], frames[0][:, :220])
+    rows, columns = face.square
+    assert columns.start > 100 and rows.stop - rows.start == columns.stop - columns.start

@@ -36,7 +36,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .62rem; text-align: right; white-space: nowrap } td { border-top: 1px solid var(--line) }
 th { font-weight: 500; color: var(--soft) } thead tr:first-child th { text-align: center; color: var(--ink); font-weight: 600;
   border-bottom: 1px solid #9aa1aa } th:first-child, td:first-child { text-align: left }
-.g { border-left: 1px solid var(--line) } td.best { font-weight: 650 } tr.aside td { color: var(--soft) }
+.g { border-left: 1px solid var(--line) } tr.aside td { color: var(--soft) }
 .dot { display: inline-block; width: .62rem; height: .62rem; border-radius: 50%; margin-right: .45rem }
 .scroll { overflow-x: auto } .cards { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1rem 0 .4rem }
 .card { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .85rem; min-width: 9.2rem }
@@ -145,27 +145,18 @@ def _one_table(columns: list[Column], rows: dict[str, dict]) -> str:
     names = "".join(
         f"<th{_edge(i, starts)}>{escape(column.name)}{arrow[column.better]}</th>" for i, column in enumerate(columns)
     )
-    best = {column: _best(column, rows) for column in columns}
     body = []
     for name, row in rows.items():
         cells = "".join(
-            f"<td{_edge(i, starts, name in best[column])}>{cell(row, column)}</td>" for i, column in enumerate(columns)
+            f"<td{_edge(i, starts)}>{cell(row, column)}</td>" for i, column in enumerate(columns)
         )
         kind = " class='aside'" if name in ("ground_truth", "control") else ""
         body.append(f"<tr{kind}><td>{_dot(name)}{TITLES[name]}</td>{cells}</tr>")
     return f"<table><thead><tr><th></th>{top}</tr><tr><th></th>{names}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _edge(i: int, starts: set[int], best: bool = False) -> str:
-    kinds = " ".join(kind for kind, on in (("g", i in starts), ("best", best)) if on)
-    return f" class='{kinds}'" if kinds else ""
-
-
-def _best(column: Column, rows: dict[str, dict]) -> set[str]:
-    """Of the rows that somebody made, those with the best figure."""
-    found = {n: value(row, column.where) for n, row in rows.items() if n not in ("ground_truth", "control")}
-    found = {n: v * column.better for n, v in found.items() if v is not None}
-    return {n for n, v in found.items() if v == max(found.values())} if column.better and len(found) > 1 else set()
+def _edge(i: int, starts: set[int]) -> str:
+    return " class='g'" if i in starts else ""
 
 
 def _dot(name: str) -> str:
@@ -333,15 +324,9 @@ def _strips(strip: list[tuple[int, dict[str, np.ndarray]]]) -> str:
 
 
 def _mouth(image: np.ndarray) -> np.ndarray:
-    """A crop at one size, whatever the box was: 4 to 3, the crop whole in it."""
-    height, width = STRIP_HEIGHT_PX, STRIP_HEIGHT_PX * 4 // 3
-    scale = min(height / image.shape[0], width / image.shape[1])
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    out = np.full((height, width, 3), 245, np.uint8)
-    y, x = (height - size[1]) // 2, (width - size[0]) // 2
-    out[y : y + size[1], x : x + size[0]] = small
-    return out
+    scale = STRIP_HEIGHT_PX / image.shape[0]
+    size = max(1, round(image.shape[1] * scale)), STRIP_HEIGHT_PX
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
 def _frames(frames: list[ShownFrame]) -> str:

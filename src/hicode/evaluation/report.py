@@ -43,7 +43,7 @@ from hicode.evaluation.rows import (
     over_control,
     per_frame,
 )
-from hicode.evaluation.show import Pictures, ShownFrame, evenly, print_table, worst_first
+from hicode.evaluation.show import Pictures, ShownFrame, evenly, mouth_windows, print_table, worst_first
 from hicode.evaluation.syncnet import LipStream, SyncNet, crop, crop_boxes
 from hicode.files import check_writable, write_json
 from hicode.motion import Motion
@@ -417,9 +417,10 @@ def _pictures(work: _Work, motions: dict[str, Motion], rows: dict[str, Row]) -> 
         scores = {name: rows[name].images[i]["head"]["psnr"] for name in images}
         shown.append(ShownFrame(t, f"{why} ({judged})" if "worst" in why else why, work.clip.image(t), images, scores))
     strip = []
-    for i in evenly(len(work.test), STRIP_SHOWN):
+    picked = evenly(len(work.test), STRIP_SHOWN)
+    boxes = [work.clip.track.mouth_box(work.test[i]) for i in picked]
+    for i, (x0, y0, x1, y1) in zip(picked, mouth_windows(boxes, work.clip.width, work.clip.height), strict=True):
         t = work.test[i]
-        x0, y0, x1, y1 = work.clip.track.mouth_box(t)
         whole = {"ground_truth": work.clip.image(t)} | {
             name: work.frame(name, motion, i) for name, motion in motions.items()
         }

@@ -42,7 +42,7 @@ DEFINITIONS = {
     ),
     "psnr": "dB, mean over frames of each frame's own; null where it is infinite (equal images)",
     "ssim": "11 x 11 Gaussian, σ 1.5, data range 1, population covariances, RGB averaged",
-    "lmd_px": "40 lip landmarks, each set minus its mean, mean distance in px of a frame 512 px wide",
+    "lmd_px": "40 lip landmarks, each set minus its mean, mean distance in px of a frame 512 px wide: for heads that fill it",
     "lmd_norm": "the same over the distance of the outer eye corners in the truth; `lmd_iod` is the same figure",
     "missed_faces": "frames in which the detector found no face in the row or in the truth: not in LMD, never counted as 0",
     "jitter_px": "mean second difference of all landmarks, each frame's shift, turn and scale taken out, px at 512",
@@ -51,8 +51,10 @@ DEFINITIONS = {
     "sync_margin": "correlation at that offset less the median over offsets; `sync_margin_shuffled` with the sound rotated",
     "sync_auc_shifted": "how surely two seconds of mouth tell their sound from the same sound 5 ... 10 frames off",
     "closure": f"share of the p, b and m due in which the inner lips come nearer than {CLOSED} of the eye distance",
+    "closed_elsewhere": "share of the other frames in which they do: a mouth that never opens has 1 of both",
     "motion_in_silence": f"change of the mouth's opening a frame in silence ({-SILENCE_DB:.0f} dB under the speech) over that in speech",
-    "opening_correlation": "of the mouth's opening, row against truth",
+    "opening_correlation": "of the mouth's opening (gap of the inner lips over the distance of the outer eye corners), row against truth",
+    "opening_mean": "mean opening: a row well below the truth's mumbles",
 }
 AVCONF_DEFINITION = {
     "avconf": "SyncNet with the weights given, face boxes from the landmarks: confidence (LSE-C), distance (LSE-D), offset",
@@ -120,15 +122,17 @@ def figures(
             "jitter_px": jitter(points, width),
             "seam": mean_of_frames(row.seam),
             "opening_correlation": correlation(opening(points), opening(truth)),
+            "opening_mean": mean_of_frames(list(opening(points))),
             "motion_in_silence": None,
             "closure": None,
             "closures_due": None,
+            "closed_elsewhere": None,
         }
         if heard[name] is not None:
             found["motion_in_silence"] = motion_in_silence(opening(points), heard[name].silent())
         if due:
             came = closure(opening(points), due)
-            found |= {"closure": came.recall, "closures_due": came.due}
+            found |= {"closure": came.recall, "closures_due": came.due, "closed_elsewhere": came.elsewhere}
         if name != "ground_truth":
             _note_equal_frames(name, row, findings)
         if distance.missed:

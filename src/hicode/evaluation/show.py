@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from hicode.evaluation.images import REGIONS
+from hicode.evaluation.images import REGIONS, Box
 
 ROWS = ("ground_truth", "control", "video", "tracked", "audio")
 TITLES = {
@@ -42,7 +42,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("lips", "LMD px", ("lmd_px",), 2, -1),
     Column("lips", "LMD / eyes", ("lmd_norm",), 4, -1),
     Column("lips", "opening r", ("opening_correlation",), 2, 1),
+    Column("lips", "opening", ("opening_mean",), 3),
     Column("lips", "closure", ("closure",), 2, 1),
+    Column("lips", "closed else", ("closed_elsewhere",), 2),
     Column("sync", "offset", ("sync_offset_frames",), 1),
     Column("sync", "margin", ("sync_margin",), 2, 1),
     Column("sync", "shuffled", ("sync_margin_shuffled",), 2),
@@ -164,3 +166,15 @@ def worst_first(psnr: list[float], worst: int, spread: int) -> list[tuple[int, s
 
 def evenly(count: int, shown: int) -> list[int]:
     return sorted({int(k) for k in np.linspace(0, count - 1, min(count, shown))})
+
+
+def mouth_windows(boxes: list[Box], width: int, height: int) -> list[Box]:
+    """Windows of one size about the mouth boxes, as large as the largest, inside the image: over time the mouth changes, not the scale."""
+    w = min(max(x1 - x0 for x0, _, x1, _ in boxes), width)
+    h = min(max(y1 - y0 for _, y0, _, y1 in boxes), height)
+    out = []
+    for x0, y0, x1, y1 in boxes:
+        left = min(max((x0 + x1 - w) // 2, 0), width - w)
+        top = min(max((y0 + y1 - h) // 2, 0), height - h)
+        out.append((left, top, left + w, top + h))
+    return out

@@ -43,7 +43,7 @@ from hicode.evaluation.rows import (
     over_control,
     per_frame,
 )
-from hicode.evaluation.show import Pictures, ShownFrame, evenly, print_table, worst_first
+from hicode.evaluation.show import Pictures, ShownFrame, evenly, mouth_windows, print_table, worst_first
 from hicode.evaluation.syncnet import LipStream, SyncNet, crop, crop_boxes
 from hicode.files import check_writable, write_json
 from hicode.media.audio import read_audio
@@ -293,11 +293,13 @@ class _Face:
     points "t 478 3"  in px, interpolated where not found
     found  "t"        whether the frame has the face
     masks             head masks as PNG: a minute of them is a few megabytes
+    square            the part of the frame that holds the head throughout: rows, columns
     """
 
     points: Float[np.ndarray, "t 478 3"]
     found: Bool[np.ndarray, "t"]
     masks: list[bytes]
+    square: tuple[slice, slice]
 
     def mask(self, i: int) -> UInt8[np.ndarray, "h w"] | None:
         return cv2.imdecode(np.frombuffer(self.masks[i], np.uint8), cv2.IMREAD_GRAYSCALE) if self.found[i] else None
@@ -339,7 +341,7 @@ def _follow(pair: _Pair, report: Callable[[int, int], None]) -> _Face:
         whole = np.zeros((height, width), np.uint8)
         whole[square] = head_mask(_unpacked(persons[i]), inside[i], hair_drop=drop)
         masks.append(_packed(whole))
-    return _Face(points, found, masks)
+    return _Face(points, found, masks, square)
 
 
 def _packed(mask: np.ndarray) -> bytes:
@@ -471,14 +473,17 @@ def _pictures(pair: _Pair, face: _Face, rows: dict[str, Row]) -> Pictures:
     for i in set(map(int, lost)) & set(wanted):
         wanted[i] += "; no face found in the video or the reference"
     mouths = [int(np.flatnonzero(face.found)[k]) for k in evenly(int(face.found.sum()), STRIP_SHOWN)]
+    windows = dict(zip(mouths, mouth_windows([face.mouth(i, width, height) for i in mouths], width, height), strict=True))
+    head = face.square  # a head that is small in its frame is shown by itself
+    crops = "" if (height, width) == tuple(part.stop - part.start for part in head) else "; cropped to the head"
     shown, strip = {}, []
     for i, (truth, image) in enumerate(pair.frames()):
         if i in wanted:
             images = {"control": control(pair, truth, face.mask(i)), "video": image}
             scores = {name: rows[name].images[i]["head"]["psnr"] for name in images}
-            shown[i] = ShownFrame(i, wanted[i], truth, images, scores)
-        if i in mouths:
-            x0, y0, x1, y1 = face.mouth(i, width, height)
+            shown[i] = ShownFrame(i, wanted[i] + crops, truth[head], {n: each[head] for n, each in images.items()}, scores)
+        if i in windows:
+            x0, y0, x1, y1 = windows[i]
             strip.append((i, {"ground_truth": truth[y0:y1, x0:x1], "video": image[y0:y1, x0:x1]}))
     heard = pair.heard("video")
     return Pictures([shown[i] for i in wanted], strip, None if heard is None else heard.samples)
