@@ -23,6 +23,7 @@ LAYERS = [
     ["training"],
     ["synthesis"],
     ["evaluation"],
+    ["reproduce"],
     ["demo", "doctor", "cli", "viewer", "server"],
 ]
 # The landmark network's training loss and the like may look one layer up lazily; each exception says why.
@@ -70,7 +71,7 @@ def loaded_by(code: str) -> set[str]:
     )
 
 
-HEAVY = {"torch", "numba", "onnxruntime", "av", "cv2", "scipy", "transformers", "gsplat", "tensorboard", "rich"}
+HEAVY = {"torch", "numba", "onnxruntime", "av", "cv2", "scipy", "transformers", "gsplat", "tensorboard", "rich", "ray", "matplotlib"}
 
 
 def test_importing_hicode_loads_no_heavy_backend():

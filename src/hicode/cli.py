@@ -208,6 +208,64 @@ def _evaluate() -> Callable:
     return run
 
 
+def _reproduce() -> Callable:
+    from hicode.reproduce.run import check as check_tables
+    from hicode.reproduce.run import reproduce
+
+    def run(
+        table: tyro.conf.Positional[Literal["table1", "table2"] | None] = None,
+        clips: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="CLIPS")]] = None,
+        out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None,
+        preset: tuple[Preset, ...] = ("draft",),
+        seeds: int | None = None,
+        rows: tuple[str, ...] = (),
+        iterations_scale: float = 1.0,
+        ray: str | None = None,
+        workers: int | None = None,
+        cpus: int = 1,
+        syncnet: Path | None = None,
+        check: Path | None = None,
+    ) -> None:
+        """Make the paper's Table 1 (the system, per preset) or Table 2 (the ablations) from a folder of clips: Markdown,
+        LaTeX, a plot and JSON, written anew after each finished cell.
+
+        A run that was stopped goes on when the same command is given again; what is finished is never made twice.
+
+        Args:
+            table: table1 or table2.
+            clips: A folder of videos or of clips that hicode prepare made, or one of them.
+            out: Folder of the tables and of all that they are made of.
+            preset: draft, standard or paper; table1 takes several.
+            seeds: How often each cell is trained, with seeds 0, 1 ...; table1 once, table2 twice if not given.
+            rows: Rows of table2 to make; all if none is named.
+            iterations_scale: Train the head for this share of the preset's iterations.
+            ray: Run the cells on Ray: local (this machine's cores), or a cluster's address. One after the other if not given.
+            workers: With --ray local, cells at a time; as many as there are cores if not given.
+            cpus: With --ray, cores for each cell.
+            syncnet: SyncNet's own weights, syncnet_v2.model, if you have them: adds AVConf.
+            check: Instead of making a table, score the saved frames of the one in this folder again and compare.
+        """
+        if check is not None:
+            if table is not None:
+                raise InputError("--check makes no table. Give hicode reproduce --check FOLDER alone.")
+            found = check_tables(check)
+            for difference in found["differences"]:
+                print(difference)
+            print(f"{check}: {found['figures']} figures of {found['cells']} cells scored again, {len(found['differences'])} differ")
+            if found["differences"]:
+                raise InputError(f"{check} holds figures that its frames do not give (listed above). Make these cells anew.")
+            return
+        if table is None or clips is None or out is None:
+            raise InputError("Missing: a table, a folder of clips and -o. Give hicode reproduce table1|table2 CLIPS -o OUT.")
+        reproduce(
+            table, clips, out, preset, seeds=seeds, rows=rows, iterations_scale=iterations_scale,
+            ray=ray, workers=workers, cpus=cpus, syncnet=syncnet,
+        )  # fmt: skip
+        print((out / f"{table}.md").read_text(encoding="utf-8"))
+
+    return run
+
+
 def _assets() -> Callable:
     from hicode import assets
 
@@ -256,6 +314,7 @@ COMMANDS: dict[str, tuple[Callable[[], Callable], str]] = {
     "speak": (_speak, "AVATAR AUDIO -o OUT.mp4: make it speak"),
     "make": (_make, "VIDEO AUDIO -o OUT.mp4: prepare, train and speak"),
     "evaluate": (_evaluate, "AVATAR CLIP | --video A --reference B [--json FILE] [--html FILE]: measure it on what it has not seen"),
+    "reproduce": (_reproduce, "table1|table2 CLIPS -o OUT [--ray local|ADDRESS]: the paper's tables from a folder of clips"),
     "assets": (_assets, "list|pull: the pretrained parts, their sources and licences"),
     "doctor": (_doctor, "is this machine ready?"),
 }

@@ -34,12 +34,16 @@ MOUTH_CORNERS_INNER = (78, 308)
 
 @dataclass(frozen=True)
 class Motion:
-    """t frames of control: expression "t 64", landmarks "t 478 3" (canonical, head units), T_camera_head "t 4 4"."""
+    """t frames of control: expression "t 64", landmarks "t 478 3" (canonical, head units), T_camera_head "t 4 4".
+
+    speech  "t s" the sound's features of each frame, where an avatar is moved by them directly (an ablation); usually absent
+    """
 
     expression: Float[Tensor, "t 64"]
     landmarks: Float[Tensor, "t 478 3"]
     T_camera_head: Float[Tensor, "t 4 4"]
     fps: float = 25.0
+    speech: Float[Tensor, "t s"] | None = None
 
     def __len__(self) -> int:
         return self.expression.shape[0]
@@ -50,20 +54,25 @@ class Motion:
             expression=self.expression[frames],
             landmarks=self.landmarks[frames],
             T_camera_head=self.T_camera_head[frames],
+            speech=None if self.speech is None else self.speech[frames],
         )
+
+    def speech_at(self, t: int) -> Float[Tensor, "s"] | None:
+        return None if self.speech is None else self.speech[t]
 
     def __post_init__(self):
         t = self.expression.shape[0]
         assert self.expression.shape == (t, EXPRESSION_DIM), self.expression.shape
         assert self.landmarks.shape == (t, N_LANDMARKS, 3), self.landmarks.shape
         assert self.T_camera_head.shape == (t, 4, 4), self.T_camera_head.shape
+        assert self.speech is None or len(self.speech) == t, (len(self.speech), t)
 
     def tensors(self) -> dict[str, Tensor]:
         return {
             "expression": self.expression,
             "landmarks": self.landmarks,
             "T_camera_head": self.T_camera_head,
-        }
+        } | ({} if self.speech is None else {"speech": self.speech})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -108,6 +108,7 @@ class Stream:
             self._rest[0].new_zeros(0, *self._rest[0].shape),
             self._rest[1].new_zeros(0, *self._rest[1].shape),
         )
+        self._heard: list[torch.Tensor] | None = [] if getattr(avatar, "hears", False) else None  # features of frames to come
         self._motions: deque[tuple[int, Motion]] = deque()
         self._start, self._received, self._moved, self._flushed = start, 0, 0, False
 
@@ -127,8 +128,8 @@ class Stream:
             with _clocked(self.seconds, "speech"), torch.inference_mode():
                 self._know(self._sound)
                 mouths = [
-                    self._mouths.push(self._features.push(self._sound)),
-                    self._mouths.push(self._features.finish()),
+                    self._mouths.push(self._keep(self._features.push(self._sound))),
+                    self._mouths.push(self._keep(self._features.finish())),
                 ]
                 mouths.append(self._mouths.finish())
                 self._sound = self._sound[:0]
@@ -152,13 +153,25 @@ class Stream:
             for begin in range(0, whole, PIECE):
                 piece = self._sound[begin : begin + PIECE]
                 self._know(piece)
-                self._move(*self._mouths.push(self._features.push(piece)))
+                self._move(*self._mouths.push(self._keep(self._features.push(piece))))
             self._sound = self._sound[whole:]
 
     def _know(self, samples: np.ndarray) -> None:
         """Gates of the next frames. Only the last piece may hold a part of a frame."""
         if self._gate is not None and len(samples):
             self._gates = np.concatenate([self._gates, self._gate.push(frame_rms(samples, SAMPLES_PER_FRAME))])
+
+    def _keep(self, features: torch.Tensor) -> torch.Tensor:
+        if self._heard is not None:
+            self._heard.extend(features)
+        return features
+
+    def _frame_features(self, count: int) -> torch.Tensor:
+        """Two rows of features a frame, side by side, for the next frames; a last half frame repeats its row."""
+        rows = self._heard[: 2 * count]
+        self._heard = self._heard[2 * count :]
+        rows += rows[-1:] * (2 * count - len(rows))
+        return torch.stack(rows).reshape(count, -1)
 
     def _move(self, expression: torch.Tensor, landmarks: torch.Tensor) -> None:
         expression, landmarks = torch.cat([self._waiting[0], expression]), torch.cat([self._waiting[1], landmarks])
@@ -174,6 +187,8 @@ class Stream:
             landmarks = torch.lerp(self._rest[1], landmarks, gate[:, None, None])
         indices = bounce(len(self.avatar.driving), self._start + self._moved, count)
         motion = merge_motion(self.avatar.driving[indices], expression, landmarks, self.avatar)
+        if self._heard is not None:
+            motion = replace(motion, speech=self._frame_features(count))
         self._motions.extend((int(t), motion[i : i + 1]) for i, t in enumerate(indices))
         self._moved += count
 

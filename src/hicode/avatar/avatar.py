@@ -91,10 +91,16 @@ class Avatar:
     def driving_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
         return self.driving_masks[t]
 
+    @property
+    def hears(self) -> bool:
+        """Whether speech features move it directly (Table 2's None): its motion must carry them."""
+        return self.deformation.config.coarse == "audio"
+
     @torch.no_grad()
     def deformed(self, motion: Motion, t: int) -> Gaussians:
         """Eqs 7-8 at frame t of a motion."""
-        return self.gaussians.deformed(*self.deformation(self.gaussians.means, motion.expression[t], motion.landmarks[t]))
+        control = motion.expression[t], motion.landmarks[t], motion.speech_at(t)
+        return self.gaussians.deformed(*self.deformation(self.gaussians.means, *control))
 
     @torch.no_grad()
     def render(self, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto") -> Rendering:

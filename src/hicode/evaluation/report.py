@@ -174,6 +174,9 @@ class _Work:
 
     def motions(self, modes: Sequence[Mode]) -> dict[str, Motion]:
         """The test frames' motion in each driving mode that is asked for and possible."""
+        if getattr(self.avatar, "hears", False):
+            self.clip.hear(self.avatar.speech.encoder)
+            self.findings.notes.append("Speech features move this avatar directly: its tracked row hears the test sound as its audio row does.")
         tracked = self.clip.track.motion[slice(self.test[0], self.test[-1] + 1)]
         out: dict[str, Motion] = {}
         if "tracked" in modes:

@@ -24,7 +24,6 @@ from hicode.face.model import HeadModel
 from hicode.files import check_writable, load_tensors, read_json, save_tensors, write_json
 from hicode.gaussians import Gaussians
 from hicode.geometry import rigid, rotation_from_axis_angle
-from hicode.motion import Motion
 from hicode.progress import progress_bar
 from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device, tune_allocator
@@ -61,9 +60,11 @@ def train(
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     out = Path(out)
     check_writable(out)
-    config = head or head_preset(preset)
+    config = head or replace(head_preset(preset), seed=seed)
     folder = Path(run) if run else out.parent / "runs" / out.stem
     description = _open_run(folder, clip, config, preset, seed)
+    if config.deformation.coarse == "audio":
+        clip.hear()
     model = HeadModel.load()
     report = _Report(folder, progress)
     try:
@@ -185,7 +186,7 @@ def _assemble(clip: Clip, model: HeadModel, gaussians: Gaussians, deformation: D
     motion = clip.track.motion[slice(frames[0], frames[-1] + 1)]
     plate = background_plate((clip.image(t) for t in frames), (clip.head_mask(t) for t in frames))
     kept = frames[:MAX_DRIVING_FRAMES]
-    driving = Motion(motion.expression, motion.landmarks, poses, motion.fps)[: len(kept)]
+    driving = replace(motion, T_camera_head=poses)[: len(kept)]
     return Avatar(
         gaussians,
         deformation.eval(),
