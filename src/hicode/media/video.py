@@ -280,7 +280,7 @@ class VideoWriter:
 
     `audio` is float "n" in [-1, 1], or an iterable of such pieces for sound of any length in constant memory; it is
     interleaved as the frames come, and what is left is written at the end. Odd sizes grow by one repeated row or
-    column. On an exception, or a full disk (OutputError), no file stays.
+    column. `crf` and `preset` are x264's. On an exception, or a full disk (OutputError), no file stays.
     """
 
     def __init__(
@@ -292,6 +292,7 @@ class VideoWriter:
         audio: np.ndarray | Iterable[np.ndarray] | None = None,
         audio_rate_hz: int = 16000,
         crf: int = 16,
+        preset: str = "veryfast",
     ):
         if Path(path).suffix.lower() not in (".mp4", ".m4v", ".mov"):
             raise OutputError(
@@ -304,7 +305,7 @@ class VideoWriter:
         self.frames_written = 0
         self._audio = iter([audio] if isinstance(audio, np.ndarray) else audio) if audio is not None else None
         self._audio_rate_hz = audio_rate_hz
-        self._crf = crf
+        self._crf, self._preset = crf, preset
         self._samples_written = 0
         self._stack = ExitStack()
 
@@ -316,7 +317,7 @@ class VideoWriter:
             rate = Fraction(self.fps).limit_denominator(1001)
             try:
                 self._video = self._container.add_stream(
-                    "libx264", rate=rate, options={"crf": str(self._crf), "preset": "veryfast"}
+                    "libx264", rate=rate, options={"crf": str(self._crf), "preset": self._preset}
                 )
             except (av.error.FFmpegError, ValueError) as error:
                 raise OutputError(
