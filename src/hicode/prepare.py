@@ -27,7 +27,7 @@ from hicode.clip import (
     load_track, read_png, save_track, shift_audio, split, write_png,
 )  # fmt: skip
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
-from hicode.files import check_free_space, read_json, save_tensors, write_json
+from hicode.files import check_free_space, load_tensors, read_json, save_tensors, write_json
 from hicode.media.audio import level_db, read_audio, write_audio
 from hicode.media.video import VideoInfo, probe, read_video
 from hicode.motion import LEFT_EYE_OUTER, LOWER_LIP_INNER, RIGHT_EYE_OUTER, UPPER_LIP_INNER, FaceTrack
@@ -164,9 +164,11 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     found = work.step(
         "landmarks", 2, limits, ("crop",), ("landmarks.safetensors",), lambda: _find_landmarks(work, video, count)
     )
-    fitted = work.step("track", 2, {}, ("landmarks",), ("track.safetensors",), lambda: _fit(work, train))
-    work.step("masks", 1, {}, ("track",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
-    work.step("depth", 1, {}, ("masks",), ("depth.safetensors",), lambda: _depth(work, train))
+    fitted = work.step("fit", 1, {}, ("landmarks",), ("fit.safetensors",), lambda: _fit(work, train))
+    work.step("masks", 1, {}, ("fit",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
+    aligned = ("track.safetensors", "skull.safetensors")
+    work.step("track", 3, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
+    work.step("depth", 2, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
     if sound["usable"]:
@@ -481,12 +483,11 @@ def _clock(frame: int) -> str:
 
 
 def _load_landmarks(work: _Work) -> dict:
-    from hicode.files import load_tensors
-
     return load_tensors(work.folder / "landmarks.safetensors", "hicode-landmarks", 1)[0]
 
 
 def _fit(work: _Work, train: range) -> dict:
+    """The landmarks' track: what masks, keyframes and the rigid points start from."""
     from hicode.face.fit import fit_report, fit_track, track_flow
     from hicode.face.model import HeadModel
 
@@ -499,12 +500,36 @@ def _fit(work: _Work, train: range) -> dict:
         track = fit_track(
             points, found, size, size, model, train, progress=lambda done: report(round(100 * done), 100), flow=flow
         )
+    save_track(work.folder / "fit.safetensors", track)
+    figures = fit_report(track, model)
+    return {"error_px": figures.error_px, "lips_px": figures.lips_px, "focal_px": figures.focal_px}
+
+
+def _align(work: _Work, train: range) -> dict:
+    """Poses from the rigid points of the whole head, then expressions and landmarks anew under them."""
+    from hicode.face.fit import fit_report, refit_expressions
+    from hicode.face.model import HeadModel
+    from hicode.face.skull import align_skull
+
+    saved = _load_landmarks(work)
+    model = HeadModel.load()
+    track = load_track(work.folder / "fit.safetensors")
+    with progress_bar("Aligning the head", work.show) as report:
+        poses, skull, found = align_skull(
+            lambda t: read_png(work.folder / f"frames/{t:06d}.png", grey=False),
+            lambda t: read_png(work.folder / f"masks/head/{t:06d}.png", grey=True),
+            track, model, train, progress=lambda done: report(round(100 * done), 100),
+        )  # fmt: skip
+    track = refit_expressions(track, poses, saved["points_px"], saved["found"], model, train)
     save_track(work.folder / "track.safetensors", track)
+    save_tensors(work.folder / "skull.safetensors", skull.tensors(), "hicode-skull", 1)
     figures = fit_report(track, model)
     return {
-        "error_px": figures.error_px,
-        "lips_px": figures.lips_px,
-        "focal_px": figures.focal_px,
+        "matches": round(found.matches_per_frame),
+        "match_px": found.residual_px,
+        "turned_deg": found.turned_deg,
+        "unmatched": found.unmatched,
+        "jitter_deg": figures.jitter_deg,
         "jitter_px": figures.jitter_px,
     }
 
@@ -513,7 +538,7 @@ def _segment(work: _Work, train: range, count: int) -> dict:
     from hicode.face.masks import Segmenter, hair_drop, head_mask
 
     segmenter = Segmenter()
-    points = load_track(work.folder / "track.safetensors").landmarks_px.numpy()
+    points = load_track(work.folder / "fit.safetensors").landmarks_px.numpy()
     with _whole_folder(work.folder / "masks") as target:
         person, head = target / "person", target / "head"
         person.mkdir()
@@ -533,10 +558,12 @@ def _segment(work: _Work, train: range, count: int) -> dict:
 def _depth(work: _Work, train: range) -> dict:
     from hicode.face.depth import head_depth
     from hicode.face.model import HeadModel
+    from hicode.face.skull import Skull, corrected_depth
 
     track = load_track(work.folder / "track.safetensors")
     mask = read_png(work.folder / f"masks/head/{train.start:06d}.png", grey=True)
-    depth = head_depth(HeadModel.load(), track, train.start, mask)
+    skull = Skull(**load_tensors(work.folder / "skull.safetensors", "hicode-skull", 1)[0])
+    depth = corrected_depth(head_depth(HeadModel.load(), track, train.start, mask), skull, track, train.start)
     save_tensors(work.folder / "depth.safetensors", {"depth": torch.as_tensor(depth)}, "hicode-depth", 1)
     return {}
 

@@ -55,6 +55,8 @@ class DeformationConfig:
     printed). Table 2: added, by a cross-attention block, concatenated, or not at all; "audio": speech features take the vector's place in the AdaIN"""
     speech_dim: int = 768
     """width of a frame's speech features (two rows of the embedded encoder's 384); read with `coarse="audio"` only"""
+    shade: bool = True
+    """whether the control also shifts colours (not in Eq. 7): a mouth darkens as it opens, skin folds shade; off: the paper"""
     max_offset: float = 0.1
     """head units (dm): Δl per unit of network output, so that the output layer learns at the pace of the others"""
 
@@ -144,7 +146,7 @@ class HierarchicalControl(nn.Module):
             self.tokens = nn.Linear(EXPRESSION_DIM + IDENTITY_DIM, 2 * c * STYLE_TOKENS)
             self.coarse_attention = CrossAttention(c)
         features = c * (1 + (config.fine == "concat") + (config.coarse == "concat"))
-        self.head = nn.Sequential(nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 10))
+        self.head = nn.Sequential(nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 13 if config.shade else 10))
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
 
@@ -466,7 +468,7 @@ class Deformation(nn.Module):
         if self.anchors is not None:
             delta = _Interpolate.apply(delta, self.anchors)
         d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks)
-        return d_means, delta[:, 3:7], delta[:, 7:10]
+        return d_means, delta[:, 3:7], delta[:, 7:10], delta[:, 10:] if self.config.shade else 0.0
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, config) from which `from_state` makes the same deformation."""

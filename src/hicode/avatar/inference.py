@@ -36,7 +36,7 @@ class FrameDeformer:
         """Whether this deformation is the paper's full control (not an ablation of it), frozen, on the CPU."""
         config, control = deformation.config, deformation.control
         frozen = not any(p.requires_grad for p in control.parameters())
-        return config.fine == "adain" and config.coarse == "adain" and frozen and control.center.device.type == "cpu"
+        return not config.shade and config.fine == "adain" and config.coarse == "adain" and frozen and control.center.device.type == "cpu"
 
     @torch.no_grad()
     def __init__(self, deformation: Deformation, gaussians: Gaussians):
