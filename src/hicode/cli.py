@@ -87,7 +87,7 @@ def _train() -> Callable:
             preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
             run_folder: Where checkpoints, metrics and TensorBoard events go; runs/NAME beside the avatar if not given.
             seed: Of everything random.
-            device: Where to run; only the CPU so far.
+            device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         train(clip, out, preset, run=run_folder, seed=seed, device=device)
         print(f"{out}. Next: hicode speak {out} AUDIO -o speech.mp4")
@@ -118,10 +118,13 @@ def _speak() -> Callable:
             source_video: Where that video is, should it have moved.
             start: Driving frame to begin with.
             rest: Let the lips rest in silence.
-            device: Where to render; only the CPU so far.
+            device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         _check_device(device)
-        print(speak(avatar, audio, out, original_size=original_size, source_video=source_video, start=start, rest=rest))
+        spoken = speak(
+            avatar, audio, out, original_size=original_size, source_video=source_video, start=start, rest=rest, device=device
+        )
+        print(spoken)
 
     return run
 
@@ -146,7 +149,7 @@ def _make() -> Callable:
             out: The video, ending in .mp4.
             preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
             work: Folder for clip, avatar and run, which are kept; OUT.work beside the video if not given.
-            device: Where to run; only the CPU so far.
+            device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         from hicode.demo import make
 
@@ -173,7 +176,7 @@ def _evaluate() -> Callable:
             clip: The clip it was trained on.
             json: File for the figures.
             html: File for the page.
-            device: Where to render; only the CPU so far.
+            device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         from hicode.files import check_writable
 

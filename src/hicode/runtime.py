@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from typing import Literal
 
 from hicode.errors import InputError
@@ -43,15 +44,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_device(device: Device) -> Literal["cpu"]:
-    """The device that commands run on. Raises InputError where CUDA is asked for: so far only `rasterize(..., backend="cuda")` runs there."""
+def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
+    """Where training and synthesis run. Raises InputError where CUDA is asked for and torch or gsplat cannot give it.
+
+    `auto` is the CPU even where there is a GPU: the CUDA path is tested against a stand-in (tests/test_cuda.py), no real GPU has run it yet.
+    """
+    if device != "cuda":
+        return "cpu"
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise InputError("No CUDA device is visible to torch. Leave --device out, or install a CUDA build of torch.")
-    if device == "cuda":
-        raise InputError("Commands do not run on CUDA yet, only the rasteriser does (rasterize(..., backend='cuda')). Leave --device out.")
-    return "cpu"
+    if find_spec("gsplat") is None:
+        raise InputError("--device cuda needs gsplat, which is not installed. pip install 'hicode[cuda]', or leave --device out.")
+    return "cuda"
 
 
 def peak_memory_mb() -> float:

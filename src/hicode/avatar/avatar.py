@@ -5,7 +5,7 @@ It holds the canonical Gaussians with their deformation, the compositor, the spe
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -91,10 +91,21 @@ class Avatar:
     def driving_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
         return self.driving_masks[t]
 
+    def to(self, device: torch.device | str) -> "Avatar":
+        """This avatar with what renders (Gaussians, deformation, compositor) on a device; motion, speech models and pictures stay on the CPU.
+
+        The two networks are moved, not copied.
+        """
+        compositor = None if self.compositor is None else self.compositor.to(device)
+        gaussians = self.gaussians.map(lambda v: v.to(device))
+        return replace(self, gaussians=gaussians, deformation=self.deformation.to(device), compositor=compositor)
+
     @torch.no_grad()
     def deformed(self, motion: Motion, t: int) -> Gaussians:
         """Eqs 7-8 at frame t of a motion."""
-        return self.gaussians.deformed(*self.deformation(self.gaussians.means, motion.expression[t], motion.landmarks[t]))
+        means = self.gaussians.means
+        control = motion.expression[t].to(means.device), motion.landmarks[t].to(means.device)
+        return self.gaussians.deformed(*self.deformation(means, *control))
 
     @torch.no_grad()
     def render(self, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto") -> Rendering:

@@ -163,6 +163,7 @@ def train_compositor(
     checkpoint: Path | None = None,
     log: Callable[[int, dict[str, float]], None] | None = None,
     report: Callable[[CompositorReport], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Compositor | None:
     """The trained generator, or None where validation finds that it does not beat the plain composite.
 
@@ -173,6 +174,7 @@ def train_compositor(
     checkpoint  a file to resume from and to save to (every `checkpoint_every` steps): the result is that of an uninterrupted run
     log         called with a step and its loss terms
     report      called with what validation found
+    device      of the two networks and the perceptual features; the result stays there
 
     Deterministic by `config.seed` for the same number of threads. Raises TrainingError on a NaN.
     """
@@ -184,13 +186,13 @@ def train_compositor(
     else:
         learned, judged = frames, range(len(validation))
     torch.manual_seed(config.seed)  # the networks' first weights; every later draw has a generator of its own
-    trainer = _Trainer(config)
+    trainer = _Trainer(config, device)
     if checkpoint is not None and Path(checkpoint).exists():
         trainer.restore(checkpoint)
     with _bar(config.steps, progress) as advance:
         if trainer.step < config.steps:
             pool = _draw_pool(samples, learned, plate, config)
-            vgg = Features("vgg16", config.vgg_layers, dtype=fast_dtype())
+            vgg = Features("vgg16", config.vgg_layers, dtype=fast_dtype()).to(device)
             while trainer.step < config.steps:
                 terms = trainer.train_step(pool, vgg)
                 if log is not None:
@@ -323,8 +325,8 @@ def _warped(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
 class _Trainer:
     """Both networks, their optimisers, the averaged generator, and the step they stand at."""
 
-    def __init__(self, config: CompositorTraining):
-        self.config = config
+    def __init__(self, config: CompositorTraining, device: torch.device | str = "cpu"):
+        self.config, self.device = config, torch.device(device)
         self.step = 0
         self.generator, self.averaged, self.discriminator = (
             Compositor(config.generator),
@@ -333,6 +335,8 @@ class _Trainer:
         )
         self.averaged.load_state_dict(self.generator.state_dict())
         self.averaged.requires_grad_(False)
+        for network in (self.generator, self.averaged, self.discriminator):
+            network.to(self.device)
         for network in (self.generator, self.discriminator):
             network.to(memory_format=torch.channels_last)
         betas = (0.5, 0.99)
@@ -348,7 +352,7 @@ class _Trainer:
         for optimiser in self.optimisers.values():
             optimiser.param_groups[0]["lr"] = rate
         crops = np.stack([_crop(pool[rng.integers(len(pool))], config, rng) for _ in range(config.batch)])
-        layers = torch.from_numpy(crops).permute(0, 3, 1, 2)
+        layers = torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2)
         x, target = layers[:, :INPUT_CHANNELS], layers[:, INPUT_CHANNELS:]
         rgb, alpha, fill, weight = x[:, RGB], x[:, ALPHA], x[:, FILL], x[:, WEIGHT]
         output = fill + weight * (rgb + (1 - alpha) * fill + self.generator(x) - fill)

@@ -54,7 +54,7 @@ def train(
     composite. A clip without sound trains the renderer alone; its speech models carry the clip's statistics only.
     """
     tune_allocator()
-    resolve_device(device)
+    place = resolve_device(device)
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     out = Path(out)
     check_writable(out)
@@ -67,11 +67,11 @@ def train(
         with report.stage("speech"):
             speech = _speech(clip, folder, report)
         with report.stage("head"):
-            gaussians, deformation, poses = _head(clip, model, config, folder, report)
+            gaussians, deformation, poses = _head(clip, model, config, folder, report, place)
         with report.stage("compositor"):
             avatar = _assemble(clip, model, gaussians, deformation, poses, speech)
             if compose:
-                avatar.compositor = _compositor(clip, avatar, poses, config, preset, folder, report, seed)
+                avatar.compositor = _compositor(clip, avatar, poses, config, preset, folder, report, seed, place)
         avatar.info = {
             "preset": preset,
             "seed": seed,
@@ -100,7 +100,7 @@ def _speech(clip: Clip, folder: Path, report: "_Report") -> SpeechModels:
     return speech
 
 
-def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report: "_Report"):
+def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report: "_Report", device: str):
     def preview(iteration: int, state: HeadState) -> None:
         report.image(iteration, "render", _preview_image(clip, state))
 
@@ -118,11 +118,12 @@ def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report
             log=log,
             preview=preview,
             preview_every=max(250, config.iterations // 10),
+            device=device,
         )
 
 
 def _compositor(
-    clip: Clip, avatar: Avatar, poses: Tensor, head: HeadConfig, preset: Preset, folder: Path, report: "_Report", seed: int
+    clip: Clip, avatar: Avatar, poses: Tensor, head: HeadConfig, preset: Preset, folder: Path, report: "_Report", seed: int, device: str
 ) -> Compositor | None:
     """The generator, judged on frames that the head has not trained on; None where it does not beat the plain composite."""
     known, unseen = training_split(clip, head.validation_frames)
@@ -136,6 +137,7 @@ def _compositor(
         checkpoint=folder / "compositor.safetensors",
         log=lambda step, terms: report.log("compositor", step, config.steps, terms),
         report=lambda found: write_json(folder / "compositor.json", asdict(found)),
+        device=device,
     )
 
 
@@ -207,7 +209,7 @@ def _preview_image(clip: Clip, state: HeadState) -> np.ndarray:
     for t in np.linspace(clip.train[0], clip.train[-1], 3).astype(int):
         moved = deform(state.gaussians(), state.deformation, clip.track.motion, int(t), learned=state.deformation.anchors is not None)
         rendering = rasterize(moved, clip.track.camera_at(int(t)), torch.full((3,), 0.5))
-        rows.append(np.hstack([clip.image(int(t)), (rendering.rgb.clamp(0, 1) * 255).byte().numpy()]))
+        rows.append(np.hstack([clip.image(int(t)), (rendering.rgb.clamp(0, 1) * 255).byte().cpu().numpy()]))
     return np.vstack(rows)
 
 
