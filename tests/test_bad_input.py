@@ -46,6 +46,7 @@ def shelf(tmp_path_factory):
     write_video(folder / "face.mp4", face[:60], speech_like(2.4))
     write_video(folder / "face for a moment.mp4", face[:20] + [gone] * 60)
     write_video(folder / "face often.mp4", face[:55] + [gone] * 25)
+    write_video(folder / "lamp off.mp4", face[:40] + [(0.4 * frame).astype(np.uint8) for frame in face[40:]])
     soundfile.write(str(folder / "speech.wav"), speech_like(2), 16000)
     soundfile.write(str(folder / "zero.wav"), np.zeros(0), 16000)
     soundfile.write(str(folder / "silent.wav"), np.zeros(32000), 16000)
@@ -88,7 +89,9 @@ CASES = {
     "no face": ("prepare {s}/no\\ face.mp4 -o {o}", "No face"),
     "a face for a moment": ("prepare {s}/face\\ for\\ a\\ moment.mp4 -o {o}", "A face in only"),
     "a face in too few frames": ("prepare {s}/face\\ often.mp4 -o {o} --size 128", "--max-missing"),
+    "a lamp that goes off": ("prepare {s}/lamp\\ off.mp4 -o {o} --size 128", "--max-light 2."),
     # options
+    "a factor below one": ("prepare {s}/face.mp4 -o {o} --max-light 0.5", "factor from 1 on"),
     "an unknown option": ("prepare {s}/face.mp4 -o {o} --szie 256", "Did you mean --size?"),
     "an unknown command": ("preprae {s}/face.mp4 -o {o}", "Did you mean prepare?"),
     "an unknown flag for a command": ("--verbos", "--verbos"),

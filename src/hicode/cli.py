@@ -262,7 +262,10 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _complain(f"No permission{_where(error)}. Change its rights, or write elsewhere with -o.")
         raise
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # torch has no exception of its own for the CPU's memory, and one that is a RuntimeError for a GPU's.
+        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
         return _complain("Not enough memory. Close other programs, or use a shorter video (--duration 60).")
 
 

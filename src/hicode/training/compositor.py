@@ -38,7 +38,7 @@ from hicode.avatar.compositor import (
 from hicode.errors import TrainingError
 from hicode.files import load_tensors, save_tensors
 from hicode.perceptual import SMALLEST_SIDE_PX, Features, lpips
-from hicode.training.losses import fast_dtype
+from hicode.training.losses import check_finite, fast_dtype
 
 
 class Samples(Protocol):
@@ -202,6 +202,7 @@ def train_compositor(
                     trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps
                 ):
                     trainer.save(checkpoint)
+    trainer._check({"weights": sum(p.sum() for p in trainer.averaged.parameters())})  # of the last step
     chosen = [judged[i] for i in np.unique(np.linspace(0, len(judged) - 1, config.validation).astype(int))]
     compositor, found = _judge(trainer.averaged, validation, chosen, plate)
     if report is not None:
@@ -361,6 +362,7 @@ class _Trainer:
         real = self.discriminator(target)
         fake = self.discriminator(output.detach())
         d_loss = (real[-1] - 1).square().mean() + fake[-1].square().mean()
+        self._check({"discriminator": d_loss})
         self._descend("discriminator", d_loss)
 
         with torch.no_grad():
@@ -374,11 +376,7 @@ class _Trainer:
         }
         if self.step >= config.adversarial_from * config.steps:
             terms["adversarial"] = config.adversarial * (fake[-1] - 1).square().mean()
-        for name, value in terms.items():
-            if not torch.isfinite(value):
-                raise TrainingError(
-                    f"The compositor's {name} term is {value.item()} at step {self.step}. Lower its learning rate."
-                )
+        self._check(terms)
         self._descend("generator", sum(terms.values()))
         self.discriminator.requires_grad_(True)
         with torch.no_grad():
@@ -387,6 +385,11 @@ class _Trainer:
                 mean.lerp_(value, 1 - keep)
         self.step += 1
         return {k: v.item() for k, v in terms.items()} | {"discriminator": d_loss.item()}
+
+    def _check(self, terms: dict[str, Tensor]) -> None:
+        networks = {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
+        tensors = {f"{k}.{name}": p for k, network in networks.items() for name, p in network.named_parameters()}
+        check_finite(self.step, terms, tensors, "Compositor step")
 
     def _descend(self, name: str, loss: Tensor) -> None:
         self.optimisers[name].zero_grad()
