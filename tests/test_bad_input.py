@@ -15,7 +15,7 @@ from test_clip import write_clip
 from test_prepare import portrait, speech_like, swaying, write_video
 
 import hicode.prepare
-from hicode import assets, cli
+from hicode import assets, cli, runtime
 from hicode.files import save_tensors
 
 REMEDIES = (
@@ -201,6 +201,14 @@ def test_cuda_where_there_is_none_is_said(shelf, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run("speak {s}/partless.hicode {s}/speech.wav -o {o}.mp4 --device cuda", shelf, tmp_path / "out") == 2
     assert "No CUDA device" in the_one_line(capfd)
+
+
+def test_cuda_without_gsplat_is_said_before_the_work(shelf, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    assert run("train {s}/good.clip -o {o} --device cuda", shelf, tmp_path / "out") == 2
+    line = the_one_line(capfd)
+    assert "needs gsplat" in line and "leave --device out" in line and not list(tmp_path.iterdir())
 
 
 def test_parts_that_cannot_be_fetched_are_said(shelf, tmp_path, capfd, monkeypatch):

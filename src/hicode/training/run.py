@@ -26,7 +26,14 @@ from hicode.gaussians import Gaussians
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.motion import Motion
 from hicode.progress import progress_bar
-from hicode.runtime import Device, available_memory, peak_memory_mb, require_memory_for_frames, resolve_device, tune_allocator
+from hicode.runtime import (
+    Device,
+    available_memory,
+    peak_memory_mb,
+    require_memory_for_frames,
+    resolve_device,
+    tune_allocator,
+)
 from hicode.speech.faceformer import SpeechModels
 from hicode.training.avatar import HeadState, deform, train_head, training_split
 from hicode.training.compositor import compositor_preset, train_compositor
