@@ -49,7 +49,8 @@ _memory: dict[int, torch.Tensor] = {}  # by the address of a stand-in's storage,
 
 
 def on_device(raw: torch.Tensor) -> torch.Tensor:
-    out = torch._C._acc.create_empty_tensor(tuple(raw.shape), raw.dtype)
+    with torch.inference_mode(False):  # a view of an ordinary tensor is one, whatever mode it is taken in
+        out = torch._C._acc.create_empty_tensor(tuple(raw.shape), raw.dtype)
     _memory[out.untyped_storage()._cdata] = raw
     return out
 
