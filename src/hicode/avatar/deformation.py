@@ -321,7 +321,11 @@ class _Interpolate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.from_numpy(ctx.anchors.transposed @ grad.contiguous().numpy()), None
+        anchors = ctx.anchors
+        if grad.device.type == "cpu":
+            return torch.from_numpy(anchors.transposed @ grad.contiguous().numpy()), None
+        spread = (anchors.weight[..., None] * grad[:, None]).flatten(0, 1)
+        return grad.new_zeros(len(anchors.points), grad.shape[1]).index_add_(0, anchors.index.flatten(), spread), None
 
 
 @dataclass(frozen=True)
@@ -362,7 +366,8 @@ def choose_anchors(means: Float[Tensor, "n 3"], importance: Float[Tensor, "n"], 
     if k < 4:
         index = np.pad(index, ((0, 0), (0, 4 - k)))
         weight = np.pad(weight, ((0, 0), (0, 4 - k)))
-    return Anchors(torch.from_numpy(points), torch.from_numpy(index.astype(np.int64)), torch.from_numpy(weight.astype(np.float32)))
+    tensors = points, index.astype(np.int64), weight.astype(np.float32)
+    return Anchors(*(torch.from_numpy(t).to(means.device) for t in tensors))
 
 
 def _farthest_points(xyz: np.ndarray, importance: np.ndarray, count: int) -> np.ndarray:
@@ -412,6 +417,15 @@ class Deformation(nn.Module):
         self.binding: Binding | None = None
         self.anchors: Anchors | None = None
         self._query: Tensor | None = None
+
+    def _apply(self, fn, recurse=True):
+        """What `.to(device)` does, to binding and anchors too."""
+        if self.binding is not None:
+            self.binding = Binding(**{k: fn(v) for k, v in self.binding.tensors().items()})
+        if self.anchors is not None:
+            self.anchors = Anchors(fn(self.anchors.points), fn(self.anchors.index), fn(self.anchors.weight))
+        self._query = None
+        return super()._apply(fn, recurse)
 
     def set_statistics(
         self, expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"], speech: Float[Tensor, "t s"] | None = None
