@@ -1,11 +1,14 @@
 """Deformation: Eqs 7-12 and the carrier."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hicode.avatar.deformation import (
     Anchors,
     Carrier,
+    CrossAttention,
     Deformation,
     DeformationConfig,
     HierarchicalControl,
@@ -17,6 +20,8 @@ from hicode.avatar.deformation import (
     normalize_over_points,
     sinusoidal,
 )
+from hicode.errors import InputError
+from hicode.training.stages import ABLATIONS, head_preset
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
 SMALL = dict(channels=8, hidden=16, position_frequencies=3, landmark_frequencies=3)
@@ -43,11 +48,14 @@ def signals(seed=3):
     return torch.randn(64, generator=G(seed)), torch.randn(478, 3, generator=G(seed + 1)) * 0.5
 
 
-@pytest.mark.parametrize("coarse", ["adain", "literal", "none"])
-@pytest.mark.parametrize("fine", ["adain", "none"])
+HEARD = torch.randn(12, generator=G(20))
+
+
+@pytest.mark.parametrize("coarse", ["adain", "literal", "addition", "attention", "concat", "audio", "none"])
+@pytest.mark.parametrize("fine", ["adain", "addition", "attention", "concat", "none"])
 def test_untrained_deformation_is_the_identity(fine, coarse):
-    deformation = a_deformation(trained=False, base="none", fine=fine, coarse=coarse)
-    for delta in deformation(a_head(), *signals()):
+    deformation = a_deformation(trained=False, base="none", fine=fine, coarse=coarse, speech_dim=12)
+    for delta in deformation(a_head(), *signals(), HEARD):
         assert torch.count_nonzero(delta) == 0
 
 
@@ -111,6 +119,53 @@ def test_ablated_control_does_not_see_its_signal(missing):
     other = signals(11)
     changed = (expression, other[1]) if missing == "fine" else (other[0], landmarks)
     assert torch.equal(deformation(points, expression, landmarks)[0], deformation(points, *changed)[0])
+
+
+# What each row of Table 2 may know of a frame: (3DMM vector, landmarks, speech features).
+KNOWS = {
+    "without-3dmm": (False, True, False), "without-landmarks": (True, False, False), "none": (False, False, True),
+    "addition": (True, True, False), "attention": (True, True, False), "random-init": (True, True, False),
+    "without-hfec": (True, True, False), "full": (True, True, False), "literal": (True, True, False), "mesh": (True, True, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_each_ablation_knows_what_its_row_says_and_nothing_else(name):
+    """Through the whole deformation, carrier included: a row "without" a signal must not move a hair when that signal changes."""
+    config = ABLATIONS[name].apply(head_preset("draft")).deformation
+    options = {k: getattr(config, k) for k in ("base", "fine", "coarse")}
+    deformation, points, (expression, landmarks) = a_deformation(speech_dim=12, **options), a_head(), signals()
+    if config.base == "mesh":
+        deformation.binding = bind(points, torch.randn(12, 3, generator=G(4)), torch.randint(0, 12, (9, 3), generator=G(5)), landmarks)
+    here = torch.cat(deformation(points, expression, landmarks, HEARD), 1)
+    others = [(expression + 1, landmarks, HEARD), (expression, landmarks + 0.1, HEARD), (expression, landmarks, HEARD.flip(0))]
+    changes = tuple(not torch.equal(here, torch.cat(deformation(points, *other), 1)) for other in others)
+    assert changes == KNOWS[name]
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_change_the_control_and_not_the_budget(name):
+    base = replace(head_preset("standard"), seed=3)
+    config = ABLATIONS[name].apply(base)
+    same = replace(config, deformation=base.deformation, initialisation=base.initialisation)
+    assert same == base
+    kept = replace(config.deformation, fine="adain", coarse="adain", base="mesh")
+    assert kept == base.deformation
+
+
+def test_cross_attention_is_a_residual_block():
+    """With its output layer at zero nothing is attended to: what remains is the normalised input."""
+    block = CrossAttention(8)
+    torch.nn.init.zeros_(block.out.weight), torch.nn.init.zeros_(block.out.bias)
+    x = torch.randn(5, 8, generator=G())
+    y = block(x, *torch.randn(2, 7, 8, generator=G(1)))
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (8,)))
+
+
+def test_an_avatar_moved_by_speech_features_says_so_where_there_are_none():
+    deformation = a_deformation(base="none", fine="none", coarse="audio", speech_dim=12)
+    with pytest.raises(InputError, match="speech features"):
+        deformation(a_head(), *signals())
 
 
 def test_control_gradients_match_finite_differences():
@@ -198,6 +253,16 @@ def test_carrier_follows_landmarks_beyond_the_model_and_forgets_their_mean():
     assert carrier(binding, torch.zeros(64), landmarks).abs().max() < 1e-6  # a constant residual is shape, not motion
     moved = carrier(binding, torch.zeros(64), landmarks + torch.tensor([0.0, 0.03, 0]))
     assert torch.allclose(moved, torch.tensor([0.0, 0.03, 0]).expand(20, 3), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in ABLATIONS if n != "mesh"])
+def test_ablated_state_round_trips_bit_for_bit(name):
+    config = ABLATIONS[name].apply(head_preset("draft")).deformation
+    deformation = a_deformation(base="none", fine=config.fine, coarse=config.coarse, speech_dim=12)
+    deformation.set_statistics(*torch.randn(2, 5, 64, generator=G())[:1], torch.randn(5, 478, 3, generator=G(1)), torch.randn(5, 12, generator=G(2)))
+    again = Deformation.from_state(*deformation.state())
+    for a, b in zip(deformation(a_head(), *signals(), HEARD), again(a_head(), *signals(), HEARD)):
+        assert torch.equal(a, b)
 
 
 def test_state_round_trips_bit_for_bit():

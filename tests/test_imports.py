@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "hicode"
 # From the bottom up; a module imports from its own layer or those below. A name with a dot is one module of a folder,
 # one without the whole folder.
 LAYERS = [
-    ["errors", "geometry", "motion", "camera", "gaussians", "files", "assets", "runtime", "progress", "threads"],
+    ["errors", "geometry", "motion", "camera", "gaussians", "files", "assets", "runtime", "progress", "threads", "provenance"],
     ["media"],
     ["face"],
     ["speech"],
@@ -23,6 +23,7 @@ LAYERS = [
     ["training"],
     ["synthesis"],
     ["evaluation"],
+    ["reproduce"],
     ["demo", "doctor", "cli", "viewer", "server"],
 ]
 # The landmark network's training loss and the like may look one layer up lazily; each exception says why.
@@ -70,7 +71,7 @@ def loaded_by(code: str) -> set[str]:
     )
 
 
-HEAVY = {"torch", "numba", "onnxruntime", "av", "cv2", "scipy", "transformers", "gsplat", "tensorboard", "rich"}
+HEAVY = {"torch", "numba", "onnxruntime", "av", "cv2", "scipy", "transformers", "gsplat", "tensorboard", "rich", "ray", "matplotlib"}
 
 
 def test_importing_hicode_loads_no_heavy_backend():

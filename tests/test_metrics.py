@@ -86,6 +86,54 @@ def test_ssim_equals_scikit_image(size):
     assert ssim(truth, truth) == pytest.approx(1, abs=1e-12)
 
 
+def test_ssim_over_a_mask_is_scikit_images_map_over_it():
+    from skimage.metrics import structural_similarity
+
+    image, truth = scene(7)
+    mask = box_mask((60, 40, 100, 80), 96, 128)
+    _, whole = structural_similarity(
+        image / 255.0, truth / 255.0, channel_axis=2, data_range=1, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False, full=True,
+    )  # fmt: skip
+    assert ssim(image, truth, mask) == pytest.approx(whole.mean(2)[mask].mean(), abs=1e-12)
+
+
+@needs_lpips
+def test_lpips_is_its_definition_in_numpy():
+    """AlexNet, unit features, squared differences weighted by the package's heads, summed: without torch, layer by layer."""
+    from hicode.perceptual import LPIPS_LAYERS, load_weights
+
+    weights = {k: v.double().numpy() for k, v in load_weights("alexnet").items()}
+    image, truth = scene(6, 80, 72)
+
+    def convolved(x, name, stride, padding):
+        kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
+        windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[2:], axis=(1, 2))[:, ::stride, ::stride]
+        return np.maximum(np.einsum("chwij,ocij->ohw", windows, kernel, optimize=True) + bias[:, None, None], 0)
+
+    def pooled(x):
+        return np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2].max((3, 4))
+
+    def features(picture):
+        # the package takes [-1, 1] and standardises by its own shift and scale; that is ImageNet's mean and deviation on [0, 1]
+        x = 2 * (picture.transpose(2, 0, 1) / 255.0) - 1
+        x = (x - np.array([-0.030, -0.088, -0.188])[:, None, None]) / np.array([0.458, 0.448, 0.450])[:, None, None]
+        maps = [convolved(x, "relu1", 4, 2)]
+        maps.append(convolved(pooled(maps[-1]), "relu2", 1, 2))
+        maps.append(convolved(pooled(maps[-1]), "relu3", 1, 1))
+        maps.append(convolved(maps[-1], "relu4", 1, 1))
+        maps.append(convolved(maps[-1], "relu5", 1, 1))
+        return [m / (np.sqrt((m**2).sum(0)) + 1e-10) for m in maps]
+
+    wanted = sum(
+        (weights[f"lpips.{name}"][:, None, None] * (a - b) ** 2).sum(0).mean()
+        for name, a, b in zip(LPIPS_LAYERS["alexnet"], features(image), features(truth), strict=True)
+    )
+    assert 0.05 < wanted < 1
+    assert lpips_distance(image, truth) == pytest.approx(wanted, abs=1e-4)
+
+
 def test_ssim_over_a_mask_looks_at_the_mask():
     image, truth = scene(2)
     mask = box_mask((60, 40, 100, 80), 96, 128)
@@ -122,6 +170,14 @@ def test_the_truth_against_itself_is_perfect_and_an_empty_head_unknown():
     found = Truth(truth, np.zeros((96, 128), np.uint8), (40, 40, 80, 70)).compare(truth)
     assert found["frame"] == {"psnr": float("inf"), "ssim": pytest.approx(1), "lpips": 0}
     assert all(np.isnan(v) for v in found["head"].values())
+
+
+@needs_lpips
+def test_a_frame_without_a_face_counts_for_the_frame_alone():
+    image, truth = scene(4)
+    found = Truth(truth, None, None).compare(image)
+    assert found["frame"]["psnr"] == psnr(image, truth)
+    assert all(np.isnan(v) for region in ("head", "mouth") for v in found[region].values())
 
 
 def test_images_of_other_sizes_and_kinds_are_refused():
@@ -226,11 +282,49 @@ def test_closure_counts_what_was_due():
         lips.closure(gap, [(18, 25)])
 
 
+def test_a_mouth_that_never_opens_recalls_every_closure_and_pays_for_it():
+    shut, due = np.zeros(40), [(10, 12), (20, 22)]
+    found = lips.closure(shut, due)
+    assert found.recall == 1 and found.elsewhere == 1
+    speaking = np.full(40, 0.2)
+    speaking[[10, 20]] = 0
+    assert lips.closure(speaking, due).recall == 1 and lips.closure(speaking, due).elsewhere == 0
+
+
 def test_a_resting_mouth_has_no_motion_in_silence():
     gap = np.concatenate([np.full(20, 0.05), 0.1 + 0.05 * np.sin(np.arange(30))])
     silent = np.arange(50) < 20
     assert lips.motion_in_silence(gap, silent) == 0
     assert lips.motion_in_silence(gap, np.zeros(50, bool)) is None
+
+
+def test_silence_is_what_lasts_and_lies_under_the_speech():
+    rms = np.full(40, 0.1)
+    rms[10:20], rms[25:28] = 0.001, 0.001  # a pause, and a closure of three frames
+    found = lips.silent_frames(rms, 0.1)
+    assert found[10:20].all() and found.sum() == 10
+    assert not lips.silent_frames(np.full(40, 0.02), 0.1).any()  # 14 dB under is quiet speech
+
+
+def test_a_mouth_that_moves_as_much_in_silence_as_in_speech_has_a_ratio_of_one():
+    gap = np.where(np.arange(60) % 2, 0.1, 0.2)
+    assert lips.motion_in_silence(gap, np.arange(60) < 30) == pytest.approx(1)
+
+
+def test_closures_are_due_where_the_alignment_has_them(tmp_path):
+    phones = tmp_path / "a.txt"
+    phones.write_text("0.00 0.40 sil\n0.40 0.48 B\n0.48 0.60 IH1\n0.60 0.68 n\n1.00 1.04 m0\n\n5.0 5.1 P\n")
+    assert lips.closures_due(phones, 0, 100) == [(10, 12), (25, 26)]  # the last is past the end
+    assert lips.closures_due(phones, 20, 100) == [(5, 6)]  # the test part starts at frame 20
+    assert lips.closures_due(phones, 0, 100, offset_frames=2.0) == [(12, 14), (27, 28)]  # the mouth is later
+    words = tmp_path / "b.align"
+    words.write_text("0 23750 sil\n25000 29500 bin\n29500 34000 now\n35000 40000 m\n")
+    assert lips.closures_due(words, 0, 75) == [(23, 27), (38, 42)]  # "bin" at its start (frame 25), "em" at its end (frame 40)
+    (tmp_path / "bad.txt").write_text("0.1 0.2 P\n0.3 P\n")
+    with pytest.raises(InputError, match="line 2"):
+        lips.closures_due(tmp_path / "bad.txt", 0, 75)
+    with pytest.raises(InputError, match="does not exist"):
+        lips.closures_due(tmp_path / "absent.txt", 0, 75)
 
 
 def test_correlation_needs_something_to_go_by():

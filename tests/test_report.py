@@ -18,7 +18,9 @@ from hicode.errors import InputError, OutputError
 from hicode.evaluation import report as report_module
 from hicode.evaluation.images import mean_of_frames, psnr
 from hicode.evaluation.page import chart, difference_map
-from hicode.evaluation.report import ROWS, evaluate, print_table
+from hicode.evaluation.report import ROWS, evaluate
+from hicode.evaluation.rows import without_gaps
+from hicode.evaluation.show import mouth_windows, print_table, worst_first
 from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.motion import LIPS, N_LANDMARKS, FaceTrack, Motion
@@ -163,7 +165,7 @@ def test_json_holds_what_is_promised(clip, tmp_path):
     for name in ROWS:
         for region in ("frame", "head", "mouth"):
             assert {"psnr", "ssim", "lpips"} <= set(out[name][region])
-        assert {"lmd_px", "lmd_iod", "sync_offset_frames", "sync_margin"} <= set(out[name])
+        assert {"lmd_px", "lmd_norm", "sync_offset_frames", "sync_margin", "jitter_px", "seam", "motion_in_silence", "closure"} <= set(out[name])
     assert out["seconds"] == {"prepare": 2.5, "speech": 1.0, "head": 20.0}
     assert out["fps"] > 0 and out["peak_memory_mb"] == 321
     assert out["split"]["test"] == [TRAIN, FRAMES] and "MediaPipe" in out["detector"]
@@ -263,7 +265,42 @@ def test_without_sound_or_speech_models_there_is_no_audio_row_and_a_note(clip, t
 
 def test_short_test_parts_have_no_sync_figure_and_say_so(clip):
     out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False)
-    assert out["tracked"]["sync_margin"] is None and any("at least 50" in note for note in out["notes"])
+    assert out["tracked"]["sync_margin"] is None and "at least 50" in out["not_measured"]["sync"]
+
+
+def test_what_is_not_measured_says_why(clip):
+    out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False)
+    why = out["not_measured"]
+    assert "--syncnet" in why["AVConf"] and "--alignment" in why["closure"] and "silent" in why["motion in silence"]
+    assert all("avconf" not in out[name] for name in ("ground_truth", "control", "tracked"))
+    assert "avconf" not in out["definitions"]
+
+
+def test_with_weights_a_part_too_short_for_avconf_says_so(clip, tmp_path):
+    from hicode.evaluation.syncnet import SyncNet
+
+    torch.save(SyncNet().state_dict(), tmp_path / "syncnet_v2.model")
+    out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False, syncnet=tmp_path / "syncnet_v2.model")
+    assert out["tracked"]["avconf"] is None and "at least 36" in out["not_measured"]["AVConf of tracked"]
+    assert set(out["provenance"]["assets"]) == {"face_landmarks", "face_detection", "perceptual", "syncnet_v2.model"}
+
+
+def test_closure_is_counted_where_an_alignment_is_given(clip, tmp_path):
+    """The lips of the drawing's landmarks never close, the detector here says where they are."""
+    start = TRAIN / 25
+    (tmp_path / "a.txt").write_text(f"0.0 0.1 B\n{start + 0.04:.2f} {start + 0.12:.2f} M\n{start + 0.2:.2f} {start + 0.24:.2f} P\n")
+    out = evaluate(FakeAvatar(clip), clip, modes=("tracked",), progress=False, alignment=tmp_path / "a.txt")
+    assert out["ground_truth"]["closures_due"] == 2 and out["ground_truth"]["closure"] is not None
+    assert out["tracked"]["closure"] == out["ground_truth"]["closure"]
+    assert "closure" not in out["not_measured"]
+
+
+def test_some_equal_frames_do_not_hide_the_mean(clip):
+    """A frame equal to the truth has no finite PSNR: the mean is infinite, and a note gives that of the others."""
+    out = evaluate(FakeAvatar(clip, lambda image, t: image if t < 3 else darker(image, t)), clip, modes=("tracked",), progress=False)
+    others = np.mean([psnr(darker(drawn(t), i), drawn(t)) for i, t in enumerate(clip.test) if i >= 3])
+    assert out["tracked"]["frame"]["psnr"] is None
+    assert any("3 of 8 frames equal the truth in the frame" in note and f"{others:.2f} dB" in note for note in out["notes"])
 
 
 def test_frames_without_a_face_are_counted(clip, monkeypatch):
@@ -286,19 +323,20 @@ def test_gaps_are_interpolated_for_sync_and_half_blind_rows_are_not():
     points = np.arange(10, dtype=np.float32)[:, None, None].repeat(4, 1).repeat(3, 2)
     gap = points.copy()
     gap[4:6] = np.nan
-    assert np.allclose(report_module._without_gaps(gap), points)
+    assert np.allclose(without_gaps(gap), points)
     gap[:5] = np.nan
-    assert report_module._without_gaps(gap) is None
+    assert without_gaps(gap) is None
 
 
 def test_the_page_is_whole_and_shows_the_worst_first(clip, tmp_path):
     evaluate(FakeAvatar(clip, darker), clip, html=tmp_path / "r.html", progress=False)
     text = (tmp_path / "r.html").read_text()
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
-    assert not re.findall(r"(?:src|href)=['\"](?!data:image/)", text) and "http" not in re.sub(
+    assert not re.findall(r"(?:src|href)=['\"](?!data:image/|#)", text) and "http" not in re.sub(
         r"data:image[^']*", "", text
     )
-    assert text.count("<svg") == 5 and "ground truth" in text and "∞" in text
+    assert text.count("<svg") == 6 and "<polygon" in text  # four measures, the openings, the waveform
+    assert "<script" not in text and "ground truth" in text and "∞" in text
     shown = [int(t) for t in re.findall(r"<h3>Frame (\d+):", text)]
     assert shown[0] == FRAMES - 1  # `darker` grows with t
     assert shown[:5] == sorted(shown[:5], reverse=True)
@@ -357,3 +395,16 @@ def test_a_difference_map_is_dark_where_images_agree():
     assert shown[40:, 40:].max() < 5
     assert shown[12:18, 12:18].mean() > 60
     assert cv2.countNonZero((shown > 30).astype(np.uint8)) <= 100
+
+
+def test_mouths_over_time_keep_their_scale():
+    windows = mouth_windows([(10, 20, 30, 32), (60, 60, 70, 80), (0, 0, 8, 8)], 72, 90)
+    assert {(x1 - x0, y1 - y0) for x0, y0, x1, y1 in windows} == {(20, 20)}
+    assert all(0 <= x0 and x1 <= 72 and 0 <= y0 and y1 <= 90 for x0, y0, x1, y1 in windows)
+    assert windows[0] == (10, 16, 30, 36)
+
+
+def test_the_worst_come_first_and_unknown_frames_are_never_worst():
+    nan, inf = float("nan"), float("inf")
+    picked = worst_first([30.0, nan, 20.0, inf, 25.0, 40.0], 3, 2)
+    assert [i for i, _ in picked] == [2, 4, 0, 5] and "worst 1" in picked[0][1] and picked[-1][1] == "evenly spread"

@@ -14,6 +14,7 @@ from hicode.avatar.driving import SilenceConfig, SilenceGate, frame_rms, merge_m
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
 from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion, bounce
 from hicode.render import Rendering
+from hicode.speech.encoder import create_encoder
 from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
 from hicode.synthesis import AUDIO_RATE_HZ, READ_AHEAD, SAMPLES_PER_FRAME, Stream, _drained, speak, synthesize, synthesize_motion
 
@@ -126,6 +127,19 @@ def test_resting_mouth_is_of_frames_with_closed_lips():
     closed = torch.tensor([7, 21, 22, 30, 41])
     rest, _ = resting_mouth(Motion(expression, landmarks, driving.T_camera_head), FakeAvatar())
     torch.testing.assert_close(rest, expression[closed].mean(0))
+
+
+def test_an_avatar_moved_by_features_is_given_those_of_each_frame():
+    """Table 2's None: frame i is moved by features 2i and 2i + 1 of its sound, however the sound comes; a last half frame repeats its row."""
+    avatar = FakeAvatar()
+    avatar.hears = True
+    sound = speechlike(1.01)
+    features = create_encoder("logmel").encode(sound)
+    motions = [motion for _, motion in synthesize_motion(avatar, sound)]
+    assert len(motions) == 26
+    heard = torch.cat([m.speech for m in motions])
+    torch.testing.assert_close(heard[:25], features[:50].reshape(25, -1), atol=1e-4, rtol=1e-4)  # streamed against whole
+    assert all(m.speech is None for _, m in synthesize_motion(FakeAvatar(), sound))
 
 
 # --- silence -----------------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hicode.motion import FaceTrack, Motion
 from hicode.training import avatar as training
 from hicode.training.density import DensityConfig
 from hicode.training.losses import LossWeights
-from hicode.training.stages import HeadConfig, Stage, head_preset
+from hicode.training.stages import ABLATIONS, HeadConfig, Stage, head_preset
 
 SIZE, FRAMES = 96, 12
 
@@ -184,6 +184,37 @@ def test_an_avatar_reads_back_as_it_was(avatar, tmp_path):
     for t in (0, 7):
         assert np.array_equal(avatar.synthesize_frame(avatar.driving, t, frame, mask), again.synthesize_frame(again.driving, t, frame, mask))
     assert again.source == {"name": "drawn"} and again.speech is None and again.compositor is None
+
+
+@pytest.mark.parametrize("name", [n for n in ABLATIONS if n != "mesh"])
+def test_an_ablated_avatar_trains_saves_and_renders_as_any_other(name, clip, model, tmp_path):
+    config = ABLATIONS[name].apply(a_config(deformation=DeformationConfig(channels=8, hidden=16, anchors=128, speech_dim=6)))
+    clip = SimpleNamespace(**vars(clip))
+    if name == "none":
+        heard = torch.randn(FRAMES, 6, generator=torch.Generator().manual_seed(0))
+        clip.track = replace(clip.track, motion=replace(clip.track.motion, speech=heard))
+    begun = training.start(clip, model, config)
+    gaussians, deformation, poses = training.train_head(clip, model, config)
+    assert psnr(clip, gaussians, deformation, 3) > psnr(clip, begun.gaussians(), begun.deformation, 3) + 1  # 40 iterations: it does learn
+    driving = replace(clip.track.motion[:10], T_camera_head=poses)
+    made = Avatar(
+        gaussians, deformation, clip.track.camera, driving,
+        Images.encode((clip.image(t) for t in range(10)), ".jpg"), Images.encode((clip.head_mask(t) for t in range(10)), ".png"),
+        np.full((SIZE, SIZE, 3), 90, np.uint8), model.mouth_expression, model.mouth_landmark_weight,
+    )  # fmt: skip
+    again = Avatar.load(made.save(tmp_path / "a.hicode"))
+    assert again.hears == (name == "none")
+    assert torch.equal(made.render(made.driving, 4).rgb, again.render(again.driving, 4).rgb)
+
+
+def test_random_points_fill_the_heads_box_and_know_no_colour(clip, model):
+    gaussians, _ = training.initial_cloud(clip, model, a_config(initialisation="random", deformation=DeformationConfig(base="none")))
+    vertices = model.vertices(clip.track.identity, clip.track.motion.expression[0])
+    low, high = vertices.amin(0), vertices.amax(0)
+    assert len(gaussians) == 900 and (gaussians.means >= low).all() and (gaussians.means <= high).all()
+    spread = gaussians.means.std(0) / (high - low)
+    assert torch.allclose(spread, torch.full((3,), 12**-0.5), atol=0.02)  # uniform: 1/√12 of the side; 900 draws
+    assert gaussians.colors.std() > 0.2  # uniform colours: 0.29
 
 
 def test_masks_are_kept_exactly_and_frames_nearly(avatar, clip):

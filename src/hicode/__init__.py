@@ -20,6 +20,7 @@ _HOME = {
     "Stream": "hicode.synthesis",
     "synthesize": "hicode.synthesis",
     "evaluate": "hicode.evaluation.report",
+    "compare_videos": "hicode.evaluation.videos",
     "rasterize": "hicode.render",
     "Gaussians": "hicode.gaussians",
     "Camera": "hicode.camera",

@@ -30,6 +30,8 @@ Video = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="VIDEO")]]
 Audio = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="AUDIO")]]
 ClipFolder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CLIP")]]
 AvatarFile = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="AVATAR")]]
+MaybeAvatar = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="AVATAR")]]
+MaybeClip = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="CLIP")]]
 Preset = Literal["draft", "standard", "paper"]
 EXIT_USER, EXIT_INTERRUPTED = 2, 130
 
@@ -157,22 +159,34 @@ def _make() -> Callable:
 
 def _evaluate() -> Callable:
     from hicode.evaluation.report import evaluate
+    from hicode.evaluation.videos import CompareConfig, compare_videos
 
     def run(
-        avatar: AvatarFile,
-        clip: ClipFolder,
+        avatar: MaybeAvatar = None,
+        clip: MaybeClip = None,
+        video: Path | None = None,
+        reference: Path | None = None,
         json: Path | None = None,
         html: Path | None = None,
+        syncnet: Path | None = None,
+        alignment: Path | None = None,
+        config: Annotated[CompareConfig, tyro.conf.arg(name="")] = CompareConfig(),  # noqa: B008 - frozen
         device: Device = "auto",
     ) -> None:
-        """Measure an avatar on the part of its clip that it has not seen: a table, and on request JSON and a page with
-        pictures.
+        """Measure an avatar on the part of its clip that it has not seen, or any video against a reference: a table, and on request JSON and a
+        page with pictures.
+
+        hicode evaluate AVATAR CLIP, or hicode evaluate --video A --reference B.
 
         Args:
             avatar: What `hicode train` made.
             clip: The clip it was trained on.
+            video: A video, or a folder of pictures (25 a second), that somebody's system made.
+            reference: The recording that it should equal.
             json: File for the figures.
             html: File for the page.
+            syncnet: SyncNet's own weights, syncnet_v2.model, if you have them: adds AVConf.
+            alignment: When p, b and m are spoken (lines of start, end, phone in seconds; or GRID's .align): adds lip closure.
             device: Where to render; only the CPU so far.
         """
         from hicode.files import check_writable
@@ -180,7 +194,74 @@ def _evaluate() -> Callable:
         _check_device(device)
         for file in filter(None, (json, html)):
             check_writable(file)
-        evaluate(avatar, clip, json=json, html=html, device=device)
+        if video is not None or reference is not None:
+            if avatar is not None or video is None or reference is None:
+                raise InputError("A video is measured against a reference. Give both, without an avatar: --video A --reference B.")
+            compare_videos(video, reference, json, html, config, syncnet, alignment)
+            return
+        if avatar is None or clip is None:
+            raise InputError("Nothing to measure. Give an AVATAR and its CLIP, or --video A --reference B. See hicode evaluate --help.")
+        if config != CompareConfig(vgg=config.vgg):
+            raise InputError("--resize, --resample and --max-left-out are for two videos. Leave them out, or give --video and --reference.")
+        evaluate(avatar, clip, json=json, html=html, device=device, vgg=config.vgg, syncnet=syncnet, alignment=alignment)
+
+    return run
+
+
+def _reproduce() -> Callable:
+    from hicode.reproduce.run import check as check_tables
+    from hicode.reproduce.run import reproduce
+
+    def run(
+        table: tyro.conf.Positional[Literal["table1", "table2"] | None] = None,
+        clips: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="CLIPS")]] = None,
+        out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None,
+        preset: tuple[Preset, ...] = ("draft",),
+        seeds: int | None = None,
+        rows: tuple[str, ...] = (),
+        iterations_scale: float = 1.0,
+        ray: str | None = None,
+        workers: int | None = None,
+        cpus: int = 1,
+        syncnet: Path | None = None,
+        check: Path | None = None,
+    ) -> None:
+        """Make the paper's Table 1 (the system, per preset) or Table 2 (the ablations) from a folder of clips: Markdown,
+        LaTeX, a plot and JSON, written anew after each finished cell.
+
+        A run that was stopped goes on when the same command is given again; what is finished is never made twice.
+
+        Args:
+            table: table1 or table2.
+            clips: A folder of videos or of clips that hicode prepare made, or one of them.
+            out: Folder of the tables and of all that they are made of.
+            preset: draft, standard or paper; table1 takes several.
+            seeds: How often each cell is trained, with seeds 0, 1 ...; table1 once, table2 twice if not given.
+            rows: Rows of table2 to make; all if none is named.
+            iterations_scale: Train the head for this share of the preset's iterations.
+            ray: Run the cells on Ray: local (this machine's cores), or a cluster's address. One after the other if not given.
+            workers: With --ray local, cells at a time; as many as there are cores if not given.
+            cpus: With --ray, cores for each cell.
+            syncnet: SyncNet's own weights, syncnet_v2.model, if you have them: adds AVConf.
+            check: Instead of making a table, score the saved frames of the one in this folder again and compare.
+        """
+        if check is not None:
+            if table is not None:
+                raise InputError("--check makes no table. Give hicode reproduce --check FOLDER alone.")
+            found = check_tables(check)
+            for difference in found["differences"]:
+                print(difference)
+            print(f"{check}: {found['figures']} figures of {found['cells']} cells scored again, {len(found['differences'])} differ")
+            if found["differences"]:
+                raise InputError(f"{check} holds figures that its frames do not give (listed above). Make these cells anew.")
+            return
+        if table is None or clips is None or out is None:
+            raise InputError("Missing: a table, a folder of clips and -o. Give hicode reproduce table1|table2 CLIPS -o OUT.")
+        reproduce(
+            table, clips, out, preset, seeds=seeds, rows=rows, iterations_scale=iterations_scale,
+            ray=ray, workers=workers, cpus=cpus, syncnet=syncnet,
+        )  # fmt: skip
+        print((out / f"{table}.md").read_text(encoding="utf-8"))
 
     return run
 
@@ -232,7 +313,8 @@ COMMANDS: dict[str, tuple[Callable[[], Callable], str]] = {
     "train": (_train, "CLIP -o AVATAR [--preset draft|standard|paper]: learn a talking head"),
     "speak": (_speak, "AVATAR AUDIO -o OUT.mp4: make it speak"),
     "make": (_make, "VIDEO AUDIO -o OUT.mp4: prepare, train and speak"),
-    "evaluate": (_evaluate, "AVATAR CLIP [--json FILE] [--html FILE]: measure it on what it has not seen"),
+    "evaluate": (_evaluate, "AVATAR CLIP | --video A --reference B [--json FILE] [--html FILE]: measure it on what it has not seen"),
+    "reproduce": (_reproduce, "table1|table2 CLIPS -o OUT [--ray local|ADDRESS]: the paper's tables from a folder of clips"),
     "assets": (_assets, "list|pull: the pretrained parts, their sources and licences"),
     "doctor": (_doctor, "is this machine ready?"),
 }

@@ -14,7 +14,7 @@ samples 640 i … 640 (i + 1).
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from hicode.camera import Camera
-from hicode.errors import FileFormatError
+from hicode.errors import FileFormatError, InputError
 from hicode.files import load_tensors, read_json, save_tensors
 from hicode.motion import FaceTrack, Motion
 
@@ -144,6 +144,17 @@ class Clip:
     @cached_property
     def track(self) -> FaceTrack:
         return load_track(self.path / "track.safetensors")
+
+    def hear(self, encoder: str = "embedded") -> None:
+        """Give the track's motion the sound's features, the two rows of each frame side by side: for avatars that are moved by
+        them directly (Table 2's None). Raises InputError for a video without sound.
+        """
+        if self.track.motion.speech is not None:
+            return
+        features = self.speech_features(encoder)
+        if features is None:
+            raise InputError(f"{self.path} has no sound, and this avatar is moved by speech features. Use a clip with sound.")
+        self.track = replace(self.track, motion=replace(self.track.motion, speech=features.reshape(self.frame_count, -1)))
 
     def depth(self) -> Float32[np.ndarray, "h w"]:
         """Camera depth (dm) of the first training frame; NaN outside the head."""

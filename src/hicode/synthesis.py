@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -139,6 +139,7 @@ class Stream:
             self._rest[0].new_zeros(0, *self._rest[0].shape),
             self._rest[1].new_zeros(0, *self._rest[1].shape),
         )
+        self._heard: list[torch.Tensor] | None = [] if getattr(avatar, "hears", False) else None  # features of frames to come
         self._motions: deque[_Waiting] = deque()
         self._pool = frame_pool()
         self.ahead = 2 * torch.get_num_threads()  # frames rendered at once, or before they are asked for
@@ -160,7 +161,7 @@ class Stream:
             with torch.inference_mode():
                 self._know(self._sound)
                 with self.seconds.clocked("features"):
-                    features = [self._features.push(self._sound), self._features.finish()]
+                    features = [self._keep(self._features.push(self._sound)), self._keep(self._features.finish())]
                 self._sound = self._sound[:0]
                 with self.seconds.clocked("faceformers"):
                     mouths = [*(self._mouths.push(f) for f in features), self._mouths.finish()]
@@ -201,7 +202,7 @@ class Stream:
                 piece = self._sound[begin : begin + PIECE]
                 self._know(piece)
                 with self.seconds.clocked("features"):
-                    features = self._features.push(piece)
+                    features = self._keep(self._features.push(piece))
                 with self.seconds.clocked("faceformers"):
                     self._move(*self._mouths.push(features))
             self._sound = self._sound[whole:]
@@ -210,6 +211,18 @@ class Stream:
         """Gates of the next frames. Only the last piece may hold a part of a frame."""
         if self._gate is not None and len(samples):
             self._gates = np.concatenate([self._gates, self._gate.push(frame_rms(samples, SAMPLES_PER_FRAME))])
+
+    def _keep(self, features: torch.Tensor) -> torch.Tensor:
+        if self._heard is not None:
+            self._heard.extend(features)
+        return features
+
+    def _frame_features(self, count: int) -> torch.Tensor:
+        """Two rows of features a frame, side by side, for the next frames; a last half frame repeats its row."""
+        rows = self._heard[: 2 * count]
+        self._heard = self._heard[2 * count :]
+        rows += rows[-1:] * (2 * count - len(rows))
+        return torch.stack(rows).reshape(count, -1)
 
     def _move(self, expression: torch.Tensor, landmarks: torch.Tensor) -> None:
         expression, landmarks = torch.cat([self._waiting[0], expression]), torch.cat([self._waiting[1], landmarks])
@@ -225,6 +238,8 @@ class Stream:
             landmarks = torch.lerp(self._rest[1], landmarks, gate[:, None, None])
         indices = bounce(len(self.avatar.driving), self._start + self._moved, count)
         motion = merge_motion(self.avatar.driving[indices], expression, landmarks, self.avatar)
+        if self._heard is not None:
+            motion = replace(motion, speech=self._frame_features(count))
         self._motions.extend(_Waiting(int(t), motion[i : i + 1]) for i, t in enumerate(indices))
         self._moved += count
 

@@ -92,13 +92,19 @@ class Avatar:
     def driving_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
         return self.driving_masks[t]
 
+    @property
+    def hears(self) -> bool:
+        """Whether speech features move it directly (Table 2's None): its motion must carry them."""
+        return self.deformation.config.coarse == "audio"
+
     @torch.no_grad()
     def deformed(self, motion: Motion, t: int) -> Gaussians:
         """Eqs 7-8 at frame t of a motion."""
         deformer = self._deformer()
         if deformer is not None:
             return deformer(motion.expression[t], motion.landmarks[t])
-        return self.gaussians.deformed(*self.deformation(self.gaussians.means, motion.expression[t], motion.landmarks[t]))
+        control = motion.expression[t], motion.landmarks[t], motion.speech_at(t)
+        return self.gaussians.deformed(*self.deformation(self.gaussians.means, *control))
 
     def _deformer(self) -> FrameDeformer | None:
         """What deforms this cloud quickly, made once; None where only `Deformation` itself can."""
@@ -187,26 +193,3 @@ def _assemble(tensors: dict[str, Tensor], config: dict) -> Avatar:
         config["source"],
         config["info"],
     )
-
-
-def provenance() -> dict:
-    """What made a result: package version, commit where there is one, machine."""
-    import os
-    import platform
-    import subprocess
-
-    import hicode
-
-    root = Path(hicode.__file__).parent
-    try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5)
-        commit = done.stdout.strip() if done.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    return {
-        "version": hicode.__version__,
-        "commit": commit,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-    }

@@ -9,6 +9,8 @@ Two layers, each a function of the frame's 64 expression parameters and 478 pose
 - *hierarchical control* (the paper's, Eqs 9-12): landmark attention gives a mean and deviation for a first AdaIN, the 3DMM parameters for a
   second, and a small MLP with zero-initialised output turns the result into offsets (Eq. 7). Untrained, it is the identity.
 
+Table 2's ablations are settings of the same control: what each level is made of (`fine`, `coarse`); `hicode.training.stages.ABLATIONS` lists them.
+
 The control is a smooth field over canonical space, a function of position alone within a frame. It is evaluated on m anchors chosen among the
 Gaussians and interpolated (`anchors=0` evaluates it on every Gaussian, as the paper does).
 """
@@ -23,7 +25,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hicode.errors import InputError
 from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM, N_LANDMARKS
+
+STYLE_TOKENS = 8  # what the 3DMM vector becomes for a cross-attention block to attend to
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,14 @@ class DeformationConfig:
     """points on which the control is evaluated before interpolation; 0: every Gaussian (the paper)"""
     base: Literal["mesh", "none"] = "mesh"
     """carrier under the control: the 3DMM surface with the landmarks' residual, or nothing (the paper)"""
-    fine: Literal["adain", "none"] = "adain"
-    """landmark attention with the first AdaIN (Eqs 9-11), or without landmarks (Table 2)"""
-    coarse: Literal["adain", "literal", "none"] = "adain"
-    """second AdaIN from a learned affine map of the 3DMM vector; "literal": its mean and deviation, two numbers (Eq. 12 as printed); or without 3DMM"""
+    fine: Literal["adain", "addition", "attention", "concat", "none"] = "adain"
+    """landmarks enter by attention and the first AdaIN (Eqs 9-11). Table 2: by adding what attention gives, by a cross-attention block in the AdaIN's
+    place, by an encoding of all of them concatenated to each point's features, or not at all"""
+    coarse: Literal["adain", "literal", "addition", "attention", "concat", "audio", "none"] = "adain"
+    """the 3DMM vector enters by a second AdaIN whose style is a learned affine map of it. "literal": its mean and deviation, two numbers (Eq. 12 as
+    printed). Table 2: added, by a cross-attention block, concatenated, or not at all; "audio": speech features take the vector's place in the AdaIN"""
+    speech_dim: int = 768
+    """width of a frame's speech features (two rows of the embedded encoder's 384); read with `coarse="audio"` only"""
     max_offset: float = 0.1
     """head units (dm): Δl per unit of network output, so that the output layer learns at the pace of the others"""
 
@@ -87,6 +96,18 @@ def landmark_attention(
     return mean, ((second - mean * mean).clamp_min(0) + 1e-5).sqrt()
 
 
+class CrossAttention(nn.Module):
+    """A transformer's cross-attention block, one head: LayerNorm(x + W_o softmax(W_q x Kᵀ / √c) V). Stands in for an AdaIN in Table 2's "attention"."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.query, self.out, self.norm = nn.Linear(channels, channels), nn.Linear(channels, channels), nn.LayerNorm(channels)
+
+    def forward(self, x: Float[Tensor, "n c"], k: Float[Tensor, "l c"], v: Float[Tensor, "l c"]) -> Float[Tensor, "n c"]:
+        attention = torch.softmax((self.query(x) * x.shape[1] ** -0.5) @ k.T, -1)
+        return self.norm(x + self.out(attention @ v))
+
+
 class HierarchicalControl(nn.Module):
     """Eqs 9-12 and the MLP to offsets. Inputs: canonical points, landmarks, expression, identity; outputs Δ "n 10" (means 3, quats 4, log-scales 3)."""
 
@@ -102,22 +123,41 @@ class HierarchicalControl(nn.Module):
         self.register_buffer("landmark_mean", torch.zeros(N_LANDMARKS, 3))
         self.register_buffer("landmark_std", torch.tensor(0.02))
         self.query = nn.Sequential(nn.Linear(3 * (1 + 2 * config.position_frequencies), h), nn.ReLU(), nn.Linear(h, c))
-        if config.fine == "adain":
+        if config.fine in ("adain", "addition", "attention"):
             # A landmark's key and value come from its position, its displacement from the mean (small: normalised on its own) and its index.
             self.key_value = nn.Sequential(nn.Linear(3 * (2 + 2 * config.landmark_frequencies), h), nn.ReLU(), nn.Linear(h, 2 * c))
             self.landmark_code = nn.Parameter(0.1 * torch.randn(N_LANDMARKS, 2 * c))
-        if config.coarse == "adain":
-            self.style = nn.Linear(EXPRESSION_DIM + IDENTITY_DIM, 2 * c)
-            nn.init.normal_(self.style.weight, std=0.02)
+        if config.fine == "attention":
+            self.fine_attention = CrossAttention(c)
+        if config.fine == "concat":
+            self.landmark_encoder = nn.Sequential(nn.Linear(3 * N_LANDMARKS, h), nn.ReLU(), nn.Linear(h, c))
+        if config.coarse in ("adain", "audio"):
+            self.style = nn.Linear(config.speech_dim if config.coarse == "audio" else EXPRESSION_DIM + IDENTITY_DIM, 2 * c)
+            nn.init.normal_(self.style.weight, std=0.02 if config.coarse == "adain" else 0.01)
             with torch.no_grad():
                 self.style.bias[:c] = 1.0  # deviation 1, mean 0: the second AdaIN starts as a plain normalisation
                 self.style.bias[c:] = 0.0
-        self.head = nn.Sequential(nn.Linear(c, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 10))
+        if config.coarse == "audio":
+            self.register_buffer("speech_mean", torch.zeros(config.speech_dim))
+            self.register_buffer("speech_std", torch.ones(config.speech_dim))
+        if config.coarse in ("addition", "concat"):
+            self.shift = nn.Linear(EXPRESSION_DIM + IDENTITY_DIM, c)
+        if config.coarse == "attention":
+            self.tokens = nn.Linear(EXPRESSION_DIM + IDENTITY_DIM, 2 * c * STYLE_TOKENS)
+            self.coarse_attention = CrossAttention(c)
+        features = c * (1 + (config.fine == "concat") + (config.coarse == "concat"))
+        self.head = nn.Sequential(nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 10))
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
 
-    def set_statistics(self, expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"]) -> None:
+    def set_statistics(
+        self, expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"], speech: Float[Tensor, "t s"] | None = None
+    ) -> None:
         """Normalisation of the control signals, from training frames only."""
+        if self.config.coarse == "audio":
+            assert speech is not None and speech.shape[1] == self.config.speech_dim, "the motion carries no speech features of this width"
+            self.speech_mean.copy_(speech.mean(0))
+            self.speech_std.copy_(speech.std(0, correction=0) + 1e-3)
         self.expression_mean.copy_(expression.mean(0))
         self.expression_std.copy_(expression.std(0, correction=0) + 0.02)  # floor: an action that never moves must not be amplified
         self.landmark_mean.copy_(landmarks.mean(0))
@@ -134,27 +174,44 @@ class HierarchicalControl(nn.Module):
         expression: Float[Tensor, "64"],
         identity: Float[Tensor, "80"],
         query: Float[Tensor, "m c"] | None = None,
+        speech: Float[Tensor, "s"] | None = None,
     ) -> Float[Tensor, "m 10"]:
         q = self.embed(points) if query is None else query
-        c = self.config.channels
-        if self.config.fine == "adain":
+        c, fine, coarse = self.config.channels, self.config.fine, self.config.coarse
+        if fine in ("adain", "addition", "attention"):
             position = (landmarks - self.center) / self.radius
             displacement = (landmarks - self.landmark_mean) / self.landmark_std
             kv = self.key_value(torch.cat([sinusoidal(position, self.config.landmark_frequencies), displacement], -1))
             k, v = (kv + self.landmark_code).chunk(2, 1)
-            y = adain(q, *landmark_attention(q, k, v))
+            if fine == "adain":
+                y = adain(q, *landmark_attention(q, k, v))
+            else:
+                y = self.fine_attention(q, k, v) if fine == "attention" else q + landmark_attention(q, k, v)[0]
         else:
             y = q
-        if self.config.coarse == "adain":
+        beside = []  # concatenated to each point's features, the same for all points
+        if fine == "concat":
+            displacement = (landmarks - self.landmark_mean) / self.landmark_std
+            beside.append(self.landmark_encoder(displacement.flatten()))
+        normalized = torch.cat([(expression - self.expression_mean) / self.expression_std, identity])
+        if coarse == "adain":
             # Deviation from Eq. 12: the style is a learned affine map of the 3DMM vector, not its mean and deviation: two numbers
             # cannot tell one expression from another (measured in a study: LMD 2.64 px literal, 1.74 learned).
-            normalized = (expression - self.expression_mean) / self.expression_std
-            std, mean = self.style(torch.cat([normalized, identity])).split(c)
+            std, mean = self.style(normalized).split(c)
             y = adain(y, mean, std)
-        elif self.config.coarse == "literal":
+        elif coarse == "literal":
             vector = torch.cat([expression, identity])
             y = adain(y, vector.mean(), vector.std(correction=0))
-        return self.head(y)
+        elif coarse == "audio":
+            std, mean = self.style((speech - self.speech_mean) / self.speech_std).split(c)
+            y = adain(y, mean, std)
+        elif coarse == "addition":
+            y = y + self.shift(normalized)
+        elif coarse == "attention":
+            y = self.coarse_attention(y, *self.tokens(normalized).view(2, STYLE_TOKENS, c))
+        elif coarse == "concat":
+            beside.append(self.shift(normalized))
+        return self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
 
 
 @dataclass(frozen=True)
@@ -356,8 +413,10 @@ class Deformation(nn.Module):
         self.anchors: Anchors | None = None
         self._query: Tensor | None = None
 
-    def set_statistics(self, expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"]) -> None:
-        self.control.set_statistics(expression, landmarks)
+    def set_statistics(
+        self, expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"], speech: Float[Tensor, "t s"] | None = None
+    ) -> None:
+        self.control.set_statistics(expression, landmarks, speech)
         if self.carrier is not None:
             self.carrier.set_statistics(expression, landmarks)
 
@@ -385,20 +444,27 @@ class Deformation(nn.Module):
         return self.carrier(self.binding, expression, landmarks) if self.carrier is not None else 0.0
 
     def forward(
-        self, means: Float[Tensor, "n 3"], expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"]
+        self,
+        means: Float[Tensor, "n 3"],
+        expression: Float[Tensor, "64"],
+        landmarks: Float[Tensor, "478 3"],
+        speech: Float[Tensor, "s"] | None = None,
     ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 4"], Float[Tensor, "n 3"]]:
-        """(Δl, Δr, Δs) of Eq. 7 for canonical positions `means`.
+        """(Δl, Δr, Δs) of Eq. 7 for canonical positions `means`. `speech`, a frame's features, is needed (InputError) and read with
+        `coarse="audio"` only.
 
         Gradients reach the network, not the canonical positions through their embedding: with anchors fixed points stand for them, and without
         anchors the embedding's gradient only fights the photometric one.
         """
+        if self.config.coarse == "audio" and speech is None:
+            raise InputError("This avatar is moved by speech features (the ablation None), and the motion carries none. Speak, or use a clip with sound.")
         points = self.anchors.points if self.anchors is not None else means.detach()
         query = self._query
         if query is None and not torch.is_grad_enabled():
             query = self._query = self.control.embed(points)
         elif torch.is_grad_enabled():
             query = self._query = None
-        delta = self.control(points, landmarks, expression, self.identity, query)
+        delta = self.control(points, landmarks, expression, self.identity, query, speech)
         if self.anchors is not None:
             delta = _Interpolate.apply(delta, self.anchors)
         d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks)

@@ -127,23 +127,32 @@ class Truth:
     """One frame's truth with its regions, ready to be compared with several images: what depends on it alone is
     computed once.
 
-    `vgg` adds the whole frame's LPIPS by VGG16, `lpips_vgg`; it costs twenty times the other.
+    Where no face was found there is no head and no mouth: None for their mask and box, NaN for what is measured there. `vgg` adds the whole frame's LPIPS by VGG16, `lpips_vgg`; it costs twenty times the other.
     """
 
     def __init__(
-        self, image: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], mouth_box: Box, vgg: bool = False
+        self,
+        image: UInt8[np.ndarray, "h w 3"],
+        head_mask: UInt8[np.ndarray, "h w"] | None,
+        mouth_box: Box | None,
+        vgg: bool = False,
     ):
         _check_same(image, image)
         height, width = image.shape[:2]
         if min(height, width) < SMALLEST_SIDE_PX:
             raise InputError(
                 f"Frames are {width}x{height}; LPIPS needs at least {SMALLEST_SIDE_PX} px a side. "
-                "Prepare the clip at a larger size."
+                "Give larger frames."
             )
         self.image, self.vgg = image, vgg
-        self.masks = {"frame": None, "head": head_mask >= 128, "mouth": box_mask(mouth_box, height, width)}
+        nowhere = np.zeros((height, width), bool)
+        self.masks = {
+            "frame": None,
+            "head": nowhere if head_mask is None else head_mask >= 128,
+            "mouth": nowhere if mouth_box is None else box_mask(mouth_box, height, width),
+        }
         self._head = torch.from_numpy(self.masks["head"])[None, None].float()
-        self._mouth_box = grown(mouth_box, height, width)
+        self._mouth_box = None if mouth_box is None else grown(mouth_box, height, width)
         self._moments = Moments.of(image)
         self._features = self._deep(image)
 
@@ -160,7 +169,9 @@ class Truth:
                 "head": float(alex.from_features(features["frame"], self._features["frame"], self._head))
                 if self.masks["head"].any()
                 else float("nan"),
-                "mouth": float(alex.from_features(features["mouth"], self._features["mouth"])),
+                "mouth": float(alex.from_features(features["mouth"], self._features["mouth"]))
+                if self._mouth_box is not None
+                else float("nan"),
             }
             out = {
                 region: {
@@ -175,13 +186,12 @@ class Truth:
         return out
 
     def _deep(self, image: np.ndarray) -> dict[str, list[Tensor]]:
-        x0, y0, x1, y1 = self._mouth_box
         with torch.inference_mode():
             whole = to_tensor(image)
-            features = {
-                "frame": lpips("alexnet").normalized(whole),
-                "mouth": lpips("alexnet").normalized(whole[..., y0:y1, x0:x1]),
-            }
+            features = {"frame": lpips("alexnet").normalized(whole)}
+            if self._mouth_box is not None:
+                x0, y0, x1, y1 = self._mouth_box
+                features["mouth"] = lpips("alexnet").normalized(whole[..., y0:y1, x0:x1])
             if self.vgg:
                 features["vgg"] = lpips("vgg16").normalized(whole)
         return features

@@ -1,33 +1,60 @@
-"""The report as one HTML file: table, frames side by side (worst first), difference maps, mouth strips, curves. Nothing
-is loaded from elsewhere."""
+"""The report as one HTML file for people who doubt it: figures, curves frame by frame, the sound with the mouth's opening, mouths
+over time, the worst frames first with their difference maps, what was not measured and why, and what made it all. Nothing is
+loaded from elsewhere; there is no script.
+"""
 
 import base64
+import itertools
 import json
 from html import escape
 from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
-from hicode.evaluation.report import COLUMNS, ROWS, TITLES, Pictures, ShownFrame, cell, headlines
+from hicode.evaluation.images import REGIONS
+from hicode.evaluation.show import TITLES, Column, Pictures, ShownFrame, cell, headlines, rows_of, shown_columns, value
 from hicode.files import atomic_path
 
 DIFFERENCE_GAIN = 4  # a difference of 64 levels is full scale
-COLORS = {"ground_truth": "#2a9d4a", "control": "#8a8a8a", "tracked": "#2563c4", "audio": "#d2571e"}
-STRIP_HEIGHT_PX = 96
+SHOWN_PX = 512  # longer side of a frame on the page
+COLORS = {"ground_truth": "#1f8a4c", "control": "#8b8f96", "video": "#2259b8", "tracked": "#2259b8", "audio": "#cf5a17"}
+STRIP_HEIGHT_PX, STRIP_LINE = 88, 12
+MISSED = "#c2182b"
 
-_STYLE = """ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1280px; padding: 0 1rem; color:
-#1c1c1c; background: #fff } h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem } th, td { padding: .28rem
-.6rem; text-align: right; border-bottom: 1px solid #ddd } th:first-child, td:first-child { text-align: left } thead th {
-border-bottom: 2px solid #888; font-weight: 600; vertical-align: bottom } .scroll { overflow-x: auto } .row { display:
-flex; gap: 8px; flex-wrap: wrap; margin: .3rem 0 1.4rem } figure { margin: 0 } figure img { display: block; width:
-236px; max-width: 100%; height: auto } figcaption { font-size: .8rem; color: #555 } .strip { display: flex; gap: 2px;
-align-items: center; margin-bottom: 2px; overflow-x: auto } .strip b { flex: 0 0 7rem; font-size: .8rem; font-weight:
-600 } .strip img { height: 96px; width: auto; display: block } .note, dd { color: #555 } dt { font-weight: 600;
-margin-top: .3rem } dd { margin: 0 } svg { max-width: 100%; height: auto } details { margin-top: 1rem } pre { font-size:
-.78rem; overflow-x: auto; background: #f5f5f5; padding: .8rem }
+_STYLE = """
+:root { --line: #dfe2e6; --soft: #5d646e; --ink: #16191d }
+* { box-sizing: border-box }
+body { font: 14.5px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; margin: 0 auto; max-width: 1340px;
+  padding: 1.6rem 1.6rem 4rem; color: var(--ink); background: #fff }
+h1 { font-size: 1.45rem; margin: 0 0 .2rem } h2 { font-size: 1.08rem; margin: 2.4rem 0 .5rem; padding-top: .9rem;
+  border-top: 1px solid var(--line) } h3 { font-size: .92rem; margin: 1rem 0 .25rem; font-weight: 600 }
+p { margin: .3rem 0 .6rem; max-width: 62rem } .soft, figcaption, dd { color: var(--soft) } .small { font-size: .85rem }
+nav { font-size: .85rem; margin: .6rem 0 0 } nav a { color: #2259b8; margin-right: 1.1rem; text-decoration: none }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; margin: .6rem 0 }
+th, td { padding: .3rem .62rem; text-align: right; white-space: nowrap } td { border-top: 1px solid var(--line) }
+th { font-weight: 500; color: var(--soft) } thead tr:first-child th { text-align: center; color: var(--ink); font-weight: 600;
+  border-bottom: 1px solid #9aa1aa } th:first-child, td:first-child { text-align: left }
+.g { border-left: 1px solid var(--line) } tr.aside td { color: var(--soft) }
+.dot { display: inline-block; width: .62rem; height: .62rem; border-radius: 50%; margin-right: .45rem }
+.scroll { overflow-x: auto } .cards { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1rem 0 .4rem }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .85rem; min-width: 9.2rem }
+.card b { display: block; font-size: 1.28rem; font-weight: 620; font-variant-numeric: tabular-nums }
+.card span { font-size: .8rem; color: var(--soft); display: block }
+.say { border-left: 3px solid #c98a00; background: #fff9ea; padding: .45rem .8rem; margin: .35rem 0; max-width: 62rem }
+.row { display: flex; gap: 8px; flex-wrap: wrap; margin: .3rem 0 1.5rem } figure { margin: 0 }
+figure img { display: block; width: 208px; max-width: 100%; height: auto; background: #eee } figcaption { font-size: .78rem; max-width: 208px }
+.strip { display: grid; grid-template-columns: 6.4rem repeat(12, minmax(0, 1fr)); gap: 2px; align-items: center; font-size: .78rem }
+.strip img { width: 100%; height: auto; display: block } .strip b { font-weight: 600 } .strip + .strip { margin-top: 14px }
+.strip i { font-style: normal; color: var(--soft); text-align: center }
+.key { display: flex; flex-wrap: wrap; gap: 1.2rem; font-size: .82rem; margin: .1rem 0 .2rem }
+.key i { display: inline-block; width: 1.3rem; border-top: 2.5px solid; vertical-align: middle; margin-right: .4rem }
+svg { display: block; max-width: 100%; height: auto; margin-bottom: .9rem } dl { columns: 2; column-gap: 2.5rem; font-size: .85rem }
+dt { font-weight: 600; margin-top: .3rem; break-after: avoid } dd { margin: 0; break-inside: avoid }
+details { margin-top: 1rem } pre { font-size: .76rem; overflow-x: auto; background: #f6f7f8; padding: .8rem }
+.ramp { display: inline-block; width: 9rem; height: .7rem; vertical-align: middle; margin: 0 .4rem }
+@media print { nav { display: none } h2 { break-after: avoid } figure, .strip, svg { break-inside: avoid } }
 """
 
 
@@ -38,53 +65,292 @@ def write_page(path: Path, report: dict, pictures: Pictures) -> None:
 
 
 def page(report: dict, pictures: Pictures) -> str:
-    clip = report["provenance"]["clip"].get("name", "clip")
-    first, end = report["split"]["test"]
+    made = report["provenance"]
+    code = f"hicode {made['version']}" + (f", commit {made['commit']}" if made.get("commit") else "")
+    code += " with uncommitted changes" if made.get("dirty") else ""
+    sections = (
+        ("figures", "Figures", _table(report)),
+        ("open", "Not measured", _open(report)),
+        ("curves", "Frame by frame", _curves(report)),
+        ("sound", "Sound and mouth", _sound(report, pictures.sound)),
+        ("mouths", "Mouths over time", _strips(pictures.strip)),
+        ("frames", "Frames, worst first", _frames(pictures.frames)),
+        ("how", "What was measured, and how", _definitions(report)),
+    )
+    sections = [s for s in sections if s[2]]
+    links = "".join(f"<a href='#{key}'>{escape(title)}</a>" for key, title, _ in sections)
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
-        f"<title>hicode: {escape(clip)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(clip)}</h1>",
-        f"<p class='note'>{end - first} frames ({first} … {end - 1}) that the avatar has not seen, before any encoding.",
-        f"{escape(report['upper_face'].capitalize())}. Every row but the truth shares the true background:",
-        "read it as its distance from the control.</p>",
-        _table(report),
-        "".join(f"<p>{escape(line)}</p>" for line in headlines(report)),
-        _frames(pictures.frames),
-        _strips(pictures.strip),
-        _curves(report),
-        _definitions(report),
+        f"<title>{escape(report['title'])}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(report['title'])}</h1>",
+        f"<p class='soft'>{escape(report['protocol'][0].upper() + report['protocol'][1:])}.</p>",
+        f"<p class='soft small'>{escape(code)}; {escape(made['made'])}; {escape(made['machine'])}</p>",
+        f"<nav>{links}</nav>",
+        _cards(report),
+        "".join(f"<p class='say'>{escape(note)}</p>" for note in report["notes"]),
+        *(f"<h2 id='{key}'>{escape(title)}</h2>{content}" for key, title, content in sections),
         "</body></html>",
     ]
     return "\n".join(parts)
 
 
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def _cards(report: dict) -> str:
+    """The few figures that a reader looks for, each beside its control."""
+    rows, out = rows_of(report), []
+    wanted = (("head PSNR", ("head", "psnr"), 2, " dB"), ("frame LPIPS", ("frame", "lpips"), 3, ""), ("LMD", ("lmd_px",), 2, " px"))
+    for mode in report["over_control"]:
+        for name, where, digits, unit in wanted:
+            found, floor = value(rows[mode], where), value(rows["control"], where)
+            if found is not None:
+                beside = f"control {floor:.{digits}f}" if floor is not None else "no control"
+                out.append(_card(f"{name}, {TITLES[mode]}", f"{found:.{digits}f}{unit}", beside))
+    for mode in report["over_control"]:
+        missed = rows[mode]["missed_faces"]
+        if missed:
+            out.append(_card(f"no face, {TITLES[mode]}", f"{missed}", f"of {len(report['per_frame'][mode]['face'])} frames"))
+    if report.get("fps"):
+        out.append(_card("speed", f"{report['fps']:.1f} fps", report["timing"]["fps_is"]))
+    return f"<div class='cards'>{''.join(out)}</div>"
+
+
+def _card(name: str, shown: str, beside: str) -> str:
+    return f"<div class='card'><span>{escape(name)}</span><b>{escape(shown)}</b><span>{escape(beside)}</span></div>"
+
+
 def _table(report: dict) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column, _, _ in COLUMNS)
-    body = "".join(
-        f"<tr><td>{TITLES[name]}</td>"
-        + "".join(f"<td>{cell(report[name], where, digits)}</td>" for _, where, digits in COLUMNS)
-        + "</tr>"
-        for name in ROWS
-        if report[name] is not None
+    """Pictures and motion apart: side by side they are wider than a page."""
+    columns = shown_columns(report)
+    pictures = [c for c in columns if c.where[0] in REGIONS]
+    tables = [_one_table(part, rows_of(report)) for part in (pictures, [c for c in columns if c not in pictures])]
+    gains = "".join(f"<p>{escape(line)}</p>" for line in headlines({**report, "notes": [], "not_measured": {}}))
+    shared = (
+        "<p class='soft small'>↑ higher is better, ↓ lower is better. The control is what a still picture scores where a true "
+        "background is pasted: read a result as its distance from it.</p>"
     )
-    return f"<div class='scroll'><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return "".join(f"<div class='scroll'>{table}</div>" for table in tables) + shared + gains
+
+
+def _one_table(columns: list[Column], rows: dict[str, dict]) -> str:
+    groups: list[list] = []
+    for column in columns:
+        if not groups or groups[-1][0] != column.group:
+            groups.append([column.group, 0])
+        groups[-1][1] += 1
+    starts = {sum(n for _, n in groups[:i]) for i in range(len(groups))}
+    top = "".join(f"<th class='g' colspan='{n}'>{escape(group)}</th>" for group, n in groups)
+    arrow = {1: " ↑", -1: " ↓", 0: ""}
+    names = "".join(
+        f"<th{_edge(i, starts)}>{escape(column.name)}{arrow[column.better]}</th>" for i, column in enumerate(columns)
+    )
+    body = []
+    for name, row in rows.items():
+        cells = "".join(
+            f"<td{_edge(i, starts)}>{cell(row, column)}</td>" for i, column in enumerate(columns)
+        )
+        kind = " class='aside'" if name in ("ground_truth", "control") else ""
+        body.append(f"<tr{kind}><td>{_dot(name)}{TITLES[name]}</td>{cells}</tr>")
+    return f"<table><thead><tr><th></th>{top}</tr><tr><th></th>{names}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _edge(i: int, starts: set[int]) -> str:
+    return " class='g'" if i in starts else ""
+
+
+def _dot(name: str) -> str:
+    return f"<span class='dot' style='background:{COLORS[name]}'></span>"
+
+
+def _open(report: dict) -> str:
+    return "".join(f"<p>{escape(what)}: <span class='soft'>{escape(why)}</span></p>" for what, why in report["not_measured"].items())
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def _curves(report: dict) -> str:
+    first = report["split"]["test"][0]
+    rows = report["per_frame"]
+    judged = [name for name in TITLES if name in rows and name != "ground_truth"]
+    charts = (
+        ("Head PSNR, dB ↑", "psnr_head"),
+        ("Mouth PSNR, dB ↑", "psnr_mouth"),
+        ("Frame LPIPS ↓", "lpips_frame"),
+        ("LMD, px ↓", "lmd_px"),
+    )
+    missed = sorted({i for row in rows.values() for i, seen in enumerate(row["face"]) if not seen})
+    out = [_key([(TITLES[name], COLORS[name], "") for name in judged])]
+    if missed:
+        out.append(f"<p class='small' style='color:{MISSED}'>Red ticks: frames in which some row, or the truth, has no face.</p>")
+    for title, key in charts:
+        series = [(TITLES[name], COLORS[name], rows[name][key], "") for name in judged]
+        out.append(f"<h3>{escape(title)}</h3>{chart(series, first, marks=missed)}")
+    return "".join(out)
+
+
+def _sound(report: dict, samples: np.ndarray | None) -> str:
+    """The waveform, and on the same time axis how far the mouths open: the truth's, the rows', and what speech predicted."""
+    first, rows = report["split"]["test"][0], report["per_frame"]
+    series = [
+        (TITLES[name], COLORS[name], rows[name]["opening"], "") for name in TITLES if name in rows and name != "control"
+    ]
+    if "opening_predicted" in rows.get("audio", {}):
+        series.append(("predicted from the sound", COLORS["audio"], rows["audio"]["opening_predicted"], "4 3"))
+    missed = sorted({i for name, row in rows.items() if name != "control" for i, seen in enumerate(row["face"]) if not seen})
+    out = [_key([(name, color, dash) for name, color, _, dash in series])]
+    count = len(rows["ground_truth"]["opening"])
+    out.append(waveform(samples, count, first) if samples is not None else "<p class='soft'>There is no sound.</p>")
+    out.append("<h3>Opening of the mouth, over the distance of the outer eye corners</h3>")
+    return "".join(out) + chart(series, first, height=210, marks=missed)
+
+
+def _key(entries: list[tuple[str, str, str]]) -> str:
+    items = "".join(
+        f"<span><i style='border-color:{color};border-top-style:{'dashed' if dash else 'solid'}'></i>{escape(name)}</span>"
+        for name, color, dash in entries
+    )
+    return f"<div class='key'>{items}</div>"
+
+
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22  # margins of a chart: all share their time axis
+
+
+def _x(i: float, count: int, width: int) -> float:
+    """Where frame i's middle lies; frame i is the i-th of `count` equal cells."""
+    return LEFT + (width - LEFT - RIGHT) * (i + 0.5) / max(count, 1)
+
+
+def chart(
+    series: list[tuple[str, str, list[float | None], str]],
+    first: int,
+    width: int = 1280,
+    height: int = 170,
+    marks: list[int] | None = None,
+) -> str:
+    """Lines over frames as inline SVG: (name, colour, values with None for gaps, dash pattern); `first` numbers the
+    first frame; `marks` are frames to tick in red."""
+    known = [v for _, _, values, _ in series for v in values if v is not None]
+    if not known:
+        return "<p class='soft'>Nothing was measured.</p>"
+    low, high = min(known), max(known)
+    margin = 0.06 * (high - low) or 0.5
+    low, high = low - margin, high + margin
+    step = _round_step(high - low)
+    digits = max(0, -int(np.floor(np.log10(step))))
+    count = max(len(values) for _, _, values, _ in series)
+
+    def y(v: float) -> float:
+        return TOP + (height - TOP - BOTTOM) * (high - v) / (high - low)
+
+    out = [f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' font-size='11'>"]
+    for v in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step:
+        out.append(f"<line x1='{LEFT}' x2='{width - RIGHT}' y1='{y(v):.1f}' y2='{y(v):.1f}' stroke='#e8eaed'/>")
+        out.append(f"<text x='{LEFT - 6}' y='{y(v) + 4:.1f}' text-anchor='end' fill='#5d646e'>{v + 0.0:.{digits}f}</text>")
+    out.append(_ticks(count, first, width, height))
+    for i in marks or []:
+        x = _x(i, count, width)
+        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM - 6}' y2='{height - BOTTOM}' stroke='{MISSED}' stroke-width='2'/>")
+    for name, color, values, dash in series:
+        pieces, piece = [], []
+        for i, v in enumerate([*values, None]):
+            if v is not None:
+                piece.append(f"{_x(i, count, width):.1f},{y(v):.1f}")
+            elif piece:
+                pieces.append(piece)
+                piece = []
+        for piece in pieces:
+            points = " ".join(piece if len(piece) > 1 else piece * 2)
+            out.append(
+                f"<polyline points='{points}' fill='none' stroke='{color}' stroke-width='1.5' stroke-linejoin='round' "
+                f"stroke-linecap='round' stroke-dasharray='{dash}'><title>{escape(name)}</title></polyline>"
+            )
+    out.append("</svg>")
+    return "".join(out)
+
+
+def _round_step(span: float) -> float:
+    """1, 2 or 5 times a power of ten, so that three to six of it fill the span."""
+    power = 10.0 ** np.floor(np.log10(span / 3))
+    return float(max(k * power for k in (1, 2, 5) if k * power <= span / 3))
+
+
+def _ticks(count: int, first: int, width: int, height: int) -> str:
+    """Frame numbers below, at a round step."""
+    step = next((s for s in (1, 2, 5, 10, 20, 25, 50, 100, 250, 500, 1000, 2500) if count / s <= 14), 5000)
+    out = [f"<line x1='{LEFT}' x2='{width - RIGHT}' y1='{height - BOTTOM}' y2='{height - BOTTOM}' stroke='#9aa1aa'/>"]
+    for i in range((-first) % step, count, step):
+        x = _x(i, count, width)
+        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM}' y2='{height - BOTTOM + 4}' stroke='#9aa1aa'/>")
+        out.append(f"<text x='{x:.1f}' y='{height - 5}' text-anchor='middle' fill='#5d646e'>{first + i}</text>")
+    return "".join(out)
+
+
+def waveform(samples: Float[np.ndarray, "n"], count: int, first: int, width: int = 1280, height: int = 92) -> str:
+    """The sound's envelope over the frames' time axis: lowest and highest sample of each pixel's worth of time."""
+    columns = width - LEFT - RIGHT
+    edges = np.linspace(0, len(samples), columns + 1).astype(int)
+    peak = max(float(np.abs(samples).max(initial=0.0)), 1e-6)
+    middle, half = TOP + (height - TOP - BOTTOM) / 2, (height - TOP - BOTTOM) / 2
+    high, low = [], []
+    for k, (a, b) in enumerate(itertools.pairwise(edges)):
+        part = samples[a : max(b, a + 1)]
+        top, bottom = (float(part.max()), float(part.min())) if len(part) else (0.0, 0.0)
+        high.append(f"{LEFT + k},{middle - half * max(top, 0) / peak:.1f}")
+        low.append(f"{LEFT + k},{middle - half * min(bottom, 0) / peak:.1f}")
+    outline = " ".join(high + low[::-1])
+    return (
+        f"<h3>Sound</h3><svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' font-size='11'>"
+        f"<polygon points='{outline}' fill='#7d8794'/>{_ticks(count, first, width, height)}</svg>"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _strips(strip: list[tuple[int, dict[str, np.ndarray]]]) -> str:
+    out = []
+    for start in range(0, len(strip), STRIP_LINE):
+        line = strip[start : start + STRIP_LINE]
+        blank = "<span></span>" * (STRIP_LINE - len(line))
+        cells = ["<b></b>", *(f"<i>{t}</i>" for t, _ in line), blank]
+        for name in line[0][1]:
+            cells.append(f"<b>{_dot(name)}{TITLES[name]}</b>")
+            cells += [f"<img alt='{TITLES[name]}, frame {t}' src='{_data_uri(_mouth(crops[name]))}'>" for t, crops in line]
+            cells.append(blank)
+        out.append(f"<div class='strip'>{''.join(cells)}</div>")
+    return "".join(out)
+
+
+def _mouth(image: np.ndarray) -> np.ndarray:
+    scale = STRIP_HEIGHT_PX / image.shape[0]
+    size = max(1, round(image.shape[1] * scale)), STRIP_HEIGHT_PX
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
 def _frames(frames: list[ShownFrame]) -> str:
-    out = ["<h2>Frames, worst first</h2>"]
+    ramp = _data_uri(difference_map(*_ramp()))
+    out = [
+        "<p class='soft small'>Difference maps: largest of the three channels, amplified "
+        + f"{DIFFERENCE_GAIN} times; 0 <img class='ramp' alt='scale' src='{ramp}'> {255 // DIFFERENCE_GAIN} of 255 levels and more.</p>"
+    ]
     for shown in frames:
         cells = [_figure(shown.truth, "ground truth")]
-        cells += [
-            _figure(image, f"{TITLES[name]}, head {shown.psnr_head[name]:.2f} dB")
-            for name, image in shown.images.items()
-        ]
+        for name, image in shown.images.items():
+            score = shown.psnr_head[name]
+            known = f", head {score:.2f} dB" if np.isfinite(score) else ", equal" if score > 0 else ", no head"
+            cells.append(_figure(image, TITLES[name] + known))
         for name, image in shown.images.items():
             if name != "control":
-                cells.append(
-                    _figure(difference_map(image, shown.truth), f"{TITLES[name]}: difference x{DIFFERENCE_GAIN}")
-                )
+                cells.append(_figure(difference_map(image, shown.truth), f"{TITLES[name]}: difference"))
         out.append(f"<h3>Frame {shown.t}: {escape(shown.why)}</h3><div class='row'>{''.join(cells)}</div>")
     return "".join(out)
+
+
+def _ramp() -> tuple[np.ndarray, np.ndarray]:
+    level = np.linspace(0, 255 // DIFFERENCE_GAIN, 144).astype(np.uint8)
+    return np.repeat(np.repeat(level[None, :, None], 11, 0), 3, 2), np.zeros((11, 144, 3), np.uint8)
 
 
 def difference_map(image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
@@ -94,100 +360,22 @@ def difference_map(image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "
     return np.ascontiguousarray(colored[..., ::-1])
 
 
-def _strips(strip: list[tuple[int, dict[str, np.ndarray]]]) -> str:
-    if not strip:
-        return ""
-    out = [f"<h2>Mouths</h2><p class='note'>Frames {', '.join(str(t) for t, _ in strip)}.</p>"]
-    for name in strip[0][1]:
-        images = "".join(f"<img alt='frame {t}' src='{_data_uri(_to_height(crops[name]))}'>" for t, crops in strip)
-        out.append(f"<div class='strip'><b>{TITLES[name]}</b>{images}</div>")
-    return "".join(out)
-
-
-def _to_height(image: np.ndarray) -> np.ndarray:
-    width = max(1, round(image.shape[1] * STRIP_HEIGHT_PX / image.shape[0]))
-    return cv2.resize(image, (width, STRIP_HEIGHT_PX), interpolation=cv2.INTER_CUBIC)
-
-
-def _curves(report: dict) -> str:
-    first = report["split"]["test"][0]
-    rows = report["per_frame"]
-    charts = (
-        ("Head PSNR, dB", "psnr_head", ("control", "tracked", "audio")),
-        ("Mouth PSNR, dB", "psnr_mouth", ("control", "tracked", "audio")),
-        ("LPIPS of the frame (lower is better)", "lpips_frame", ("control", "tracked", "audio")),
-        ("LMD, px (lower is better)", "lmd_px", ("control", "tracked", "audio")),
-        ("Opening of the mouth, over the outer-eye distance", "opening", ("ground_truth", "tracked", "audio")),
-    )
-    out = ["<h2>Frame by frame</h2>"]
-    for title, key, names in charts:
-        series = [(TITLES[name], COLORS[name], rows[name][key], "") for name in names if name in rows]
-        if key == "opening" and "opening_predicted" in rows.get("audio", {}):
-            series.append(("predicted from the sound", COLORS["audio"], rows["audio"]["opening_predicted"], "4 3"))
-        out.append(f"<h3>{escape(title)}</h3>{chart(series, first)}")
-    return "".join(out)
-
-
-def chart(
-    series: list[tuple[str, str, list[float | None], str]], first: int, width: int = 1200, height: int = 190
-) -> str:
-    """Lines over frames as inline SVG: (name, colour, values with None for gaps, dash pattern); `first` numbers the
-    first frame."""
-    known = [v for _, _, values, _ in series for v in values if v is not None]
-    if not known:
-        return "<p class='note'>Nothing was measured.</p>"
-    low, high = min(known), max(known)
-    margin = 0.06 * (high - low) or 0.5
-    low, high = low - margin, high + margin
-    count = max(len(values) for _, _, values, _ in series)
-    left, right, top, bottom = 46, 8, 22, 22
-
-    def x(i: int) -> float:
-        return left + (width - left - right) * i / max(count - 1, 1)
-
-    def y(v: float) -> float:
-        return top + (height - top - bottom) * (high - v) / (high - low)
-
-    out = [f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' font-size='11'>"]
-    for v in np.linspace(low + margin, high - margin, 4):
-        out.append(f"<line x1='{left}' x2='{width - right}' y1='{y(v):.1f}' y2='{y(v):.1f}' stroke='#e4e4e4'/>")
-        out.append(f"<text x='{left - 5}' y='{y(v) + 4:.1f}' text-anchor='end' fill='#666'>{v:.3g}</text>")
-    for i in sorted({int(k) for k in np.linspace(0, count - 1, min(count, 9))}):
-        out.append(f"<text x='{x(i):.1f}' y='{height - 6}' text-anchor='middle' fill='#666'>{first + i}</text>")
-    at = left
-    for name, color, values, dash in series:
-        pieces, piece = [], []
-        for i, v in enumerate([*values, None]):
-            if v is not None:
-                piece.append(f"{x(i):.1f},{y(v):.1f}")
-            elif piece:
-                pieces.append(piece)
-                piece = []
-        for piece in pieces:
-            points = " ".join(piece if len(piece) > 1 else piece * 2)
-            out.append(
-                f"<polyline points='{points}' fill='none' stroke='{color}' stroke-width='1.6' stroke-dasharray='{dash}'/>"
-            )
-        out.append(f"<path d='M{at} 10H{at + 18}' stroke='{color}' stroke-width='2' stroke-dasharray='{dash}'/>")
-        out.append(f"<text x='{at + 23}' y='14' fill='#333'>{escape(name)}</text>")
-        at += 40 + 7 * len(name)
-    out.append("</svg>")
-    return "".join(out)
-
-
 def _definitions(report: dict) -> str:
     terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in report["definitions"].items())
-    made = json.dumps(
-        {key: report[key] for key in ("provenance", "split", "timing", "seconds", "evaluation")}, indent=1
-    )
+    kept = ("provenance", "split", "frames", "timing", "seconds", "evaluation")
+    made = json.dumps({key: report[key] for key in kept if key in report}, indent=1, ensure_ascii=False)
     return (
-        f"<h2>What was measured, and how</h2><p>Landmarks by {escape(report['detector'])}.</p><dl>{terms}</dl>"
+        f"<p>Landmarks by {escape(report['detector'])}.</p><dl>{terms}</dl>"
         f"<details><summary>Where this comes from</summary><pre>{escape(made)}</pre></details>"
     )
 
 
 def _figure(image: np.ndarray, caption: str) -> str:
     caption = escape(caption)
+    scale = SHOWN_PX / max(image.shape[:2])
+    if scale < 1:
+        size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return f"<figure><img alt='{caption}' src='{_data_uri(image)}'><figcaption>{caption}</figcaption></figure>"
 
 

@@ -17,7 +17,6 @@ encoding. In JSON an infinite PSNR (the truth's) is null, as is whatever could n
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -30,12 +29,26 @@ from torch import Tensor
 from hicode.avatar.compositor import dilate_mask, hidden_mask
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.clip import SAMPLES_PER_FRAME, Clip
-from hicode.errors import FileFormatError, HicodeError, InputError
-from hicode.evaluation.images import REGIONS, Truth, mean_of_frames, seam_error
-from hicode.evaluation.lips import DETECTOR, correlation, detect, jitter, lip_distance, lip_distances, opening
+from hicode.errors import HicodeError, InputError
+from hicode.evaluation.images import REGIONS, Truth, seam_error
+from hicode.evaluation.lips import DETECTOR, closures_due, detect, opening
+from hicode.evaluation.rows import (
+    AVCONF_DEFINITION,
+    DEFINITIONS,
+    Findings,
+    Heard,
+    Row,
+    figures,
+    jsonable,
+    over_control,
+    per_frame,
+)
+from hicode.evaluation.show import Pictures, ShownFrame, evenly, mouth_windows, print_table, worst_first
+from hicode.evaluation.syncnet import LipStream, SyncNet, crop, crop_boxes
 from hicode.files import check_writable, write_json
 from hicode.motion import Motion
 from hicode.progress import progress_bar
+from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device
 
 if TYPE_CHECKING:
@@ -45,24 +58,7 @@ SCHEMA, VERSION = "hicode-report", 1
 Mode = Literal["tracked", "audio"]
 ROWS = ("ground_truth", "control", "tracked", "audio")
 MAX_MEAN_FRAMES = 100  # training frames that the control's mean head is made of, spread evenly
-MIN_SYNC_FRAMES = 50  # below two seconds the sync measure has nothing to go by
-WORST_SHOWN, SPREAD_SHOWN, STRIP_SHOWN = 5, 3, 12
-
-DEFINITIONS = {
-    "frame": "all pixels; LPIPS as published (AlexNet)",
-    "head": "pixels of the head mask (128 and above): PSNR over them, SSIM map and LPIPS layers averaged over them",
-    "mouth": (
-        "box around the true lips, padded by 0.35 of their width: PSNR and SSIM map over it, "
-        "LPIPS of the box alone (at least 64 px a side)"
-    ),
-    "psnr": "dB, mean over frames; null for the truth against itself (infinite)",
-    "lmd_px": "40 lip landmarks, each set minus its mean, mean distance in px of a frame 512 px wide",
-    "lmd_iod": "the same over the distance of the outer eye corners",
-    "jitter_px": "mean second difference of all landmarks, each frame's shift, turn and scale taken out, px at 512",
-    "seam": "mean difference of gradients from the truth's in a band of 4 px about the composition's boundary",
-    "sync_offset_frames": "frames by which the mouth is later than the sound, by hicode.speech.sync (not SyncNet)",
-    "sync_margin": "correlation at that offset less the median over offsets",
-}
+WORST_SHOWN, SPREAD_SHOWN, STRIP_SHOWN = 6, 2, 24
 
 
 class Speaker(Protocol):
@@ -97,12 +93,15 @@ def evaluate(
     device: Device = "auto",
     progress: bool = True,
     vgg: bool = False,
+    syncnet: Path | str | None = None,
+    alignment: Path | str | None = None,
 ) -> dict:
     """Measure an avatar on the test part of its clip; the figures as a dict, on request as a JSON file and a page with
     pictures.
 
     `progress` shows the bar and prints the table. `vgg` adds LPIPS by VGG16 over the whole frame (a second or two a
-    frame and row). A clip without sound, or an avatar without speech models, has no audio row: it is null, and `notes`
+    frame and row). `syncnet` is the user's file of SyncNet's weights: with it, AVConf. `alignment` says where p, b and m are
+    spoken in the clip's video (`hicode.evaluation.lips.closures_due`): with it, closure. A clip without sound, or an avatar without speech models, has no audio row: it is null, and `notes`
     says so. Raises InputError where clip and avatar do not belong together or nothing is left to test, FileFormatError
     for files that are no such thing.
     """
@@ -112,6 +111,7 @@ def evaluate(
     for place in filter(None, (json, html)):
         check_writable(place)
     resolve_device(device)
+    net = SyncNet.load(syncnet) if syncnet else None
     if isinstance(avatar, (str, Path)):
         from hicode.avatar.avatar import Avatar
 
@@ -120,13 +120,16 @@ def evaluate(
     started = time.perf_counter()
     work = _Work(avatar, clip)
     work.check()
+    due = work.closures(alignment) if alignment else None
     motions = work.motions(modes)
-    rows = {"ground_truth": _Row(), "control": _Row()} | {mode: _Row() for mode in motions}
+    rows = {name: Row(lips=LipStream(net) if net else None) for name in ("ground_truth", "control", *motions)}
     with progress_bar("Measuring", progress) as report:
         _measure(work, motions, rows, vgg, report)
-    out = _figures(work, rows, motions)
+    out = _figures(work, rows, motions, due, net)
+    brought = [str(syncnet)] if syncnet else []
+    out["provenance"] = _provenance(clip, work.avatar, brought, {"modes": list(modes), "vgg": vgg})
     out["evaluation"] = {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb()}
-    out = _jsonable(out)
+    out = jsonable(out)
     if json:
         write_json(Path(json), out)
     if html:
@@ -141,26 +144,13 @@ def evaluate(
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-@dataclass
-class _Row:
-    """What was measured of one row: a list entry a test frame."""
-
-    images: list[dict] = field(default_factory=list)
-    points: list[np.ndarray] = field(default_factory=list)
-    seam: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def landmarks(self) -> Float[np.ndarray, "t 478 3"]:
-        return np.stack(self.points)
-
-
 class _Work:
     """An avatar, a clip, and how to make each row's frames."""
 
     def __init__(self, avatar: Evaluated, clip: Clip):
         self.avatar, self.clip = avatar, clip
         self.test = list(clip.test)
-        self.notes: list[str] = []
+        self.findings = Findings()
         self.speech_seconds: float | None = None  # a frame's share of encoding and prediction
         self.predicted_opening: np.ndarray | None = None
 
@@ -178,12 +168,15 @@ class _Work:
             )
         mine, theirs = self.avatar.source.get("sha256"), self.clip.source.get("sha256")
         if mine and theirs and mine != theirs:
-            self.notes.append(
+            self.findings.notes.append(
                 "The avatar was trained on another video than this clip's: no figure here is comparable with any other."
             )
 
     def motions(self, modes: Sequence[Mode]) -> dict[str, Motion]:
         """The test frames' motion in each driving mode that is asked for and possible."""
+        if getattr(self.avatar, "hears", False):
+            self.clip.hear(self.avatar.speech.encoder)
+            self.findings.notes.append("Speech features move this avatar directly: its tracked row hears the test sound as its audio row does.")
         tracked = self.clip.track.motion[slice(self.test[0], self.test[-1] + 1)]
         out: dict[str, Motion] = {}
         if "tracked" in modes:
@@ -198,10 +191,10 @@ class _Work:
         """Mouth and jaw from the test sound (resting in silence, as `speak` has it), the rest from the test track."""
         speech, sound = self.avatar.speech, self.clip.audio()
         if speech is None:
-            self.notes.append("No audio row: the avatar has no speech models.")
+            self.findings.notes.append("No audio row: the avatar has no speech models.")
             return None
         if sound is None:
-            self.notes.append("No audio row: the clip has no sound.")
+            self.findings.notes.append("No audio row: the clip has no sound.")
             return None
         from hicode.speech.encoder import speech_level
 
@@ -229,11 +222,33 @@ class _Work:
             encoder = create_encoder(name)
         except (HicodeError, OSError, ImportError) as error:
             # A hub's model that is not here: its features came with the clip, only its time is unknown.
-            self.notes.append(f"fps leaves the {name} encoder out: it is not here ({error}).")
+            self.findings.notes.append(f"fps leaves the {name} encoder out: it is not here ({error}).")
             return 0.0
         started = time.perf_counter()
         encoder.encode(heard)
         return time.perf_counter() - started
+
+    def heard(self) -> Heard | None:
+        """The test part's sound."""
+        sound = self.clip.audio()
+        if sound is None:
+            return None
+        first, end = self.test[0], self.test[-1] + 1
+        return Heard(
+            sound[first * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME],
+            lambda encoder: self.clip.speech_features(encoder)[2 * first : 2 * end],
+        )
+
+    def closures(self, alignment: Path | str) -> list[tuple[int, int]]:
+        """Closures due in the test part; the alignment's times are the video's, of which the clip may leave out a beginning."""
+        cut = self.clip.config.get("steps", {}).get("faces", {}).get("settings", {}).get("start", 0.0)
+        first = self.test[0] + round(cut * self.clip.fps)
+        return closures_due(alignment, first, len(self.test), self.clip.audio_offset_frames, self.clip.fps)
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """SyncNet's face boxes of the test frames. Every row is pasted into the true frame, so they are every row's."""
+        return crop_boxes(self.clip.track.landmarks_px[self.test[0] : self.test[-1] + 1].numpy())
 
     def frame(self, name: str, motion: Motion, i: int) -> UInt8[np.ndarray, "h w 3"]:
         """Test frame i of a driven row: composited into the true frame, of which only what lies outside the hidden
@@ -263,7 +278,7 @@ class _Work:
 
 
 def _measure(
-    work: _Work, motions: dict[str, Motion], rows: dict[str, _Row], vgg: bool, report: Callable[[int, int], None]
+    work: _Work, motions: dict[str, Motion], rows: dict[str, Row], vgg: bool, report: Callable[[int, int], None]
 ) -> None:
     perfect = {region: {"psnr": float("inf"), "ssim": 1.0, "lpips": 0.0} for region in REGIONS}
     if vgg:
@@ -288,135 +303,53 @@ def _measure(
                 row.images.append(truth.compare(image))
             row.points.append(detect([image], work.landmarker)[0])
             row.seam.append(seam_error(image, picture, region))
+            if row.lips is not None:
+                row.lips.push(crop(image, work.boxes[i]))
         report(i + 1, len(work.test))
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def _figures(work: _Work, rows: dict[str, _Row], motions: dict[str, Motion]) -> dict:
+def _figures(
+    work: _Work, rows: dict[str, Row], motions: dict[str, Motion], due: list[tuple[int, int]] | None, net: SyncNet | None
+) -> dict:
     clip, avatar = work.clip, work.avatar
     truth_points = rows["ground_truth"].landmarks()
-    sync = _sync(work, rows)
-    out: dict = {"schema": SCHEMA, "version": VERSION} | {name: None for name in ROWS}
-    for name, row in rows.items():
-        points = row.landmarks()
-        distance = lip_distance(points, truth_points, clip.width)
-        figures: dict = {
-            region: {
-                metric: mean_of_frames([frame[region][metric] for frame in row.images])
-                for metric in row.images[0][region]
-            }
-            for region in REGIONS
-        }
-        figures |= {"lmd_px": distance.px, "lmd_iod": distance.iod, "missed_faces": distance.missed}
-        figures |= sync[name]
-        figures |= {
-            "jitter_px": jitter(points, clip.width),
-            "seam": mean_of_frames(row.seam),
-            "opening_correlation": correlation(opening(points), opening(truth_points)),
-        }
-        out[name] = figures
-        if distance.missed:
-            work.notes.append(
-                f"{name}: no face found in {distance.missed} of {distance.frames} frames; they are left out of LMD."
-            )
-    out["over_control"] = {
-        mode: {region: _minus(out[mode][region]["psnr"], out["control"][region]["psnr"]) for region in REGIONS}
-        | {"lmd_px": _minus(out[mode]["lmd_px"], out["control"]["lmd_px"])}
-        for mode in motions
-    }
+    heard = work.heard()
+    found = figures(
+        rows, clip.width, dict.fromkeys(rows, heard), work.findings, due, net, sound_missing="the clip has no sound"
+    )
+    first, end = work.test[0], work.test[-1] + 1
     timing = _timing(work, rows, motions)
     info = avatar.info
-    out |= {
+    out = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "title": f"{clip.source.get('name', 'clip')}: {end - first} unseen frames ({first} … {end - 1})",
+        **{name: found.get(name) for name in ROWS},
+        "over_control": over_control(found, list(motions)),
         "seconds": _stage_seconds(clip, info),
         "fps": timing["fps"],
         "peak_memory_mb": info.get("peak_memory_mb") or peak_memory_mb(),
         "timing": timing,
         "detector": DETECTOR,
-        "split": {
-            "train": [clip.train[0], clip.train[-1] + 1],
-            "test": [work.test[0], work.test[-1] + 1],
-            "fps": clip.fps,
-        },
-        "upper_face": "head pose, upper face and eyes of both driving modes are the test video's own track",
-        "definitions": DEFINITIONS,
-        "notes": work.notes,
-        "per_frame": {name: _per_frame(row, truth_points, clip.width) for name, row in rows.items()},
-        "provenance": _provenance(clip, avatar),
+        "split": {"train": [clip.train[0], clip.train[-1] + 1], "test": [first, end], "fps": clip.fps},
+        "protocol": (
+            "frames that the avatar has not seen, before any encoding; head pose, upper face and eyes of both driving modes "
+            "are the test video's own track. Control: the mean of the training frames, pasted on the true frames"
+        ),
+        "definitions": DEFINITIONS | (AVCONF_DEFINITION if net else {}),
+        "notes": work.findings.notes,
+        "not_measured": work.findings.not_measured,
+        "per_frame": {name: per_frame(row, truth_points, clip.width) for name, row in rows.items()},
     }
     if work.predicted_opening is not None:
         out["per_frame"]["audio"]["opening_predicted"] = list(work.predicted_opening)
     return out
 
 
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _per_frame(row: _Row, truth_points: np.ndarray, width: int) -> dict[str, list[float]]:
-    points = row.landmarks()
-    return {
-        "psnr_head": [frame["head"]["psnr"] for frame in row.images],
-        "psnr_mouth": [frame["mouth"]["psnr"] for frame in row.images],
-        "lpips_frame": [frame["frame"]["lpips"] for frame in row.images],
-        "lmd_px": list(lip_distances(points, truth_points)[0] * 512 / width),
-        "opening": list(opening(points)),
-    }
-
-
-def _sync(work: _Work, rows: dict[str, _Row]) -> dict[str, dict]:
-    """Sync of each row's frames with the test sound; None where it cannot be known."""
-    nothing = {"sync_offset_frames": None, "sync_margin": None}
-    unknown = {name: dict(nothing) for name in rows}
-    if work.clip.audio() is None:
-        work.notes.append("No sync: the clip has no sound.")
-        return unknown
-    if len(work.test) < MIN_SYNC_FRAMES:
-        work.notes.append(
-            f"No sync: {len(work.test)} test frames, at least {MIN_SYNC_FRAMES} (two seconds) are needed. "
-            "A clip of 22 s or more has them."
-        )
-        return unknown
-    from hicode.speech.sync import SyncModel, estimate_offset, shuffled_control, sync_auc
-
-    try:
-        model = SyncModel.load()
-    except FileFormatError as error:
-        work.notes.append(f"No sync: {error}")
-        return unknown
-    features = work.clip.speech_features(model.encoder)[2 * work.test[0] : 2 * (work.test[-1] + 1)]
-    out = {}
-    for name, row in rows.items():
-        points = _without_gaps(row.landmarks())
-        if points is None:
-            out[name] = dict(nothing)
-            continue
-        landmarks = torch.from_numpy(points)
-        result = estimate_offset(features, landmarks, model)
-        auc = sync_auc(features, landmarks, offset_frames=round(result.offset_frames), model=model)[0]
-        out[name] = {
-            "sync_offset_frames": result.offset_frames if result.margin > 0 else None,
-            "sync_margin": result.margin,
-            "sync_margin_shuffled": shuffled_control(features, landmarks, model).margin,
-            "sync_auc_shifted": auc,
-            "sync_reliable": bool(result.reliable),
-        }
-    return out
-
-
-def _without_gaps(points: Float[np.ndarray, "t 478 3"]) -> Float[np.ndarray, "t 478 3"] | None:
-    """Frames without a face, interpolated; None where half of them or more are."""
-    known = np.isfinite(points).all((1, 2))
-    if known.mean() <= 0.5:
-        return None
-    times = np.arange(len(points))
-    flat = points.reshape(len(points), -1)
-    filled = np.stack([np.interp(times, times[known], column[known]) for column in flat.T], 1)
-    return filled.reshape(points.shape).astype(np.float32)
-
-
-def _timing(work: _Work, rows: dict[str, _Row], motions: dict[str, Motion]) -> dict:
+def _timing(work: _Work, rows: dict[str, Row], motions: dict[str, Motion]) -> dict:
     """Medians in ms, warmed, one frame at a time; fps is from sound to final frame where there is sound, else from
     motion to final frame."""
     out: dict = {"fps": None}
@@ -458,148 +391,39 @@ def _stage_seconds(clip: Clip, info: dict) -> dict[str, float]:
     return ({"prepare": prepared} if prepared else {}) | dict(info.get("seconds", {}))
 
 
-def _provenance(clip: Clip, avatar: Evaluated) -> dict:
-    from hicode.avatar.avatar import provenance
-
+def _provenance(clip: Clip, avatar: Evaluated, brought: list[str], config: dict) -> dict:
     made = {key: avatar.info[key] for key in ("preset", "seed", "config", "provenance") if key in avatar.info}
     source = {key: clip.source[key] for key in ("name", "sha256") if key in clip.source}
     size = {"width": clip.width, "height": clip.height, "audio_offset_frames": clip.audio_offset_frames}
-    return {"evaluated": datetime.date.today().isoformat(), **provenance(), "clip": source | size, "avatar": made}
-
-
-def _jsonable(value):
-    """Plain numbers, six digits after the point; what is no finite number is None: JSON has neither infinity nor
-    NaN."""
-    if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return round(float(value), 6) if np.isfinite(value) else None
-    return value
-
-
-# -------------------------------------------------------------------------------------------------------------- showing
-
-
-TITLES = {"ground_truth": "ground truth", "control": "control", "tracked": "tracked", "audio": "audio"}
-# (column, where in a row, digits)
-COLUMNS: tuple[tuple[str, tuple[str, ...], int], ...] = (
-    *(
-        (f"{region} {metric.upper()}", (region, metric), digits)
-        for region in REGIONS
-        for metric, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3))
-    ),
-    ("LMD px", ("lmd_px",), 2),
-    ("LMD/IOD", ("lmd_iod",), 4),
-    ("sync", ("sync_offset_frames",), 1),
-    ("margin", ("sync_margin",), 2),
-    ("jitter px", ("jitter_px",), 2),
-    ("seam", ("seam",), 4),
-)
-
-
-def cell(row: dict, where: tuple[str, ...], digits: int) -> str:
-    """A figure as shown: "∞" for the truth's PSNR, "–" for what is not known."""
-    value = row
-    for key in where:
-        value = value.get(key) if isinstance(value, dict) else None
-    if value is None:
-        return "∞" if where[-1] == "psnr" and row.get("frame", {}).get("ssim") == 1 else "–"
-    return f"{value:.{digits}f}"
-
-
-def headlines(report: dict) -> list[str]:
-    """What the figures come to, a line each."""
-    lines = []
-    for mode, gain in report["over_control"].items():
-        parts = [f"{region} {gain[region]:+.2f} dB" for region in REGIONS if gain[region] is not None]
-        if gain["lmd_px"] is not None:
-            parts.append(f"LMD {gain['lmd_px']:+.2f} px")
-        lines.append(f"{mode} over the control: {', '.join(parts)}")
-    if report["fps"] is not None:
-        lines.append(
-            f"{report['fps']:.1f} frames a second, {report['timing']['fps_is']}, on {report['provenance']['machine']}"
-        )
-    if report["seconds"]:
-        lines.append(
-            "seconds: "
-            + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in report["seconds"].items())
-            + f"; {report['peak_memory_mb']:.0f} MB"
-        )
-    return lines + report["notes"]
-
-
-def print_table(report: dict, console=None) -> None:
-    """The report as a table for people."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = console or Console()
-    first, end = report["split"]["test"]
-    title = f"{report['provenance']['clip'].get('name', 'clip')}: {end - first} unseen frames ({first} … {end - 1})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    shown = [name for name in ROWS if report[name] is not None]
-    # Measures go down and driving modes across, unlike on the page: four columns fit any terminal.
-    table.add_column("", no_wrap=True)
-    for name in shown:
-        table.add_column(TITLES[name], justify="right", no_wrap=True)
-    for column, where, digits in COLUMNS:
-        table.add_row(column, *(cell(report[name], where, digits) for name in shown))
-    console.print(table)
-    for line in headlines(report):
-        console.print(line, highlight=False)
+    used = ["face_landmarks", "face_detection", "perceptual", *brought]
+    return {
+        "evaluated": datetime.date.today().isoformat(),
+        **provenance(config, avatar.info.get("seed"), used),
+        "clip": source | size,
+        "avatar": made,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-@dataclass(frozen=True)
-class ShownFrame:
-    """A test frame as the page shows it: the truth and each row's image, and the row whose error chose it."""
-
-    t: int
-    why: str
-    truth: UInt8[np.ndarray, "h w 3"]
-    images: dict[str, UInt8[np.ndarray, "h w 3"]]
-    mouth_box: tuple[int, int, int, int]
-    psnr_head: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """`frames` side by side, worst first; `strip`: (frame, {row: mouth crop}) evenly through the test part."""
-
-    frames: list[ShownFrame]
-    strip: list[tuple[int, dict[str, UInt8[np.ndarray, "h w 3"]]]]
-
-
-def _pictures(work: _Work, motions: dict[str, Motion], rows: dict[str, _Row]) -> Pictures:
+def _pictures(work: _Work, motions: dict[str, Motion], rows: dict[str, Row]) -> Pictures:
     """Frames are made again instead of kept: a test part may be minutes long."""
     judged = "audio" if "audio" in motions else "tracked" if "tracked" in motions else "control"
-    order = np.argsort(
-        [np.nan_to_num(frame["head"]["psnr"], nan=np.inf) for frame in rows[judged].images], kind="stable"
-    )
-    worst = [int(i) for i in order[:WORST_SHOWN]]
-    spread = [int(i) for i in np.linspace(0, len(work.test) - 1, SPREAD_SHOWN) if int(i) not in worst]
     shown = []
-    for i in worst + spread:
-        why = f"worst {worst.index(i) + 1} by head PSNR ({judged})" if i in worst else "evenly spread"
+    for i, why in worst_first([frame["head"]["psnr"] for frame in rows[judged].images], WORST_SHOWN, SPREAD_SHOWN):
         t = work.test[i]
         images = {"control": work.control(i)} | {name: work.frame(name, motion, i) for name, motion in motions.items()}
         scores = {name: rows[name].images[i]["head"]["psnr"] for name in images}
-        shown.append(ShownFrame(t, why, work.clip.image(t), images, work.clip.track.mouth_box(t), scores))
+        shown.append(ShownFrame(t, f"{why} ({judged})" if "worst" in why else why, work.clip.image(t), images, scores))
     strip = []
-    for i in sorted({int(k) for k in np.linspace(0, len(work.test) - 1, STRIP_SHOWN)}):
+    picked = evenly(len(work.test), STRIP_SHOWN)
+    boxes = [work.clip.track.mouth_box(work.test[i]) for i in picked]
+    for i, (x0, y0, x1, y1) in zip(picked, mouth_windows(boxes, work.clip.width, work.clip.height), strict=True):
         t = work.test[i]
-        x0, y0, x1, y1 = work.clip.track.mouth_box(t)
         whole = {"ground_truth": work.clip.image(t)} | {
             name: work.frame(name, motion, i) for name, motion in motions.items()
         }
         strip.append((t, {name: image[y0:y1, x0:x1] for name, image in whole.items()}))
-    return Pictures(shown, strip)
+    heard = work.heard()
+    return Pictures(shown, strip, None if heard is None else heard.samples)

@@ -108,7 +108,8 @@ def head_window(masks: list[UInt8[np.ndarray, "h w"]]) -> tuple[int, int, int, i
 
 def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gaussians, Deformation]:
     """Depth-based initialisation (Remark on 3DGS Initialization): a point per sampled pixel of the first training frame's head, and a Deformation
-    bound to it. Points seen in that frame's expression are carried back to the canonical, neutral one.
+    bound to it. Points seen in that frame's expression are carried back to the canonical, neutral one. Table 2's random initialisation has random
+    points instead.
     """
     rng = np.random.default_rng((config.seed, 1))
     track, t = clip.track, clip.train[0]
@@ -129,6 +130,8 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
     if config.mouth_gaussians:
         inner, inner_colors = _mouth_points(vertices, model, config.mouth_gaussians, rng)
         points, colors = torch.cat([points, inner]), torch.cat([colors, inner_colors])
+    if config.initialisation == "random":
+        points, colors = _random_points(vertices, config.gaussians, rng)
 
     center = vertices.mean(0)
     radius = float((points - center).norm(dim=1).quantile(0.99))
@@ -140,7 +143,7 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
         carrier = Carrier(model.expression_basis, neutral, basis)
     torch.manual_seed(config.seed)
     deformation = Deformation(config.deformation, track.identity, center, radius, carrier)
-    deformation.set_statistics(expression[train], landmarks[train])
+    deformation.set_statistics(expression[train], landmarks[train], track.motion[train].speech)
     motion_extent = landmarks[train].std(0).norm(dim=1)
     deformation.register_buffer("landmark_motion", motion_extent)
     if carrier is not None:
@@ -148,6 +151,13 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
         points = points - deformation.carry(expression[t], landmarks[t])
     cloud = gaussians_from_points(points, colors, config.initial_opacity, max_scale=0.1)
     return cloud, deformation
+
+
+def _random_points(vertices: Tensor, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Points anywhere in the head model's bounding box, of any colour: Table 2's "random initialisation", as 3DGS without a point cloud."""
+    low, high = vertices.amin(0), vertices.amax(0)
+    points = low + (high - low) * torch.from_numpy(rng.random((count, 3), np.float32))
+    return points, torch.from_numpy(rng.random((count, 3), np.float32))
 
 
 def _mouth_points(vertices: Tensor, model: HeadModel, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -294,7 +304,7 @@ def deform(gaussians: Gaussians, deformation: Deformation, motion, t: int, learn
     """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage)."""
     expression, landmarks = motion.expression[t], motion.landmarks[t]
     if learned:
-        return gaussians.deformed(*deformation(gaussians.means, expression, landmarks))
+        return gaussians.deformed(*deformation(gaussians.means, expression, landmarks, motion.speech_at(t)))
     return gaussians.deformed(deformation.carry(expression, landmarks), 0.0, 0.0)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar, Images, provenance
+from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar, Images
 from hicode.avatar.compositor import Compositor, background_plate
 from hicode.avatar.deformation import Deformation
 from hicode.clip import Clip
@@ -24,8 +24,8 @@ from hicode.face.model import HeadModel
 from hicode.files import check_writable, load_tensors, read_json, save_tensors, write_json
 from hicode.gaussians import Gaussians
 from hicode.geometry import rigid, rotation_from_axis_angle
-from hicode.motion import Motion
 from hicode.progress import progress_bar
+from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device, tune_allocator
 from hicode.speech.faceformer import SpeechModels
 from hicode.training.avatar import HeadState, deform, train_head, training_split
@@ -34,6 +34,8 @@ from hicode.training.speech import adapt
 from hicode.training.stages import HeadConfig, Preset, head_preset
 
 RUN_SCHEMA, RUN_VERSION = "hicode-run", 1
+# The pretrained parts that a clip and an avatar are made with: the report of an avatar names them with their hashes.
+PARTS = ("face_landmarks", "face_detection", "person_mask", "head_model", "speech_encoder", "perceptual")
 
 
 def train(
@@ -58,9 +60,11 @@ def train(
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     out = Path(out)
     check_writable(out)
-    config = head or head_preset(preset)
+    config = head or replace(head_preset(preset), seed=seed)
     folder = Path(run) if run else out.parent / "runs" / out.stem
     description = _open_run(folder, clip, config, preset, seed)
+    if config.deformation.coarse == "audio":
+        clip.hear()
     model = HeadModel.load()
     report = _Report(folder, progress)
     try:
@@ -78,7 +82,7 @@ def train(
             "seconds": report.seconds,
             "peak_memory_mb": round(peak_memory_mb()),
             "config": description["config"],
-            "provenance": provenance(),
+            "provenance": provenance(seed=seed, assets=PARTS),
         }
         avatar.save(out)
     finally:
@@ -182,7 +186,7 @@ def _assemble(clip: Clip, model: HeadModel, gaussians: Gaussians, deformation: D
     motion = clip.track.motion[slice(frames[0], frames[-1] + 1)]
     plate = background_plate((clip.image(t) for t in frames), (clip.head_mask(t) for t in frames))
     kept = frames[:MAX_DRIVING_FRAMES]
-    driving = Motion(motion.expression, motion.landmarks, poses, motion.fps)[: len(kept)]
+    driving = replace(motion, T_camera_head=poses)[: len(kept)]
     return Avatar(
         gaussians,
         deformation.eval(),

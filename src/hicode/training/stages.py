@@ -50,6 +50,8 @@ class HeadConfig:
     stages: tuple[Stage, ...]
     gaussians: int = 30_000
     """points of the depth-based initialisation; density control may add to it"""
+    initialisation: Literal["depth", "random"] = "depth"
+    """points from the first frame's depth, or (Table 2) anywhere in the head's bounding box, of any colour"""
     mouth_gaussians: int = 1_500
     """of them, points on teeth and tongue, which the first frame may not show"""
     initial_opacity: float = 0.5
@@ -76,6 +78,44 @@ class HeadConfig:
     @property
     def iterations(self) -> int:
         return sum(s.iterations for s in self.stages)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A row of Table 2: what it changes of a head's configuration."""
+
+    title: str
+    """as the paper's table has it"""
+    what: str
+    fine: str = "adain"
+    coarse: str = "adain"
+    base: Literal["mesh", "none"] = "none"
+    initialisation: Literal["depth", "random"] = "depth"
+
+    def apply(self, config: HeadConfig) -> HeadConfig:
+        """`config` with this row's control; budgets, losses and seed stay."""
+        changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base)
+        return replace(config, deformation=changed, initialisation=self.initialisation)
+
+
+# Table 2 (PAPER-DECISIONS 25), in the paper's order, then ours. All but the last run without the mesh carrier: it takes 3DMM and landmarks to every
+# Gaussian by itself, so under it no row would be without either. The rows differ in the control alone; the last says what the carrier adds.
+ABLATIONS: dict[str, Ablation] = {
+    "without-3dmm": Ablation("w/o 3DMM", "landmarks alone: no second AdaIN", coarse="none"),
+    "without-landmarks": Ablation("w/o Landmarks", "the 3DMM vector alone: no landmark attention, no first AdaIN", fine="none"),
+    "none": Ablation("None", "neither: the frame's speech features give the style of one AdaIN over the points", fine="none", coarse="audio"),
+    "addition": Ablation("w/ Addition", "attended landmark values and an affine map of the 3DMM vector are added", fine="addition", coarse="addition"),
+    "attention": Ablation(
+        "w/ Attention", "a cross-attention block over the landmarks, then one over 8 tokens of the 3DMM vector", fine="attention", coarse="attention"
+    ),
+    "random-init": Ablation("w/ Random Init.", "as full, from random points in the head's bounding box", initialisation="random"),
+    "without-hfec": Ablation(
+        "w/o HFEC", "encodings of all landmarks and of the 3DMM vector concatenated to each point's features", fine="concat", coarse="concat"
+    ),
+    "full": Ablation("Ours (full)", "Eqs 9-12 with a learned style in Eq. 12; no carrier"),
+    "literal": Ablation("Eq. 12 as printed", "as full, the second AdaIN's style being mean and deviation of the 3DMM vector", coarse="literal"),
+    "mesh": Ablation("full over the mesh carrier", "what hicode ships", base="mesh"),
+}
 
 
 def _stages(initialise: int, deform: int, refine: int) -> tuple[Stage, ...]:
