@@ -39,14 +39,14 @@ Log = Callable[[int, dict[str, float]], None]
 
 
 class TrainingFrames:
-    """Frames, head masks and mouth boxes of the training part, cut to the window that the head touches; decoded once where memory allows."""
+    """Frames, head masks and mouth boxes of the training part, cut to the window that the head touches; as many as the memory given allows are kept decoded."""
 
     def __init__(self, clip: Clip, preload_bytes: int, validation: int = 0):
         self.clip = clip
         self.frames, _ = training_split(clip, validation)
         self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
         x0, y0, x1, y1 = self.window
-        self.fits = len(self.frames) * (x1 - x0) * (y1 - y0) * 4 <= preload_bytes
+        self._room = preload_bytes // ((x1 - x0) * (y1 - y0) * 4)  # frames with their masks
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class TrainingFrames:
         x0, y0, x1, y1 = self.window
         image = torch.from_numpy(np.ascontiguousarray(self.clip.image(t)[y0:y1, x0:x1].transpose(2, 0, 1)))
         mask = torch.from_numpy(np.ascontiguousarray(self.clip.head_mask(t)[y0:y1, x0:x1]))
-        if self.fits:
+        if len(self._cache) < self._room:
             self._cache[t] = image, mask
         return image, mask
 
