@@ -21,6 +21,7 @@ from hicode.avatar.deformation import (
     sinusoidal,
 )
 from hicode.errors import InputError
+from hicode.geometry import rotation_from_axis_angle
 from hicode.training.stages import ABLATIONS, head_preset
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
@@ -149,8 +150,9 @@ def test_ablations_change_the_control_and_not_the_budget(name):
     config = ABLATIONS[name].apply(base)
     same = replace(config, deformation=base.deformation, initialisation=base.initialisation)
     assert same == base
-    kept = replace(config.deformation, fine="adain", coarse="adain", base="mesh")
+    kept = replace(config.deformation, fine="adain", coarse="adain", base="mesh", shade=True, sway=True)
     assert kept == base.deformation
+    assert (config.deformation.shade, config.deformation.sway) == (name == "mesh",) * 2
 
 
 def test_cross_attention_is_a_residual_block():
@@ -274,3 +276,29 @@ def test_state_round_trips_bit_for_bit():
     again = Deformation.from_state(*deformation.state())
     for a, b in zip(deformation(points, *signals()), again(points, *signals())):
         assert torch.equal(a, b)
+
+
+def test_sway_is_linear_in_the_turn_and_nothing_at_the_mean():
+    deformation, points = a_deformation(base="none"), a_head()
+    torch.nn.init.normal_(deformation.control.sway.weight, std=0.1, generator=G(30))
+    turns = rotation_from_axis_angle(0.05 * torch.randn(20, 3, generator=G(31)))
+    deformation.control.set_statistics(torch.zeros(2, 64), torch.zeros(2, 478, 3), turn=turns)
+    mean = deformation.control.turn_mean
+    moved = lambda angle: deformation(points, *signals(), turn=mean @ rotation_from_axis_angle(torch.tensor([0.0, angle, 0.0])))[0]
+    still = deformation(points, *signals())[0]
+    torch.testing.assert_close(moved(0.0), still)
+    small, large = moved(0.1) - still, moved(0.2) - still
+    assert small.abs().max() > 1e-3, "nothing sways"
+    torch.testing.assert_close(large, small * float(torch.tensor(0.2).sin() / torch.tensor(0.1).sin()), atol=1e-5, rtol=1e-3)
+
+
+def test_colours_shift_with_the_motion_and_only_with_shade():
+    shifts = [a_deformation(base="none", shade=shade)(a_head(), *signals())[3] for shade in (True, False)]
+    assert shifts[0].abs().max() > 0.01 and torch.count_nonzero(shifts[1]) == 0
+
+
+def test_a_file_from_before_shade_and_sway_still_loads():
+    tensors, config = a_deformation(base="none", shade=False, sway=False).state()
+    del config["shade"], config["sway"]
+    again = Deformation.from_state(tensors, config)
+    assert not again.config.shade and not again.config.sway

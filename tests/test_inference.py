@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from test_deformation import G, a_deformation, a_head, signals
 
 from hicode.avatar.compositor import Compositor
 from hicode.avatar.deformation import Binding
 from hicode.avatar.inference import SCORE_MAX, FrameDeformer
 from hicode.camera import Camera
 from hicode.gaussians import Gaussians
+from hicode.geometry import rotation_from_axis_angle
 from hicode.render import rasterize
+from test_deformation import G, a_deformation, a_head, signals
 
 
 def a_cloud(n=300):
@@ -25,6 +26,8 @@ def a_frozen(anchors=0, base="mesh", n=300, sharpness=1.0, **options):
     with torch.no_grad():
         deformation.control.style.weight.normal_(std=0.1, generator=G(11))
         deformation.control.query[-1].weight.mul_(sharpness)
+        if deformation.config.sway:
+            deformation.control.sway.weight.normal_(std=0.1, generator=G(16))
         deformation.control.landmark_code.mul_(3)
     if base == "mesh":
         deformation.binding = Binding(
@@ -35,9 +38,13 @@ def a_frozen(anchors=0, base="mesh", n=300, sharpness=1.0, **options):
     return deformation.eval().requires_grad_(False)
 
 
-def reference(deformation, cloud, expression, landmarks):
+def a_turn(seed=3):
+    return rotation_from_axis_angle(0.3 * torch.randn(3, generator=G(seed + 30)))
+
+
+def reference(deformation, cloud, expression, landmarks, turn=None):
     with torch.no_grad():
-        return cloud.deformed(*deformation(cloud.means, expression, landmarks))
+        return cloud.deformed(*deformation(cloud.means, expression, landmarks, turn=turn))
 
 
 # Float32 sums of 478 terms in another order: 1e-6 relative each, through four layers whose outputs are of order 1.
@@ -50,7 +57,8 @@ def test_it_equals_the_deformation_of_training(base, anchors, n):
     deformation, cloud = a_frozen(anchors, base, n), a_cloud(n)
     deformer = FrameDeformer(deformation, cloud)
     for seed in (3, 20, 3):  # again at the end: nothing of one frame stays in the next
-        expected, got = reference(deformation, cloud, *signals(seed)), deformer(*signals(seed))
+        signal = *signals(seed), a_turn(seed)
+        expected, got = reference(deformation, cloud, *signal), deformer(*signal)
         assert (expected.means - cloud.means).abs().max() > 0.01, "nothing moves, so nothing is compared"
         for name, tensor in expected.tensors().items():
             torch.testing.assert_close(getattr(got, name), tensor, **CLOSE)

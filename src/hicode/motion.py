@@ -59,10 +59,10 @@ class Motion:
 
     def control_at(
         self, t: int, device: torch.device | str = "cpu"
-    ) -> tuple[Float[Tensor, "64"], Float[Tensor, "478 3"], Float[Tensor, "s"] | None]:
-        """(expression, landmarks, speech) of frame t, what deforms a head, on the head's device."""
+    ) -> tuple[Float[Tensor, "64"], Float[Tensor, "478 3"], Float[Tensor, "s"] | None, Float[Tensor, "3 3"]]:
+        """(expression, landmarks, speech, the head's rotation to the camera) of frame t, what deforms a head, on the head's device."""
         speech = None if self.speech is None else self.speech[t].to(device)
-        return self.expression[t].to(device), self.landmarks[t].to(device), speech
+        return self.expression[t].to(device), self.landmarks[t].to(device), speech, self.T_camera_head[t, :3, :3].to(device)
 
     def __post_init__(self):
         t = self.expression.shape[0]

@@ -111,7 +111,7 @@ class Avatar:
         """Eqs 7-8 at frame t of a motion."""
         deformer = self._deformer()
         if deformer is not None:
-            return deformer(motion.expression[t], motion.landmarks[t])
+            return deformer(motion.expression[t], motion.landmarks[t], motion.T_camera_head[t, :3, :3])
         means = self.gaussians.means
         return self.gaussians.deformed(*self.deformation(means, *motion.control_at(t, means.device)))
 

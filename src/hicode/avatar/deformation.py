@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from hicode.errors import InputError
 from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM, N_LANDMARKS
 
+TURN_UNIT = 0.1  # sine of a common turn of the head: what `sway` sees is about 1, and what it gives is a tenth of what the control does
 STYLE_TOKENS = 8  # what the 3DMM vector becomes for a cross-attention block to attend to
 
 
@@ -57,6 +58,8 @@ class DeformationConfig:
     """width of a frame's speech features (two rows of the embedded encoder's 384); read with `coarse="audio"` only"""
     shade: bool = True
     """whether the control also shifts colours (not in Eq. 7): a mouth darkens as it opens, skin folds shade; off: the paper"""
+    sway: bool = True
+    """whether positions also follow the head's turn (not in Eq. 7), each by a linear map of its own: loose hair hangs, the neck stays; off: the paper"""
     max_offset: float = 0.1
     """head units (dm): Δl per unit of network output, so that the output layer learns at the pace of the others"""
 
@@ -111,7 +114,7 @@ class CrossAttention(nn.Module):
 
 
 class HierarchicalControl(nn.Module):
-    """Eqs 9-12 and the MLP to offsets. Inputs: canonical points, landmarks, expression, identity; outputs Δ "n 10" (means 3, quats 4, log-scales 3)."""
+    """Eqs 9-12 and the MLP to offsets. Inputs: canonical points, landmarks, expression, identity; outputs Δ "n o", o = 10 (means 3, quats 4, log-scales 3) or, with `shade`, 13 (colours 3)."""
 
     def __init__(self, config: DeformationConfig, center: Tensor, radius: float):
         """`center` "3" and `radius` (head units) map the head into [-1, 1]^3 for the sinusoidal embeddings."""
@@ -147,15 +150,27 @@ class HierarchicalControl(nn.Module):
         if config.coarse == "attention":
             self.tokens = nn.Linear(EXPRESSION_DIM + IDENTITY_DIM, 2 * c * STYLE_TOKENS)
             self.coarse_attention = CrossAttention(c)
+        if config.sway:
+            self.register_buffer("turn_mean", torch.eye(3))
+            self.sway = nn.Linear(c, 9)
+            nn.init.zeros_(self.sway.weight)
+            nn.init.zeros_(self.sway.bias)
         features = c * (1 + (config.fine == "concat") + (config.coarse == "concat"))
         self.head = nn.Sequential(nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 13 if config.shade else 10))
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
 
     def set_statistics(
-        self, expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"], speech: Float[Tensor, "t s"] | None = None
+        self,
+        expression: Float[Tensor, "t 64"],
+        landmarks: Float[Tensor, "t 478 3"],
+        speech: Float[Tensor, "t s"] | None = None,
+        turn: Float[Tensor, "t 3 3"] | None = None,
     ) -> None:
         """Normalisation of the control signals, from training frames only."""
+        if self.config.sway and turn is not None:
+            u, _, v = torch.linalg.svd(turn.mean(0))  # the rotation nearest to the mean
+            self.turn_mean.copy_(u @ v)
         if self.config.coarse == "audio":
             assert speech is not None and speech.shape[1] == self.config.speech_dim, "the motion carries no speech features of this width"
             self.speech_mean.copy_(speech.mean(0))
@@ -164,6 +179,11 @@ class HierarchicalControl(nn.Module):
         self.expression_std.copy_(expression.std(0, correction=0) + 0.02)  # floor: an action that never moves must not be amplified
         self.landmark_mean.copy_(landmarks.mean(0))
         self.landmark_std.copy_((landmarks - landmarks.mean(0)).std(correction=0).clamp_min(1e-3))
+
+    def turned(self, turn: Float[Tensor, "3 3"]) -> Float[Tensor, "3"]:
+        """How far a head's rotation is from the clip's mean one: sine times axis, over TURN_UNIT."""
+        away = self.turn_mean.T @ turn
+        return torch.stack([away[2, 1] - away[1, 2], away[0, 2] - away[2, 0], away[1, 0] - away[0, 1]]) / (2 * TURN_UNIT)
 
     def embed(self, points: Float[Tensor, "m 3"]) -> Float[Tensor, "m c"]:
         """Q: depends only on canonical positions, so callers may keep it while these stand still."""
@@ -177,7 +197,8 @@ class HierarchicalControl(nn.Module):
         identity: Float[Tensor, "80"],
         query: Float[Tensor, "m c"] | None = None,
         speech: Float[Tensor, "s"] | None = None,
-    ) -> Float[Tensor, "m 10"]:
+        turn: Float[Tensor, "3 3"] | None = None,
+    ) -> Float[Tensor, "m o"]:
         q = self.embed(points) if query is None else query
         c, fine, coarse = self.config.channels, self.config.fine, self.config.coarse
         if fine in ("adain", "addition", "attention"):
@@ -213,7 +234,11 @@ class HierarchicalControl(nn.Module):
             y = self.coarse_attention(y, *self.tokens(normalized).view(2, STYLE_TOKENS, c))
         elif coarse == "concat":
             beside.append(self.shift(normalized))
-        return self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
+        delta = self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
+        if self.config.sway and turn is not None:
+            # Linear, so that a turn beyond the training clip's goes on as the ones before it did.
+            delta = delta + F.pad(0.1 * self.sway(q).view(-1, 3, 3) @ self.turned(turn), (0, delta.shape[1] - 3))
+        return delta
 
 
 @dataclass(frozen=True)
@@ -391,8 +416,7 @@ def _farthest_points(xyz: np.ndarray, importance: np.ndarray, count: int) -> np.
                 for i in range(n):
                     dx, dy, dz = xyz[i, 0] - x, xyz[i, 1] - y, xyz[i, 2] - z
                     d = dx * dx + dy * dy + dz * dz
-                    if d < best[i]:
-                        best[i] = d
+                    best[i] = min(best[i], d)
                     value = best[i] * importance[i]
                     if value > far_value:
                         far, far_value = i, value
@@ -430,9 +454,13 @@ class Deformation(nn.Module):
         return super()._apply(fn, recurse)
 
     def set_statistics(
-        self, expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"], speech: Float[Tensor, "t s"] | None = None
+        self,
+        expression: Float[Tensor, "t 64"],
+        landmarks: Float[Tensor, "t 478 3"],
+        speech: Float[Tensor, "t s"] | None = None,
+        turn: Float[Tensor, "t 3 3"] | None = None,
     ) -> None:
-        self.control.set_statistics(expression, landmarks, speech)
+        self.control.set_statistics(expression, landmarks, speech, turn)
         if self.carrier is not None:
             self.carrier.set_statistics(expression, landmarks)
 
@@ -465,9 +493,10 @@ class Deformation(nn.Module):
         expression: Float[Tensor, "64"],
         landmarks: Float[Tensor, "478 3"],
         speech: Float[Tensor, "s"] | None = None,
-    ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 4"], Float[Tensor, "n 3"]]:
-        """(Δl, Δr, Δs) of Eq. 7 for canonical positions `means`. `speech`, a frame's features, is needed (InputError) and read with
-        `coarse="audio"` only.
+        turn: Float[Tensor, "3 3"] | None = None,
+    ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 4"], Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
+        """(Δl, Δr, Δs) of Eq. 7 for canonical positions `means`, and the shift of colours (zeros without `shade`). `speech`, a frame's features, is
+        needed (InputError) and read with `coarse="audio"` only; `turn`, the head's rotation to the camera, with `sway` only: without one, the mean.
 
         Gradients reach the network, not the canonical positions through their embedding: with anchors fixed points stand for them, and without
         anchors the embedding's gradient only fights the photometric one.
@@ -480,11 +509,11 @@ class Deformation(nn.Module):
             query = self._query = self.control.embed(points)
         elif torch.is_grad_enabled():
             query = self._query = None
-        delta = self.control(points, landmarks, expression, self.identity, query, speech)
+        delta = self.control(points, landmarks, expression, self.identity, query, speech, turn)
         if self.anchors is not None:
             delta = _Interpolate.apply(delta, self.anchors)
         d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks)
-        return d_means, delta[:, 3:7], delta[:, 7:10], delta[:, 10:] if self.config.shade else 0.0
+        return d_means, delta[:, 3:7], delta[:, 7:10], delta[:, 10:] if self.config.shade else torch.zeros_like(means)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, config) from which `from_state` makes the same deformation."""
@@ -497,7 +526,8 @@ class Deformation(nn.Module):
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Deformation":
-        cfg = DeformationConfig(**config)
+        # Files from before shade and sway have neither.
+        cfg = DeformationConfig(**({"shade": False, "sway": False} | config))
         net = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         carrier = None
         if cfg.base == "mesh":

@@ -143,7 +143,7 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
         carrier = Carrier(model.expression_basis, neutral, basis)
     torch.manual_seed(config.seed)
     deformation = Deformation(config.deformation, track.identity, center, radius, carrier)
-    deformation.set_statistics(expression[train], landmarks[train], track.motion[train].speech)
+    deformation.set_statistics(expression[train], landmarks[train], track.motion[train].speech, track.motion.T_camera_head[train, :3, :3])
     motion_extent = landmarks[train].std(0).norm(dim=1)
     deformation.register_buffer("landmark_motion", motion_extent)
     if carrier is not None:

@@ -94,7 +94,8 @@ class Ablation:
 
     def apply(self, config: HeadConfig) -> HeadConfig:
         """`config` with this row's control; budgets, losses and seed stay."""
-        changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base)
+        ours = self.base == "mesh"  # what Eqs 7-12 do not have stays out of the rows that are about them
+        changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours, sway=ours)
         return replace(config, deformation=changed, initialisation=self.initialisation)
 
 
@@ -114,7 +115,7 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "full": Ablation("Ours (full)", "Eqs 9-12 with a learned style in Eq. 12; no carrier"),
     "literal": Ablation("Eq. 12 as printed", "as full, the second AdaIN's style being mean and deviation of the 3DMM vector", coarse="literal"),
-    "mesh": Ablation("full over the mesh carrier", "what hicode ships", base="mesh"),
+    "mesh": Ablation("hicode", "full over the mesh carrier, with shade and sway: what ships", base="mesh"),
 }
 
 
@@ -134,7 +135,7 @@ def head_preset(preset: Preset) -> HeadConfig:
         return HeadConfig(_stages(500, 1_000, 6_500), loss=LossWeights())
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
-        deformation=DeformationConfig(anchors=0, base="none"),
+        deformation=DeformationConfig(anchors=0, base="none", shade=False, sway=False),
         initial_opacity=0.1,
         mouth_gaussians=0,
         loss=LossWeights(),
