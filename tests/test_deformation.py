@@ -17,6 +17,7 @@ from hicode.avatar.deformation import (
     bind,
     choose_anchors,
     landmark_attention,
+    normalize_over_points,
     sinusoidal,
 )
 from hicode.errors import InputError
@@ -76,6 +77,16 @@ def test_attention_deviation_survives_sharp_attention():
     mean, std = landmark_attention(q, k, torch.randn(2, 4, generator=G()) * 100)
     (mean.sum() + std.sum()).backward()
     assert torch.isfinite(std).all() and torch.isfinite(q.grad).all()
+
+
+def test_a_constant_channel_normalises_to_zero_with_finite_gradients():
+    x = torch.randn(50, 3, generator=G()) * torch.tensor([1.0, 0.0, 1.0]) + 2
+    x.requires_grad_()
+    y = normalize_over_points(x)
+    y.square().sum().backward()
+    assert not y[:, 1].any() and torch.isfinite(x.grad).all()
+    std, mean = torch.std_mean(x, dim=0, correction=0)
+    torch.testing.assert_close(y, (x - mean) / (std + 1e-5))
 
 
 def test_adain_gives_the_asked_statistics():

@@ -1,5 +1,7 @@
 """Speaking: the stream, the merge of speech with the driving track, rest in silence, and the video."""
 
+import threading
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion, bounce
 from hicode.render import Rendering
 from hicode.speech.encoder import create_encoder
 from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
-from hicode.synthesis import AUDIO_RATE_HZ, SAMPLES_PER_FRAME, Stream, _motions, speak, synthesize, synthesize_motion
+from hicode.synthesis import AUDIO_RATE_HZ, READ_AHEAD, SAMPLES_PER_FRAME, Stream, _drained, speak, synthesize, synthesize_motion
 
 SIZE = 64
 DRIVING = 20
@@ -48,7 +50,7 @@ class FakeAvatar:
     compositor: None = None
     source: dict = field(default_factory=dict)
     plate: np.ndarray = field(default_factory=lambda: np.full((SIZE, SIZE, 3), 60, np.uint8))
-    rendered: int = 0
+    shown: list = field(default_factory=list)  # (motion, thread) of each rendered frame
 
     def __post_init__(self):
         self.mouth_expression = torch.arange(64) < 40
@@ -62,8 +64,15 @@ class FakeAvatar:
         y, x = np.mgrid[:SIZE, :SIZE]
         return np.where(np.hypot(x - 32, y - 30) < 14, 255, 0).astype(np.uint8)
 
-    def render(self, motion: Motion, t: int, background=None) -> Rendering:
-        self.rendered += 1
+    @property
+    def rendered(self) -> int:
+        return len(self.shown)
+
+    def deformed(self, motion: Motion, t: int) -> Motion:
+        return motion[t : t + 1]
+
+    def rasterized(self, deformed: Motion, motion: Motion, t: int) -> Rendering:
+        self.shown.append((deformed, threading.get_ident()))
         alpha = torch.from_numpy(self.driving_mask(0) / 255.0).float()
         colour = torch.stack([motion.expression[t, 0], motion.expression[t, 50], motion.landmarks[t, 400, 0]]).sigmoid()
         return Rendering(alpha[..., None] * colour, alpha)
@@ -245,11 +254,45 @@ def test_frames_not_asked_for_are_not_lost_and_not_rendered():
 
 
 def test_waiting_motion_stays_bounded():
-    """A long sound is handed over a second at a time: only that much motion waits for its frames."""
+    """A long sound is handed over a little at a time: only that much motion, and what is being rendered, waits."""
     stream, most = Stream(FakeAvatar(), level=0.1), 0
-    for i, _ in enumerate(_motions(stream, [speechlike(30)])):
+    for i, _ in enumerate(_drained(stream, [speechlike(30)])):
         most = max(most, len(stream._motions))
-    assert i == 749 and most <= 2 * 25
+    # At the sound's end, the encoder's and the Faceformers' look-ahead comes at once.
+    assert i == 749 and most <= stream.ahead + READ_AHEAD / SAMPLES_PER_FRAME + round(25 * stream.latency_s)
+
+
+def test_frames_are_rendered_on_as_many_threads_as_torch_uses_and_come_in_order():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        avatar = FakeAvatar()
+        three = list(synthesize(avatar, speechlike(1.0)))
+        assert torch.get_num_threads() == 3 and 1 < len({thread for _, thread in avatar.shown}) <= 3
+        torch.set_num_threads(1)
+        one = list(synthesize(FakeAvatar(), speechlike(1.0)))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(one) == 25 and all(np.array_equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_a_frame_that_fails_raises_where_it_is_asked_for_and_no_thread_stays():
+    class Failing(FakeAvatar):
+        def driving_frame(self, t):
+            if t == 5:
+                raise ValueError("frame 5 is damaged")
+            return super().driving_frame(t)
+
+    before = threading.active_count()
+    frames = synthesize(Failing(), speechlike(1.0))
+    assert len([next(frames) for _ in range(5)]) == 5
+    with pytest.raises(ValueError, match="frame 5"):
+        next(frames)
+    del frames
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_pixels_outside_the_dilated_mask_are_the_driving_frames():

@@ -124,6 +124,18 @@ def test_every_training_frame_is_seen_once_an_epoch_and_held_back_ones_never(cli
     assert sorted(order[:9]) == sorted(order[9:]) == frames and order[:9] != order[9:]
 
 
+def test_decoded_frames_stay_within_the_memory_given(clip):
+    x0, y0, x1, y1 = training.TrainingFrames(clip, 0).window
+    each = (x1 - x0) * (y1 - y0) * 4
+    for given, kept in ((0, 0), (3 * each, 3), (3 * each + 1, 3), (10**9, len(clip.train))):
+        frames = training.TrainingFrames(clip, given)
+        for _ in range(2):
+            shown = [frames.image_and_mask(t)[0] for t in frames.frames]
+        held = sum(part.nbytes for pair in frames._cache.values() for part in pair)
+        assert held == kept * each <= given
+        assert all(np.array_equal(a, clip.image(t)[y0:y1, x0:x1].transpose(2, 0, 1)) for a, t in zip(shown, frames.frames, strict=True))
+
+
 def test_points_start_where_the_first_frame_shows_the_head(clip, model):
     gaussians, deformation = training.initial_cloud(clip, model, a_config())
     moved = training.deform(gaussians, deformation, clip.track.motion, 0, learned=False)

@@ -1,4 +1,4 @@
-"""Threads for compiled kernels: one small pool of Python threads, shared by all of them.
+"""Threads: one small pool of Python threads that all compiled kernels share, and pools for work in whole frames.
 
 Kernels that hold no lock take pieces of work from a counter until none is left, so a core that is busy elsewhere costs little. Numba's own parallel
 loops are not used: they bring a second OpenMP runtime, whose waiting threads and torch's spin against each other.
@@ -44,6 +44,26 @@ def run_on_threads(kernel, pieces: int, *arguments) -> None:
     kernel(counter, *arguments)
     for helper in waiting:
         helper.result()
+
+
+def frame_pool() -> ThreadPoolExecutor:
+    """As many threads as torch uses here, each of which runs torch and kernels by itself: for work whose pieces are whole frames.
+
+    A frame a thread keeps all cores busy; a frame on all threads leaves them waiting for each other in every small step.
+    """
+    count = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, thread_name_prefix="hicode-frame")
+    together = threading.Barrier(count)
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread takes the inherited number when it first asks, and would later forget what it was told before
+        torch.set_num_threads(1)
+        together.wait()  # so that each thread is told once
+
+    for started in [pool.submit(alone) for _ in range(count)]:
+        started.result()
+    torch.set_num_threads(count)  # the number is each thread's own, but threads to come inherit the one that was set last
+    return pool
 
 
 def _forget() -> None:

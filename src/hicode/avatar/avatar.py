@@ -5,7 +5,7 @@ It holds the canonical Gaussians with their deformation, the compositor, the spe
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hicode.avatar.compositor import Compositor, compose
 from hicode.avatar.deformation import Deformation
+from hicode.avatar.inference import FrameDeformer
 from hicode.camera import Camera
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
@@ -56,7 +57,7 @@ class Images:
         image = cv2.imdecode(chunk, cv2.IMREAD_UNCHANGED)
         if image is None:
             raise FileFormatError(f"Driving frame {t} of the avatar is damaged. Train the avatar anew.")
-        return image[..., ::-1] if image.ndim == 3 else image
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if image.ndim == 3 else image
 
 
 @dataclass
@@ -91,6 +92,15 @@ class Avatar:
     def driving_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
         return self.driving_masks[t]
 
+    def to(self, device: torch.device | str) -> "Avatar":
+        """This avatar with what renders (Gaussians, deformation, compositor) on a device; motion, speech models and pictures stay on the CPU.
+
+        The two networks are moved, not copied.
+        """
+        compositor = None if self.compositor is None else self.compositor.to(device)
+        gaussians = self.gaussians.map(lambda v: v.to(device))
+        return replace(self, gaussians=gaussians, deformation=self.deformation.to(device), compositor=compositor)
+
     @property
     def hears(self) -> bool:
         """Whether speech features move it directly (Table 2's None): its motion must carry them."""
@@ -99,14 +109,32 @@ class Avatar:
     @torch.no_grad()
     def deformed(self, motion: Motion, t: int) -> Gaussians:
         """Eqs 7-8 at frame t of a motion."""
-        control = motion.expression[t], motion.landmarks[t], motion.speech_at(t)
-        return self.gaussians.deformed(*self.deformation(self.gaussians.means, *control))
+        deformer = self._deformer()
+        if deformer is not None:
+            return deformer(motion.expression[t], motion.landmarks[t])
+        means = self.gaussians.means
+        return self.gaussians.deformed(*self.deformation(means, *motion.control_at(t, means.device)))
+
+    def _deformer(self) -> FrameDeformer | None:
+        """What deforms this cloud quickly, made once; None where only `Deformation` itself can."""
+        known = self.__dict__.get("_known_deformer")
+        if known is None or known.gaussians is not self.gaussians or known.deformation is not self.deformation:
+            known = FrameDeformer(self.deformation, self.gaussians) if FrameDeformer.supports(self.deformation) else None
+            self.__dict__["_known_deformer"] = known
+        return known
 
     @torch.no_grad()
     def render(self, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto") -> Rendering:
         """The head at frame t of a motion, over a constant background (black where none is given)."""
+        return self.rasterized(self.deformed(motion, t), motion, t, background, backend)
+
+    @torch.no_grad()
+    def rasterized(
+        self, deformed: Gaussians, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto"
+    ) -> Rendering:
+        """The second half of `render`."""
         background = torch.zeros(3) if background is None else background
-        return rasterize(self.deformed(motion, t), self.camera.with_pose(motion.T_camera_head[t]), background, backend=backend)
+        return rasterize(deformed, self.camera.with_pose(motion.T_camera_head[t]), background, backend=backend)
 
     def synthesize_frame(
         self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], backend: str = "auto"

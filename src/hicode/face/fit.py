@@ -149,6 +149,40 @@ def fit_track(
     return _track(problem, state)
 
 
+def refit_expressions(
+    track: FaceTrack,
+    poses: Float[Tensor, "t 4 4"],
+    points_px: Float[Tensor, "t 478 3"] | np.ndarray,
+    found: Bool[Tensor, "t"] | np.ndarray,
+    model: HeadModel,
+    train: range,
+    config: FitConfig = FitConfig(),
+    progress: Callable[[float], None] | None = None,
+) -> FaceTrack:
+    """The track with other poses (`hicode.face.skull`), which stay as they are: expressions, slips and canonical landmarks are found anew under them.
+
+    Identity, focal length and the frames' order of things are the track's. Training and test frames are separate segments, as in `fit_track`.
+    """
+    found = np.asarray(found, bool) & np.isfinite(np.asarray(points_px)).all((1, 2))
+    points = np.where(found[:, None, None], np.asarray(points_px, np.float64), 0.0)
+    problem = _Problem.of(points, found, track.camera.width, track.camera.height, model, config)
+    state = _initial_state(problem, float(track.camera.K[0, 0]))
+    state.identity = track.identity.double().numpy()
+    poses = poses.double().numpy()
+    state.q[:, :3] = [_log_rotation(_FLIP[:, None] * T[:3, :3]) for T in poses]
+    depth_scale = poses[:, 2, 3] / state.focal
+    state.q[:, 3:5] = poses[:, :2, 3] / depth_scale[:, None]
+    state.q[:, 5] = np.log(depth_scale)
+    state.q[:, POSE_DIM:] = track.motion.expression.double().numpy()
+    state.unit_px = config.noise_mm * 0.01 / depth_scale
+    state.held = True
+    edges = [t for t in (train.start, train.stop) if 0 < t < len(points)]
+    segments = np.split(np.arange(len(points)), edges)
+    for number, segment in enumerate(segments):
+        _fit_segment(problem, state, segment, lambda x, n=number: progress and progress((n + x) / len(segments)))
+    return _track(problem, state)
+
+
 def person_offsets(
     points_px: Float[np.ndarray, "t 478 3"], width: int, height: int, model: HeadModel, config: FitConfig = FitConfig()
 ) -> tuple[Float[np.ndarray, "478 3"], Float[Tensor, "80"]]:
@@ -251,6 +285,7 @@ class _State:
     offset: np.ndarray  # "l 3" dm: this person's landmarks against the model's
     unit_px: np.ndarray  # "t": one noise unit in px at the head's depth
     slip: np.ndarray  # "t 6": the landmarks' common error, added to the pose in their term
+    held: bool = False  # poses stay as they are
     flow_depth: np.ndarray | None = field(default=None)  # "t-1 k": depth of flow points over the head's, NaN off the head
 
 
@@ -547,6 +582,9 @@ def _frame_step(problem: _Problem, state: _State, segment: np.ndarray, window: n
                 elif j - i == 2:
                     np.add.at(two, at[both], (a * b * weight)[both])
 
+    if state.held:
+        A[:, diagonal[:POSE_DIM], diagonal[:POSE_DIM]] += 1e9 * scale[:POSE_DIM] ** 2
+        g[:, :POSE_DIM] = 0
     band = np.zeros((2 * _Q + 1 if n > 2 else _Q + POSE_DIM if n > 1 else _Q, n * _Q))
     for k in range(_Q):
         band[k].reshape(n, _Q)[:, : _Q - k] = np.diagonal(A, -k, 1, 2)
@@ -710,22 +748,26 @@ def _track(problem: _Problem, state: _State) -> FaceTrack:
     """Poses, and landmarks in the head frame: the measured pixels at the fitted depth, so they keep what the model cannot say."""
     camera = Camera.pinhole(state.focal, problem.width, problem.height)
     flip = torch.from_numpy(_FLIP)
+    rest = torch.from_numpy(problem.basis.rest + state.offset + np.tensordot(state.identity, problem.basis.identity, 1))
+    basis, centre = torch.from_numpy(problem.basis.expression), torch.tensor([problem.width / 2, problem.height / 2])
 
     def poses_of(q: np.ndarray) -> Tensor:
         q = torch.from_numpy(q)
         shift = torch.stack([q[:, 3], q[:, 4], torch.full_like(q[:, 3], state.focal)], 1) * q[:, 5:].exp()
         return rigid(flip[:, None] * rotation_from_axis_angle(q[:, :3]), shift)
 
-    poses = poses_of(state.q[:, :POSE_DIM])
-    expression = torch.from_numpy(state.q[:, POSE_DIM:])
-    rest = problem.basis.rest + state.offset + np.tensordot(state.identity, problem.basis.identity, 1)
-    shape = torch.from_numpy(rest) + torch.tensordot(expression, torch.from_numpy(problem.basis.expression), 1)
-    K = camera.K.double().expand(len(poses), 3, 3)
-    views = Camera(K, poses_of(state.q[:, :POSE_DIM] + state.slip), problem.width, problem.height)
-    modelled, depth = views.project(shape)
-    measured = torch.from_numpy(problem.points[..., :2] + [problem.width / 2, problem.height / 2])
+    def landmarks_of(frames: slice) -> tuple[Tensor, Tensor]:
+        """In px and in the head frame."""
+        shape = rest + torch.tensordot(torch.from_numpy(state.q[frames, POSE_DIM:]), basis, 1)
+        K = camera.K.double().expand(len(shape), 3, 3)
+        views = Camera(K, poses_of(state.q[frames, :POSE_DIM] + state.slip[frames]), problem.width, problem.height)
+        modelled, depth = views.project(shape)
+        measured = torch.from_numpy(problem.points[frames, :, :2]) + centre
+        pixels = torch.where(seen[frames, None, None], measured, modelled)
+        return pixels.float(), views.unproject(pixels, depth).float()
+
     seen = torch.from_numpy(problem.found)
-    pixels = torch.where(seen[:, None, None], measured, modelled)
-    landmarks = views.unproject(pixels, depth)
-    motion = Motion(expression.float(), landmarks.float(), poses.float())
-    return FaceTrack(motion, torch.from_numpy(state.identity).float(), camera, pixels.float(), seen.float())
+    chunks = [slice(start, start + 1000) for start in range(0, len(seen), 1000)]  # a long clip's doubles would be gigabytes
+    pixels, landmarks = (torch.cat(parts) for parts in zip(*map(landmarks_of, chunks), strict=True))
+    motion = Motion(torch.from_numpy(state.q[:, POSE_DIM:]).float(), landmarks, poses_of(state.q[:, :POSE_DIM]).float())
+    return FaceTrack(motion, torch.from_numpy(state.identity).float(), camera, pixels, seen.float())

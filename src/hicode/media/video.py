@@ -280,7 +280,7 @@ class VideoWriter:
 
     `audio` is float "n" in [-1, 1], or an iterable of such pieces for sound of any length in constant memory; it is
     interleaved as the frames come, and what is left is written at the end. Odd sizes grow by one repeated row or
-    column. On an exception, or a full disk (OutputError), no file stays.
+    column. `crf`, `preset` and `threads` are x264's. On an exception, or a full disk (OutputError), no file stays.
     """
 
     def __init__(
@@ -292,6 +292,8 @@ class VideoWriter:
         audio: np.ndarray | Iterable[np.ndarray] | None = None,
         audio_rate_hz: int = 16000,
         crf: int = 16,
+        preset: str = "veryfast",
+        threads: int | None = None,
     ):
         if Path(path).suffix.lower() not in (".mp4", ".m4v", ".mov"):
             raise OutputError(
@@ -304,7 +306,7 @@ class VideoWriter:
         self.frames_written = 0
         self._audio = iter([audio] if isinstance(audio, np.ndarray) else audio) if audio is not None else None
         self._audio_rate_hz = audio_rate_hz
-        self._crf = crf
+        self._crf, self._preset, self._threads = crf, preset, threads
         self._samples_written = 0
         self._stack = ExitStack()
 
@@ -316,7 +318,7 @@ class VideoWriter:
             rate = Fraction(self.fps).limit_denominator(1001)
             try:
                 self._video = self._container.add_stream(
-                    "libx264", rate=rate, options={"crf": str(self._crf), "preset": "veryfast"}
+                    "libx264", rate=rate, options={"crf": str(self._crf), "preset": self._preset}
                 )
             except (av.error.FFmpegError, ValueError) as error:
                 raise OutputError(
@@ -325,6 +327,8 @@ class VideoWriter:
             self._video.width, self._video.height = self.width + self.width % 2, self.height + self.height % 2
             self._video.pix_fmt = "yuv420p"
             context = self._video.codec_context
+            if self._threads is not None:
+                context.thread_count = self._threads
             context.time_base = 1 / rate
             context.colorspace = context.color_primaries = context.color_trc = (
                 1  # BT.709, said outright: players guess differently

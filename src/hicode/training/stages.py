@@ -73,7 +73,7 @@ class HeadConfig:
     seed: int = 0
     checkpoint_seconds: float = 60.0
     preload_bytes: int = 1_500_000_000
-    """training frames and masks kept decoded in memory up to this; beyond it they are read as needed"""
+    """training frames and masks kept decoded in memory up to this; those beyond it are read as needed"""
 
     @property
     def iterations(self) -> int:

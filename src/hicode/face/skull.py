@@ -1,0 +1,402 @@
+"""The head as a rigid body: poses by bundle adjustment over points on forehead, ears and hair.
+
+Landmarks lie on the front of the face, where a nod, a change of expression and a constant error of the network look alike. Ears and hair lie
+far from that surface, so their motion tells rotation from translation; where they are in depth is not known beforehand, but the poses of many
+frames tell it. So points are tracked from some training frames, the *keyframes*, to all frames, and what explains their motion is found at once:
+
+    Σ ρ(π(T_t X) − measured)  +  Σ_t |ξ_t / σ_pose|²  +  Σ_p ((d_p − d_p⁰) / σ_depth)²,      X = T_k⁻¹ (d_p ray_p)
+
+t frames, k keyframes, p points. T "4 4" takes head to camera; a twist ξ = (w, v) "6" moves it to T exp(ξ), w in rad and v in dm about the head's
+own axes. A point is a pixel of its keyframe and a depth d along that ray; ρ is Cauchy's, which lets swinging hair and moving skin go. ξ = 0 and
+d⁰ are the landmark fit's poses and the depth of its mesh: they fix what points cannot know (where the origin is, how large the head).
+
+Structure (keyframes' poses and depths) comes from training frames alone; every other frame is then posed by itself against it, so nothing of a
+test frame reaches a training frame. Depths are points eliminated by Schur's complement (Triggs et al. 2000, "Bundle Adjustment").
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from hicode.face.depth import head_depth
+from hicode.face.model import HeadModel
+from hicode.geometry import rigid, rotation_from_axis_angle
+from hicode.motion import LIPS, FaceTrack
+
+
+@dataclass(frozen=True)
+class SkullConfig:
+    """How the rigid head is found. Lengths in mm on the head or px of the crop."""
+
+    keyframes: int = 16  # at most; fewer where the head turns little
+    spacing_deg: float = 3.0  # keyframes are no nearer to each other than this
+    nearest: int = 4  # keyframes that each frame is matched to
+    points: int = 350  # per keyframe
+    structure_frames: int = 160  # training frames that the structure is found from
+    noise_px: float = 0.6  # of a match; beyond it matches count less and less
+    rotation_deg: float = 1.5  # how far the landmark fit's poses may be off
+    translation_mm: float = 3.0
+    depth_mm: float = 12.0  # the same of its depths
+    steps: int = 12
+    least_points: int = 40  # frames with fewer matches keep the landmark fit's pose
+
+
+@dataclass(frozen=True)
+class SkullReport:
+    """What the adjustment found."""
+
+    keyframes: int
+    points: int
+    matches_per_frame: float
+    residual_px: float  # median over matches
+    turned_deg: float  # mean change of the poses
+    moved_mm: float
+    unmatched: int  # frames left as they were
+
+
+@dataclass(frozen=True)
+class Skull:
+    """Rigid points of the head frame.
+
+    points "p 3" dm · sigma "p" dm, deviation of each along the ray of its keyframe · keyframe "p" the frame that it was chosen in
+    """
+
+    points: Float[Tensor, "p 3"]
+    sigma: Float[Tensor, "p"]
+    keyframe: Int[Tensor, "p"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"points": self.points, "sigma": self.sigma, "keyframe": self.keyframe}
+
+
+def align_skull(
+    image: Callable[[int], np.ndarray],
+    mask: Callable[[int], np.ndarray],
+    track: FaceTrack,
+    model: HeadModel,
+    train: range,
+    config: SkullConfig = SkullConfig(),
+    progress: Callable[[float], None] = lambda done: None,
+) -> tuple[Float[Tensor, "t 4 4"], Skull, SkullReport]:
+    """Poses of all frames, the rigid points, and a report.
+
+    `image(t)` is RGB uint8, `mask(t)` the head mask; each frame is read once, keyframes twice. Memory holds the keyframes' pictures and the
+    matches of `structure_frames`, whatever the clip's length. Some 50 ms a frame.
+    """
+    tracked = track.motion.T_camera_head.double().numpy()
+    seen = track.confidence.numpy() > 0
+    usable = np.array([t for t in train if seen[t]])
+    chosen = usable[np.unique(np.linspace(0, len(usable) - 1, min(config.structure_frames, len(usable))).round().astype(int))]
+    keys = choose_keyframes(tracked, chosen, config)
+    structure = np.unique(np.concatenate([chosen, keys]))
+    focal = float(track.camera.K[0, 0])
+    centre = track.camera.K[:2, 2].double().numpy()
+    views = [_keyframe(image(t), mask(t), track, model, int(t), config) for t in keys]
+
+    def matches(t: int) -> list["_Match"]:
+        gray = cv2.cvtColor(image(t), cv2.COLOR_RGB2GRAY)
+        near = np.argsort([_angle(tracked[t], tracked[k.t]) if k.t != t else np.inf for k in views])[: config.nearest]
+        return [m for n in near if views[n].t != t and len((m := _match(views[n], n, gray, tracked[t], tracked[views[n].t], focal, centre)).rows)]
+
+    found: dict[int, list[_Match]] = {}
+    for n, t in enumerate(structure):
+        found[int(t)] = matches(int(t))
+        progress(0.5 * (n + 1) / len(structure) * len(structure) / len(track))
+    poses, depths, sigma = _adjust(views, structure, found, tracked, focal, centre, config)
+
+    out = tracked.copy()
+    out[structure] = poses
+    at_key = {k: poses[np.flatnonzero(structure == view.t)[0]] for k, view in enumerate(views)}
+    placed = [_head_points(view, d, at_key[k], focal, centre)[0] for k, (view, d) in enumerate(zip(views, depths))]
+    residuals, counts, unmatched = [], [], 0
+    for t in range(len(track)):
+        if not seen[t]:
+            unmatched += 1
+            continue
+        own = found.pop(t) if t in found else matches(t)
+        x = np.concatenate([placed[m.key][m.rows] for m in own]) if own else np.zeros((0, 3))
+        px = np.concatenate([m.pixels for m in own]) if own else np.zeros((0, 2))
+        if len(x) < config.least_points:
+            unmatched += 1
+            continue
+        if t not in structure:
+            out[t] = _resect(tracked[t], x, px, focal, centre, config)
+        residuals.append(np.median(np.linalg.norm(_project(out[t], x, focal, centre) - px, axis=1)))
+        counts.append(len(x))
+        progress((t + 1) / len(track))
+    delta = np.linalg.inv(tracked) @ out
+    turned = np.degrees([_angle(np.eye(4), d) for d in delta])
+    report = SkullReport(
+        len(views),
+        sum(len(v.pixels) for v in views),
+        float(np.mean(counts)) if counts else 0.0,
+        float(np.median(residuals)) if residuals else float("nan"),
+        float(turned.mean()),
+        float(np.linalg.norm(delta[:, :3, 3], axis=1).mean() * 100),
+        unmatched,
+    )
+    owner = np.concatenate([np.full(len(v.pixels), v.t) for v in views])
+    skull = Skull(
+        torch.from_numpy(np.concatenate(placed)).float(), torch.from_numpy(np.concatenate(sigma)).float(), torch.from_numpy(owner)
+    )
+    return torch.from_numpy(out).float(), skull, report
+
+
+def choose_keyframes(poses: Float[np.ndarray, "t 4 4"], frames: np.ndarray, config: SkullConfig) -> np.ndarray:
+    """The first of `frames` and those that turn farthest from the ones already chosen, down to `spacing_deg` or up to `keyframes`."""
+    chosen = [int(frames[0])]
+    nearest = np.array([_angle(poses[t], poses[chosen[0]]) for t in frames])
+    while len(chosen) < min(config.keyframes, len(frames)) and (len(chosen) < 3 or nearest.max() > np.radians(config.spacing_deg)):
+        chosen.append(int(frames[nearest.argmax()]))
+        nearest = np.minimum(nearest, [_angle(poses[t], poses[chosen[-1]]) for t in frames])
+    return np.array(chosen)
+
+
+# Points of keyframes that turn further than this away from a frame may lie on what it does not show.
+_NEAR_DEG = 8.0
+_BLUR_PX = 8.0  # how far a point's depth speaks for its neighbours
+_LEAST_SIGMA_DM = 0.02
+_MESH_SIGMA_DM = 0.08  # of the mesh's depth where points say otherwise: about the mean correction found on real heads (5-10 mm)
+_WILD_DM = 0.4  # points further than this from the mesh are mismatches
+
+
+def corrected_depth(
+    depth: Float32[np.ndarray, "h w"], skull: Skull, track: FaceTrack, t: int
+) -> Float32[np.ndarray, "h w"]:
+    """The mesh's depth of frame t drawn towards the rigid points near it: ears and hair, which the mesh does not have, get their place."""
+    poses = track.motion.T_camera_head.double().numpy()
+    keys = skull.keyframe.numpy()
+    near = np.isin(keys, [k for k in np.unique(keys) if _angle(poses[k], poses[t]) < np.radians(_NEAR_DEG)])
+    pixels, z = track.camera_at(t).project(skull.points[torch.from_numpy(near)])
+    column, row = pixels.numpy().astype(int).T
+    height, width = depth.shape
+    seen = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    column, row, z, sigma = column[seen], row[seen], z.numpy()[seen], skull.sigma.numpy()[near][seen]
+    change = z - depth[row, column]
+    good = np.abs(change) < _WILD_DM  # false for NaN, off the head
+    weight = 1 / (sigma[good] ** 2 + _LEAST_SIGMA_DM**2)
+    total, weights = np.zeros(depth.shape, np.float32), np.zeros(depth.shape, np.float32)
+    np.add.at(total, (row[good], column[good]), weight * change[good])
+    np.add.at(weights, (row[good], column[good]), weight)
+    spread = 2 * np.pi * _BLUR_PX**2  # a point keeps its weight at its own place
+    blurred = [cv2.GaussianBlur(x, (0, 0), _BLUR_PX) * spread for x in (total, weights)]
+    return (depth + blurred[0] / (blurred[1] + _MESH_SIGMA_DM**-2)).astype(np.float32)
+
+
+# ---- points and their matches ----
+
+
+@dataclass(frozen=True)
+class _Keyframe:
+    t: int
+    gray: np.ndarray
+    pixels: np.ndarray  # "p 2", pixel centres at +0.5
+    depth: np.ndarray  # "p" dm, by the landmark fit's mesh
+
+
+@dataclass(frozen=True)
+class _Match:
+    """Rows of keyframe `key`'s points and where a frame shows them."""
+
+    key: int
+    rows: np.ndarray
+    pixels: np.ndarray
+
+
+def _keyframe(image: np.ndarray, mask: np.ndarray, track: FaceTrack, model: HeadModel, t: int, config: SkullConfig) -> _Keyframe:
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    depth = head_depth(model, track, t, mask)
+    allowed = _rigid_region(mask, depth, track, t)
+    corners = cv2.goodFeaturesToTrack(gray, config.points, 0.001, 5, mask=allowed)
+    pixels = np.zeros((0, 2)) if corners is None else corners[:, 0].astype(np.float64)
+    at = pixels.round().astype(int)
+    z = depth[at[:, 1], at[:, 0]] if len(at) else np.zeros(0)
+    good = np.isfinite(z)
+    return _Keyframe(t, gray, pixels[good] + 0.5, z[good].astype(np.float64))
+
+
+# Rings around eyes with brows, which move by themselves.
+_MOVING = ([70, 63, 105, 66, 107, 133, 155, 145, 163, 33, 130, 46], [300, 293, 334, 296, 336, 362, 382, 374, 390, 263, 359, 276])
+
+
+def _rigid_region(mask: np.ndarray, depth: np.ndarray, track: FaceTrack, t: int) -> np.ndarray:
+    """255 where the head moves as one: its mask without the edge, eyes, brows, and all that lies below the upper lip."""
+    allowed = cv2.erode((mask > 200).astype(np.uint8) * 255, np.ones((7, 7), np.uint8))
+    face = track.landmarks_px[t].numpy() - 0.5
+    for part in _MOVING:
+        hull = cv2.convexHull(face[part].astype(np.float32)).round().astype(np.int32)
+        cv2.fillConvexPoly(allowed, hull, 0)
+        cv2.polylines(allowed, [hull], True, 0, 5)
+    # below the mouth's upper edge along the head's own vertical: jaw, neck, loose hair
+    camera = track.camera_at(t)
+    rows, columns = np.nonzero(allowed & np.isfinite(depth).astype(np.uint8) * 255)
+    pixels = torch.from_numpy(np.stack([columns + 0.5, rows + 0.5], 1).astype(np.float32))
+    heights = camera.unproject(pixels, torch.from_numpy(depth[rows, columns]))[:, 1].numpy()
+    lips = float(track.motion.landmarks[t, torch.from_numpy(LIPS), 1].max())
+    low = heights < lips + 0.05
+    allowed[rows[low], columns[low]] = 0
+    lips_px = cv2.convexHull(face[LIPS].astype(np.float32)).round().astype(np.int32)
+    cv2.polylines(allowed, [lips_px], True, 0, 15)
+    return allowed
+
+
+_SEARCH = {"winSize": (15, 15), "maxLevel": 2, "criteria": (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01)}
+
+
+def _match(view: _Keyframe, key: int, gray: np.ndarray, pose: np.ndarray, pose_k: np.ndarray, focal: float, centre: np.ndarray) -> _Match:
+    """Lucas-Kanade from the keyframe, started where the landmark fit expects each point; kept where tracking back returns."""
+    if not len(view.pixels):
+        return _Match(key, np.zeros(0, int), np.zeros((0, 2)))
+    x, _ = _head_points(view, view.depth, pose_k, focal, centre)
+    start = (view.pixels - 0.5).astype(np.float32)[:, None]
+    guess = (_project(pose, x, focal, centre) - 0.5).astype(np.float32)[:, None]
+    flags = cv2.OPTFLOW_USE_INITIAL_FLOW
+    there, ok, _ = cv2.calcOpticalFlowPyrLK(view.gray, gray, start, guess.copy(), flags=flags, **_SEARCH)
+    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(gray, view.gray, there, start.copy(), flags=flags, **_SEARCH)
+    h, w = gray.shape
+    inside = (there[:, 0] > 2).all(1) & (there[:, 0] < [w - 3, h - 3]).all(1)
+    good = (ok[:, 0] > 0) & (ok_back[:, 0] > 0) & inside & (np.linalg.norm(back - start, axis=2)[:, 0] < 0.4)
+    rows = np.flatnonzero(good)
+    return _Match(key, rows, there[rows, 0].astype(np.float64) + 0.5)
+
+
+# ---- geometry ----
+
+
+def _angle(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.arccos(np.clip((np.trace(a[:3, :3].T @ b[:3, :3]) - 1) / 2, -1, 1)))
+
+
+def _head_points(view: _Keyframe, depth: np.ndarray, pose: np.ndarray, focal: float, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(points in the head frame "p 3", their derivative by depth "p 3")."""
+    ray = np.concatenate([(view.pixels - centre) / focal, np.ones((len(view.pixels), 1))], 1)
+    return (ray * depth[:, None] - pose[:3, 3]) @ pose[:3, :3], ray @ pose[:3, :3]
+
+
+def _project(pose: np.ndarray, x: np.ndarray, focal: float, centre: np.ndarray) -> np.ndarray:
+    y = x @ pose[:3, :3].T + pose[:3, 3]
+    return focal * y[:, :2] / y[:, 2:] + centre
+
+
+def _residual(pose: np.ndarray, x: np.ndarray, pixels: np.ndarray, focal: float, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(residual "p 2", derivative by the head point "p 2 3", by the pose's twist "p 2 6")."""
+    y = x @ pose[:3, :3].T + pose[:3, 3]
+    px = focal * y[:, :2] / y[:, 2:]
+    by_y = np.zeros((len(x), 2, 3))
+    by_y[:, 0, 0] = by_y[:, 1, 1] = focal / y[:, 2]
+    by_y[..., 2] = -px / y[:, 2:]
+    by_x = by_y @ pose[:3, :3]
+    return px + centre - pixels, by_x, np.concatenate([np.cross(x[:, None], by_x), by_x], -1)
+
+
+def _moved(pose: np.ndarray, twist: np.ndarray) -> np.ndarray:
+    """pose exp(twist), to first order in v and exactly in w."""
+    twist = torch.from_numpy(twist)
+    return pose @ rigid(rotation_from_axis_angle(twist[..., :3]), twist[..., 3:]).numpy()
+
+
+def _twist(tracked: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """The twist that leads from `tracked` to `pose` "*b 4 4"."""
+    from scipy.spatial.transform import Rotation
+
+    delta = np.linalg.inv(tracked) @ pose
+    return np.concatenate([Rotation.from_matrix(delta[..., :3, :3]).as_rotvec(), delta[..., :3, 3]], -1)
+
+
+def _pose_precision(config: SkullConfig) -> np.ndarray:
+    return np.repeat([np.radians(config.rotation_deg), config.translation_mm * 0.01], 3) ** -2.0
+
+
+# ---- structure and poses at once ----
+
+
+def _adjust(
+    views: list[_Keyframe],
+    frames: np.ndarray,
+    found: dict[int, list[_Match]],
+    tracked: np.ndarray,
+    focal: float,
+    centre: np.ndarray,
+    config: SkullConfig,
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """(poses of `frames` "m 4 4", depths of each keyframe's points, deviations of these depths): Gauss-Newton with the depths eliminated."""
+    m = len(frames)
+    place = {int(t): i for i, t in enumerate(frames)}
+    key_place = [place[v.t] for v in views]
+    poses = tracked[frames].copy()
+    depths = [v.depth.copy() for v in views]
+    precision = _pose_precision(config)
+    depth_precision = (config.depth_mm * 0.01) ** -2.0
+    sigma = [np.zeros(len(d)) for d in depths]
+    for step in range(config.steps):
+        twist = _twist(tracked[frames], poses)
+        H = np.zeros((m, m, 6, 6))
+        g = np.zeros((m, 6))
+        H[np.arange(m), np.arange(m)] += np.diag(precision)
+        g += precision * twist
+        couplings, by_depth, slope = [], [], []
+        for k, view in enumerate(views):
+            couplings.append(np.zeros((len(view.pixels), m, 6)))
+            by_depth.append(np.full(len(view.pixels), depth_precision))
+            slope.append(depth_precision * (depths[k] - view.depth))
+        points = [_head_points(v, d, poses[key_place[k]], focal, centre) for k, (v, d) in enumerate(zip(views, depths))]
+        for t, own in found.items():
+            i = place[t]
+            for match in own:
+                k, rows = match.key, match.rows
+                j = key_place[k]
+                x, along = points[k][0][rows], points[k][1][rows]
+                r, by_x, by_pose = _residual(poses[i], x, match.pixels, focal, centre)
+                weight = 1 / (config.noise_px**2 + (r**2).sum(1))
+                d = (by_x @ along[..., None])[..., 0]
+                weighted = by_pose * weight[:, None, None]
+                block = np.einsum("pai,paj->ij", weighted, by_pose)
+                step_g = np.einsum("pai,pa->i", weighted, r)
+                H[i, i] += block
+                H[j, j] += block
+                H[i, j] -= block
+                H[j, i] -= block
+                g[i] += step_g
+                g[j] -= step_g
+                cross = np.einsum("pai,pa->pi", weighted, d)
+                couplings[k][rows, i] += cross
+                couplings[k][rows, j] -= cross
+                by_depth[k][rows] += weight * (d**2).sum(1)
+                slope[k][rows] += weight * (d * r).sum(1)
+        S = H.transpose(0, 2, 1, 3).reshape(6 * m, 6 * m)
+        s = g.reshape(-1)
+        for E, hd, gd in zip(couplings, by_depth, slope):
+            E = E.reshape(len(E), -1)
+            S -= (E / hd[:, None]).T @ E
+            s -= E.T @ (gd / hd)
+        S[np.arange(6 * m), np.arange(6 * m)] *= 1 + 1e-6
+        delta = -np.linalg.solve(S, s)
+        for k, (E, hd, gd) in enumerate(zip(couplings, by_depth, slope)):
+            change = -(gd + E.reshape(len(E), -1) @ delta) / hd
+            depths[k] = depths[k] + np.clip(change, -0.2, 0.2)
+            sigma[k] = hd**-0.5
+        poses = _moved(poses, delta.reshape(m, 6))
+        if np.abs(delta).max() < 1e-5:
+            break
+    return poses, depths, sigma
+
+
+def _resect(tracked: np.ndarray, x: np.ndarray, pixels: np.ndarray, focal: float, centre: np.ndarray, config: SkullConfig) -> np.ndarray:
+    """The pose that shows known points where they are seen, held to the tracked one as in the adjustment."""
+    precision = _pose_precision(config)
+    pose = tracked
+    for _ in range(config.steps):
+        r, _, by_pose = _residual(pose, x, pixels, focal, centre)
+        weight = 1 / (config.noise_px**2 + (r**2).sum(1))
+        weighted = by_pose * weight[:, None, None]
+        A = np.einsum("pai,paj->ij", weighted, by_pose) + np.diag(precision)
+        delta = -np.linalg.solve(A, np.einsum("pai,pa->i", weighted, r) + precision * _twist(tracked, pose))
+        pose = _moved(pose, delta)
+        if np.abs(delta).max() < 1e-6:
+            break
+    return pose
