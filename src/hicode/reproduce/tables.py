@@ -287,7 +287,7 @@ def table2(cells: Sequence[dict]) -> Made:
                     clear = f"{order['clear']} pairs differ by more than the spread over seeds, of which against it: {', '.join(order['against']) or 'none'}"
                 lines.append(
                     f"{title}, {order['metric']}: Kendall's τ {order['tau']:+.2f} to the paper's order over {order['pairs']} pairs; {clear}. "
-                    f"Ours, best first: {', '.join(order['order'])}."
+                    f"Ours, best first: {', '.join(order['order']).rstrip('.')}."
                 )
     rows = [(f"{ABLATIONS[n].title} {PAPER}", *(_paper_text(r[c]) for c in _COLUMNS)) for n, r in PAPER_TABLE2.items()]
     blocks.append(Block("The paper's Table 2", ("", *_COLUMNS), tuple(rows)))
