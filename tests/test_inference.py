@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_deformation import G, a_deformation, a_head, signals
 
 from hicode.avatar.compositor import Compositor
 from hicode.avatar.deformation import Binding
@@ -10,6 +9,7 @@ from hicode.avatar.inference import SCORE_MAX, FrameDeformer
 from hicode.camera import Camera
 from hicode.gaussians import Gaussians
 from hicode.render import rasterize
+from test_deformation import G, a_deformation, a_head, signals
 
 
 def a_cloud(n=300):
@@ -41,7 +41,7 @@ def reference(deformation, cloud, expression, landmarks):
 
 
 # Float32 sums of 478 terms in another order: 1e-6 relative each, through four layers whose outputs are of order 1.
-CLOSE = dict(atol=2e-5, rtol=1e-4)
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
 @pytest.mark.parametrize("base", ["mesh", "none"])
