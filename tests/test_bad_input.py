@@ -15,7 +15,7 @@ from test_clip import write_clip
 from test_prepare import portrait, speech_like, swaying, write_video
 
 import hicode.prepare
-from hicode import assets, cli
+from hicode import assets, cli, runtime
 from hicode.files import save_tensors
 
 REMEDIES = (
@@ -46,6 +46,7 @@ def shelf(tmp_path_factory):
     write_video(folder / "face.mp4", face[:60], speech_like(2.4))
     write_video(folder / "face for a moment.mp4", face[:20] + [gone] * 60)
     write_video(folder / "face often.mp4", face[:55] + [gone] * 25)
+    write_video(folder / "lamp off.mp4", face[:40] + [(0.4 * frame).astype(np.uint8) for frame in face[40:]])
     soundfile.write(str(folder / "speech.wav"), speech_like(2), 16000)
     soundfile.write(str(folder / "zero.wav"), np.zeros(0), 16000)
     soundfile.write(str(folder / "silent.wav"), np.zeros(32000), 16000)
@@ -88,7 +89,9 @@ CASES = {
     "no face": ("prepare {s}/no\\ face.mp4 -o {o}", "No face"),
     "a face for a moment": ("prepare {s}/face\\ for\\ a\\ moment.mp4 -o {o}", "A face in only"),
     "a face in too few frames": ("prepare {s}/face\\ often.mp4 -o {o} --size 128", "--max-missing"),
+    "a lamp that goes off": ("prepare {s}/lamp\\ off.mp4 -o {o} --size 128", "--max-light 2."),
     # options
+    "a factor below one": ("prepare {s}/face.mp4 -o {o} --max-light 0.5", "factor from 1 on"),
     "an unknown option": ("prepare {s}/face.mp4 -o {o} --szie 256", "Did you mean --size?"),
     "an unknown command": ("preprae {s}/face.mp4 -o {o}", "Did you mean prepare?"),
     "an unknown flag for a command": ("--verbos", "--verbos"),
@@ -198,6 +201,14 @@ def test_cuda_where_there_is_none_is_said(shelf, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run("speak {s}/partless.hicode {s}/speech.wav -o {o}.mp4 --device cuda", shelf, tmp_path / "out") == 2
     assert "No CUDA device" in the_one_line(capfd)
+
+
+def test_cuda_without_gsplat_is_said_before_the_work(shelf, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    assert run("train {s}/good.clip -o {o} --device cuda", shelf, tmp_path / "out") == 2
+    line = the_one_line(capfd)
+    assert "needs gsplat" in line and "leave --device out" in line and not list(tmp_path.iterdir())
 
 
 def test_parts_that_cannot_be_fetched_are_said(shelf, tmp_path, capfd, monkeypatch):

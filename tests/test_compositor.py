@@ -320,6 +320,19 @@ def test_a_render_that_is_not_finite_stops_training_and_says_so(training):
         training.train_compositor(Sampled(broken), PLATE, training.CompositorTraining(**SMALL))
 
 
+def test_a_weight_that_is_not_finite_stops_the_step_and_is_named(training):
+    from hicode.errors import TrainingError
+
+    config = training.CompositorTraining(**SMALL)
+    pool = training._draw_pool(Sampled(blurred_samples), range(4), PLATE, config)
+    trainer = training._Trainer(config)
+    trainer.step = 7
+    with torch.no_grad():
+        trainer.generator.down1.weight[0] = float("nan")
+    with pytest.raises(TrainingError, match=r"Compositor step 7: loss term 'discriminator' is nan .*generator\.down1\.weight"):
+        trainer.train_step(pool, None)
+
+
 def test_random_flow_has_the_length_asked_for(training):
     lengths = [
         np.hypot(*np.moveaxis(training.random_flow(64, 2.0, np.random.default_rng(i)), -1, 0)).mean() for i in range(50)

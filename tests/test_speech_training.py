@@ -218,6 +218,30 @@ def test_a_loss_that_is_not_finite_names_its_step(world):
         pretrain([example, world("m", 60, 2)], "embedded", PretrainConfig(steps=2, batch=2, frames=20), SHAPE)
 
 
+@pytest.mark.parametrize("broken", ["weight", "sound"])
+def test_a_nan_while_fine_tuning_names_step_and_tensor(generic, world, broken):
+    from copy import deepcopy
+
+    example, model, metric = world("n", 60, 1), deepcopy(generic.expression), mouth_metrics()[0]
+    if broken == "weight":
+        with torch.no_grad():
+            model.output.weight[0] = float("nan")
+    else:
+        example.features[0, 100] = float("inf")
+    target = speech._displacements(example, Template.of(example.expression, example.landmarks, example.speaking))[0]
+    named = {"weight": r"output\.weight", "sound": "features"}[broken]
+    with pytest.raises(TrainingError, match=rf"Speech step 0: loss term 'motion' is nan .*{named}"):
+        speech.fine_tune(model, example, target, metric, AdaptConfig(steps=1))
+
+
+@pytest.mark.parametrize("name", ["features", "expression", "landmarks"])
+def test_a_clip_with_numbers_that_are_none_is_refused_before_adapting(generic, world, name):
+    example = world("n", 60, 1)
+    getattr(example, name)[0, 5] = float("nan")
+    with pytest.raises(TrainingError, match=f"The {name} .* not finite"):
+        adapt_example(example, generic=generic)
+
+
 def test_speaking_is_told_from_silence():
     sound = np.zeros(640 * 50, np.float32)
     sound[640 * 20 : 640 * 30] = 0.1 * np.random.default_rng(0).standard_normal(6400)

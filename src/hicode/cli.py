@@ -89,7 +89,7 @@ def _train() -> Callable:
             preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
             run_folder: Where checkpoints, metrics and TensorBoard events go; runs/NAME beside the avatar if not given.
             seed: Of everything random.
-            device: Where to run; only the CPU so far.
+            device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         train(clip, out, preset, run=run_folder, seed=seed, device=device)
         print(f"{out}. Next: hicode speak {out} AUDIO -o speech.mp4")
@@ -120,10 +120,13 @@ def _speak() -> Callable:
             source_video: Where that video is, should it have moved.
             start: Driving frame to begin with.
             rest: Let the lips rest in silence.
-            device: Where to render; only the CPU so far.
+            device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         _check_device(device)
-        print(speak(avatar, audio, out, original_size=original_size, source_video=source_video, start=start, rest=rest))
+        spoken = speak(
+            avatar, audio, out, original_size=original_size, source_video=source_video, start=start, rest=rest, device=device
+        )
+        print(spoken)
 
     return run
 
@@ -148,7 +151,7 @@ def _make() -> Callable:
             out: The video, ending in .mp4.
             preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
             work: Folder for clip, avatar and run, which are kept; OUT.work beside the video if not given.
-            device: Where to run; only the CPU so far.
+            device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         from hicode.demo import make
 
@@ -187,7 +190,7 @@ def _evaluate() -> Callable:
             html: File for the page.
             syncnet: SyncNet's own weights, syncnet_v2.model, if you have them: adds AVConf.
             alignment: When p, b and m are spoken (lines of start, end, phone in seconds; or GRID's .align): adds lip closure.
-            device: Where to render; only the CPU so far.
+            device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         from hicode.files import check_writable
 
@@ -341,7 +344,10 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _complain(f"No permission{_where(error)}. Change its rights, or write elsewhere with -o.")
         raise
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # torch has no exception of its own for the CPU's memory, and one that is a RuntimeError for a GPU's.
+        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
         return _complain("Not enough memory. Close other programs, or use a shorter video (--duration 60).")
 
 

@@ -54,7 +54,7 @@ def make(
         avatar = Avatar.load(stored)
     else:
         avatar = train(clip, stored, preset, device=device, progress=progress)
-    print(speak(avatar, audio, out, progress=progress))
+    print(speak(avatar, audio, out, device=device, progress=progress))
     return out
 
 
@@ -72,7 +72,7 @@ def demo(
     Args:
         out: Folder for everything that is made.
         seconds: How much of the video to learn from.
-        device: Where to run; only the CPU so far.
+        device: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
     """
     from hicode import assets
     from hicode.evaluation.report import evaluate
@@ -88,7 +88,7 @@ def demo(
         )
     spoken, page = out / "talking.mp4", out / "report.html"
     make(video, speech, spoken, "draft", out, PrepareConfig(duration=seconds), device)
-    evaluate(out / "franck.draft.hicode", out / "franck.clip", html=page, json=out / "report.json")
+    evaluate(out / "franck.draft.hicode", out / "franck.clip", html=page, json=out / "report.json", device=device)
     print(f"\nThe talking video: {spoken}\nThe report:        {page}")
 
 

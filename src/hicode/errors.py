@@ -25,5 +25,9 @@ class OutputError(HicodeError):
     """A place that cannot be written: missing rights, full disk."""
 
 
+class ResourceError(HicodeError):
+    """Memory that will not suffice, foreseen: says how much is needed, how much is free, and what needs less."""
+
+
 class TrainingError(HicodeError):
-    """Training that cannot go on: a NaN (names step, term and tensor), memory that will not suffice."""
+    """Training that cannot go on: a NaN (names step, term and tensor)."""

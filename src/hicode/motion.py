@@ -57,8 +57,12 @@ class Motion:
             speech=None if self.speech is None else self.speech[frames],
         )
 
-    def speech_at(self, t: int) -> Float[Tensor, "s"] | None:
-        return None if self.speech is None else self.speech[t]
+    def control_at(
+        self, t: int, device: torch.device | str = "cpu"
+    ) -> tuple[Float[Tensor, "64"], Float[Tensor, "478 3"], Float[Tensor, "s"] | None]:
+        """(expression, landmarks, speech) of frame t, what deforms a head, on the head's device."""
+        speech = None if self.speech is None else self.speech[t].to(device)
+        return self.expression[t].to(device), self.landmarks[t].to(device), speech
 
     def __post_init__(self):
         t = self.expression.shape[0]

@@ -27,12 +27,13 @@ from hicode.clip import (
     load_track, read_png, save_track, shift_audio, split, write_png,
 )  # fmt: skip
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
-from hicode.files import check_free_space, read_json, save_tensors, write_json
+from hicode.files import check_free_space, load_tensors, read_json, save_tensors, write_json
 from hicode.media.audio import level_db, read_audio, write_audio
 from hicode.media.video import VideoInfo, probe, read_video
 from hicode.motion import LEFT_EYE_OUTER, LOWER_LIP_INNER, RIGHT_EYE_OUTER, UPPER_LIP_INNER, FaceTrack
+from hicode.motion import MOUTH_CORNERS_INNER as MOUTH_CORNERS
 from hicode.progress import progress_bar
-from hicode.runtime import tune_allocator
+from hicode.runtime import require_memory_for_frames, tune_allocator
 
 FPS = 25.0
 _SILENT_DB = -60.0
@@ -53,6 +54,8 @@ class PrepareConfig:
     """Whose speech features are stored beside the clip."""
     max_missing: float = 0.1
     """Largest share of frames that may lack a face; they are interpolated."""
+    max_light: float = 1.6
+    """Largest factor by which the face's brightness may change along the video: one colour a place is learned."""
     min_seconds: float = 2.0
     """Shortest video that is accepted."""
     min_face: int = 100
@@ -119,6 +122,7 @@ def prepare(video: Path | str, out: Path | str, config: PrepareConfig = PrepareC
     _check_config(config)
     info = probe(video)
     _check_length(info, config)
+    _check_memory(info, config)
     tune_allocator()
     source = {"name": video.name, "path": str(video.resolve()), "sha256": _sha256(video)}
     created = not out.exists()
@@ -147,6 +151,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     cut = {"start": config.start, "duration": config.duration, "sha256": source["sha256"]}
 
     faces = work.step("faces", 1, cut, (), (), lambda: _find_faces(work, video, info))
+    _check_light(faces.get("light"), video, config)
     crop_settings = {"size": config.size}
     crop = work.step("crop", 1, crop_settings, ("faces",), ("frames",), lambda: _write_frames(work, video, info, faces))
     count = crop["frame_count"]
@@ -164,9 +169,11 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     found = work.step(
         "landmarks", 2, limits, ("crop",), ("landmarks.safetensors",), lambda: _find_landmarks(work, video, count)
     )
-    fitted = work.step("track", 2, {}, ("landmarks",), ("track.safetensors",), lambda: _fit(work, train))
-    work.step("masks", 1, {}, ("track",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
-    work.step("depth", 1, {}, ("masks",), ("depth.safetensors",), lambda: _depth(work, train))
+    fitted = work.step("fit", 1, {}, ("landmarks",), ("fit.safetensors",), lambda: _fit(work, train))
+    work.step("masks", 1, {}, ("fit",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
+    aligned = ("track.safetensors", "skull.safetensors")
+    work.step("track", 3, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
+    work.step("depth", 2, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
     if sound["usable"]:
@@ -180,7 +187,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     else:
         offset = None
     report = work.step(
-        "report", 1, {"min_face": config.min_face}, ("track", "masks", "sound"), (),
+        "report", 2, {"min_face": config.min_face}, ("track", "masks", "sound"), (),
         lambda: _report(work, info, faces, crop, found, fitted, sound, offset),
     )  # fmt: skip
     state.update(report=report, complete=True)
@@ -193,6 +200,8 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
 def _check_config(config: PrepareConfig) -> None:
     if config.size % 16 or not 128 <= config.size <= 1024:
         raise InputError(f"--size {config.size} is not a multiple of 16 from 128 to 1024. The usual size is 512.")
+    if not config.max_light >= 1:
+        raise InputError(f"--max-light {config.max_light} is not a factor from 1 on. The usual factor is 1.6.")
     if not 0 <= config.max_missing < 1:
         raise InputError(
             f"--max-missing {config.max_missing} is not a share of frames from 0 to 1. The usual share is 0.1."
@@ -216,6 +225,20 @@ def _check_length(info: VideoInfo, config: PrepareConfig) -> None:
             f"{config.min_seconds:g} s are needed, a minute is better. "
             "Give a longer video."
         )
+
+
+# Memory of preparing (measured: 0.6 GB at 512 px and 5 s): of the program, of a crop's pixel, of a source pixel (decoding and converting hold a few
+# frames), and of each frame's landmarks, flow and fit; pictures go to disk one by one.
+_PROGRAM_BYTES, _CROP_PIXEL_BYTES, _SOURCE_PIXEL_BYTES, _FRAME_BYTES = 0.55e9, 400, 30, 100e3
+
+
+def _check_memory(info: VideoInfo, config: PrepareConfig) -> None:
+    """Raise ResourceError where the video is too long, or too large, for the memory that is left."""
+    if info.duration_s is None:
+        return
+    frames = _expected_frames(info, config)
+    fixed = _PROGRAM_BYTES + _CROP_PIXEL_BYTES * config.size**2 + _SOURCE_PIXEL_BYTES * info.width * info.height
+    require_memory_for_frames(frames, FPS, fixed, _FRAME_BYTES, f"Preparing {frames} frames of {info.path}")
 
 
 def _open_state(out: Path, video: Path, source: dict) -> dict:
@@ -303,14 +326,15 @@ def _find_faces(work: _Work, video: Path, info: VideoInfo) -> dict:
     landmarker = FaceLandmarker()
     expected = _expected_frames(info, work.config)
     looks, count, scale = [], 0, 1.0
+    light: dict[tuple, float] = {}
     with progress_bar("Looking for faces", work.show) as report:
         for i, frame in enumerate(_cut(read_video(video, FPS, max_size=_LOOK_SIZE), work.config)):
             count += 1
             scale = info.width / frame.shape[1]
             if i % _LOOK_EVERY == 0:
-                looks.append(
-                    [np.array([face.x0, face.y0, face.x1, face.y1]) * scale for face in landmarker.detect(frame)]
-                )
+                found = [np.array([face.x0, face.y0, face.x1, face.y1]) for face in landmarker.detect(frame)]
+                looks.append([box * scale for box in found])
+                light |= {tuple(box * scale): _mean_in(frame, box) for box in found}
             report(i + 1, max(expected, i + 1))
     if count < round(work.config.min_seconds * FPS):
         raise InputError(
@@ -343,7 +367,32 @@ def _find_faces(work: _Work, video: Path, info: VideoInfo) -> dict:
         "reach": [float(v) for v in (*low, *high)],
         "centre": [float(v) for v in np.median((boxes[:, :2] + boxes[:, 2:]) / 2, 0)],
         "others": [float(np.median([_size(b) for b in p.values()])) for p in others],
+        "light": [[_LOOK_EVERY * i, round(light[tuple(box)], 1)] for i, box in chosen.items()],
     }
+
+
+def _mean_in(frame: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"]) -> float:
+    x0, y0 = np.clip(box[:2], 0, np.array(frame.shape[1::-1]) - 1).astype(int)
+    x1, y1 = np.clip(box[2:], (x0 + 1, y0 + 1), frame.shape[1::-1]).astype(int)
+    return float(frame[y0:y1, x0:x1].mean())
+
+
+def _check_light(light: list[list[float]] | None, video: Path, config: PrepareConfig) -> None:
+    """Raise InputError where the face's brightness, [frame, mean] over the looks, changes so much that one colour a place says nothing.
+
+    Measured: trained on a face that falls to 0.4 of its brightness for a while, dark patches wander over the face.
+    """
+    if light is None:  # a clip that an older version prepared
+        return
+    frames, means = np.array(light).T
+    low, high = np.percentile(means, [5, 95])
+    factor = high / max(low, 1.0)
+    if factor > config.max_light:
+        raise InputError(
+            f"The light on the face changes by a factor of {factor:.1f} along {video} (darkest at {_clock(int(frames[means.argmin()]))}). "
+            "Trim it to even light with --start and --duration, or accept patches with "
+            f"--max-light {np.ceil(10 * factor) / 10:.1f}."
+        )
 
 
 def _size(box: Float[np.ndarray, "4"]) -> float:
@@ -481,12 +530,11 @@ def _clock(frame: int) -> str:
 
 
 def _load_landmarks(work: _Work) -> dict:
-    from hicode.files import load_tensors
-
     return load_tensors(work.folder / "landmarks.safetensors", "hicode-landmarks", 1)[0]
 
 
 def _fit(work: _Work, train: range) -> dict:
+    """The landmarks' track: what masks, keyframes and the rigid points start from."""
     from hicode.face.fit import fit_report, fit_track, track_flow
     from hicode.face.model import HeadModel
 
@@ -499,12 +547,36 @@ def _fit(work: _Work, train: range) -> dict:
         track = fit_track(
             points, found, size, size, model, train, progress=lambda done: report(round(100 * done), 100), flow=flow
         )
+    save_track(work.folder / "fit.safetensors", track)
+    figures = fit_report(track, model)
+    return {"error_px": figures.error_px, "lips_px": figures.lips_px, "focal_px": figures.focal_px}
+
+
+def _align(work: _Work, train: range) -> dict:
+    """Poses from the rigid points of the whole head, then expressions and landmarks anew under them."""
+    from hicode.face.fit import fit_report, refit_expressions
+    from hicode.face.model import HeadModel
+    from hicode.face.skull import align_skull
+
+    saved = _load_landmarks(work)
+    model = HeadModel.load()
+    track = load_track(work.folder / "fit.safetensors")
+    with progress_bar("Aligning the head", work.show) as report:
+        poses, skull, found = align_skull(
+            lambda t: read_png(work.folder / f"frames/{t:06d}.png", grey=False),
+            lambda t: read_png(work.folder / f"masks/head/{t:06d}.png", grey=True),
+            track, model, train, progress=lambda done: report(round(100 * done), 100),
+        )  # fmt: skip
+    track = refit_expressions(track, poses, saved["points_px"], saved["found"], model, train)
     save_track(work.folder / "track.safetensors", track)
+    save_tensors(work.folder / "skull.safetensors", skull.tensors(), "hicode-skull", 1)
     figures = fit_report(track, model)
     return {
-        "error_px": figures.error_px,
-        "lips_px": figures.lips_px,
-        "focal_px": figures.focal_px,
+        "matches": round(found.matches_per_frame),
+        "match_px": found.residual_px,
+        "turned_deg": found.turned_deg,
+        "unmatched": found.unmatched,
+        "jitter_deg": figures.jitter_deg,
         "jitter_px": figures.jitter_px,
     }
 
@@ -513,7 +585,7 @@ def _segment(work: _Work, train: range, count: int) -> dict:
     from hicode.face.masks import Segmenter, hair_drop, head_mask
 
     segmenter = Segmenter()
-    points = load_track(work.folder / "track.safetensors").landmarks_px.numpy()
+    points = load_track(work.folder / "fit.safetensors").landmarks_px.numpy()
     with _whole_folder(work.folder / "masks") as target:
         person, head = target / "person", target / "head"
         person.mkdir()
@@ -533,10 +605,12 @@ def _segment(work: _Work, train: range, count: int) -> dict:
 def _depth(work: _Work, train: range) -> dict:
     from hicode.face.depth import head_depth
     from hicode.face.model import HeadModel
+    from hicode.face.skull import Skull, corrected_depth
 
     track = load_track(work.folder / "track.safetensors")
     mask = read_png(work.folder / f"masks/head/{train.start:06d}.png", grey=True)
-    depth = head_depth(HeadModel.load(), track, train.start, mask)
+    skull = Skull(**load_tensors(work.folder / "skull.safetensors", "hicode-skull", 1)[0])
+    depth = corrected_depth(head_depth(HeadModel.load(), track, train.start, mask), skull, track, train.start)
     save_tensors(work.folder / "depth.safetensors", {"depth": torch.as_tensor(depth)}, "hicode-depth", 1)
     return {}
 
@@ -688,6 +762,34 @@ def _report(
         not 50 <= look["luma"] <= 210,
         "Too dark or too bright: use soft light from the front.",
     )
+    changes = _look_along(work, track, count)
+    item(
+        "light changes",
+        f"face from {changes['luma_low']:.0f} to {changes['luma_high']:.0f}",
+        changes["luma_high"] > _LIGHT_RATIO * max(changes["luma_low"], 1),
+        "One colour a place is learned: film in even light, or trim to it with --start and --duration.",
+    )
+    if changes["cuts"]:
+        item(
+            "cuts",
+            f"{len(changes['cuts'])}, first at {_clock(changes['cuts'][0])}",
+            True,
+            "One take of one person is learned: trim to it with --start and --duration.",
+        )
+    if len(changes["covered"]) >= max(_COVERED_LEAST, _COVERED_SHARE * count):
+        item(
+            "covered mouth",
+            f"{len(changes['covered'])} frames, first at {_clock(changes['covered'][0])}",
+            True,
+            "A hand or a thing before the mouth is learned as part of it: trim it away.",
+        )
+    turn = head_turn_deg(track)
+    item(
+        "head turns",
+        f"{turn[0]:.0f} to {turn[1]:+.0f} degrees sideways",
+        turn[1] - turn[0] > _TURN_DEG,
+        "Wide: cheeks and hair that few frames show come out badly. Face the camera more.",
+    )
     if look["burnt"] > 0.02:
         item("burnt out", f"{100 * look['burnt']:.0f} % of the face", True, "Expose less.")
     opening = np.linalg.norm(points[:, UPPER_LIP_INNER] - points[:, LOWER_LIP_INNER], axis=1) / iod
@@ -732,7 +834,82 @@ def _report(
         "fit_error_px": round(fitted["error_px"], 3),
         "mouth_range": round(mouth, 4),
         **{k: round(v, 4) for k, v in look.items()},
+        "cuts": len(changes["cuts"]),
+        "covered_frames": len(changes["covered"]),
+        "luma_range": [round(changes["luma_low"], 1), round(changes["luma_high"], 1)],
+        "turn_deg": [round(v, 1) for v in turn],
     }
+
+
+# Measured on seven real clips and on ones spoilt on purpose (docs/log.md): from one frame to the next the picture at 16 x 16, its brightness taken out,
+# changes by at most 0.08, at a cut by 0.4; the face's brightness varies by at most a tenth, with the light by more than two; the mouth correlates
+# with its median picture by 0.2 and more but for two frames of wide turns, behind a hand by 0 to 0.15.
+_CUT = 0.2
+_LIGHT_RATIO = 1.3
+_UNLIKE = 0.15
+_COVERED_LEAST, _COVERED_SHARE = 4, 0.01  # frames, share of the frames
+_TURN_DEG = 35
+_MOUTH_SIDE = 24  # px of the patches that are compared
+_MOST_PATCHES = 500  # that the median is taken of
+
+
+def _look_along(work: _Work, track: FaceTrack, count: int) -> dict:
+    """What happens along the clip, from one pass that keeps some hundred bytes a frame: frames at which a cut is, frames whose mouth does not look like
+    itself, the brightness of the upper face (2nd and 98th percentile)."""
+    points = track.landmarks_px.numpy()
+    luma, cuts, before = np.zeros(count), [], None
+    mouths = np.zeros((count, _MOUTH_SIDE**2), np.uint8)
+    with progress_bar("Looking along the clip", work.show) as report:
+        for t in range(count):
+            grey = read_png(work.folder / f"frames/{t:06d}.png", grey=True)
+            small = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
+            small /= max(small.mean(), 1.0)
+            if before is not None and np.abs(small - before).mean() > _CUT:
+                cuts.append(t)
+            before = small
+            mouths[t] = _mouth_patch(grey, points[t]).ravel()
+            brow = points[t, _UPPER_FACE]
+            x0, y0 = np.clip(brow.min(0), 0, np.array(grey.shape[::-1]) - 2).astype(int)
+            x1, y1 = np.clip(brow.max(0), (x0 + 1, y0 + 1), grey.shape[::-1]).astype(int)
+            luma[t] = grey[y0:y1, x0:x1].mean()
+            report(t + 1, count)
+    usual = np.median(mouths[np.linspace(0, count - 1, min(count, _MOST_PATCHES)).astype(int)], 0)
+    alike = [_correlation(patch.astype(np.float32), usual) for patch in mouths]
+    low, high = np.percentile(luma, [2, 98])
+    return {
+        "cuts": cuts,
+        "covered": [t for t, c in enumerate(alike) if c < _UNLIKE],
+        "luma_low": float(low),
+        "luma_high": float(high),
+    }
+
+
+_UPPER_FACE = np.array([10, 67, 297, 50, 280, 6])  # forehead to cheeks: what the mouth does not move
+
+
+def _mouth_patch(grey: UInt8[np.ndarray, "h w"], points: Float[np.ndarray, "478 2"]) -> UInt8[np.ndarray, "s s"]:
+    """The mouth turned upright, one eye distance wide."""
+    right, left = points[MOUTH_CORNERS[0]], points[MOUTH_CORNERS[1]]
+    across = (left - right) / max(np.linalg.norm(left - right), 1e-3)
+    across *= max(np.linalg.norm(points[RIGHT_EYE_OUTER] - points[LEFT_EYE_OUTER]), 1.0)
+    down = np.array([-across[1], across[0]])
+    corner = (left + right) / 2 - across / 2 - 0.35 * down - 0.5
+    to = np.array([[0, 0], [_MOUTH_SIDE, 0], [0, _MOUTH_SIDE]], np.float32)
+    matrix = cv2.getAffineTransform(np.array([corner, corner + across, corner + 0.7 * down], np.float32), to)
+    return cv2.warpAffine(grey, matrix, (_MOUTH_SIDE, _MOUTH_SIDE), borderMode=cv2.BORDER_REPLICATE)
+
+
+def _correlation(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-6))
+
+
+def head_turn_deg(track: FaceTrack) -> tuple[float, float]:
+    """How far the head turns to its right (negative) and to its left over the clip (1st and 99th percentile), from facing the camera."""
+    forward = track.motion.T_camera_head[:, :3, 2].numpy()  # the head's z, out of the face, in the camera frame
+    turn = np.degrees(np.arctan2(forward[:, 0], -forward[:, 2]))
+    low, high = np.percentile(turn, [1, 99])
+    return float(low), float(high)
 
 
 def _look_at_face(work: _Work, track: FaceTrack, count: int, looks: int = 12) -> dict:

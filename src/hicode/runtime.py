@@ -1,10 +1,13 @@
 """What the machine gives: allocator, threads, device, memory."""
 
+import math
 import os
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
-from hicode.errors import InputError
+from hicode.errors import InputError, ResourceError
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -43,15 +46,84 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_device(device: Device) -> Literal["cpu"]:
-    """The device that commands run on. Raises InputError where CUDA is asked for: so far only `rasterize(..., backend="cuda")` runs there."""
+def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
+    """Where training and synthesis run. Raises InputError where CUDA is asked for and torch or gsplat cannot give it.
+
+    `auto` is the CPU even where there is a GPU: the CUDA path is tested against a stand-in (tests/test_cuda.py), no real GPU has run it yet.
+    """
+    if device != "cuda":
+        return "cpu"
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise InputError("No CUDA device is visible to torch. Leave --device out, or install a CUDA build of torch.")
-    if device == "cuda":
-        raise InputError("Commands do not run on CUDA yet, only the rasteriser does (rasterize(..., backend='cuda')). Leave --device out.")
-    return "cpu"
+    if find_spec("gsplat") is None:
+        raise InputError("--device cuda needs gsplat, which is not installed. pip install 'hicode[cuda]', or leave --device out.")
+    return "cuda"
+
+
+def available_memory() -> float:
+    """Bytes that this process may still take: what the machine has to give, and no more than its control groups (containers, systemd) allow.
+
+    Infinite where that cannot be read: beside Linux only psutil can tell, which is used where it happens to be installed.
+    """
+    if not sys.platform.startswith("linux"):
+        try:
+            import psutil
+        except ImportError:
+            return math.inf
+        return float(psutil.virtual_memory().available)
+    free = math.inf
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024.0 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pass
+    return min(free, _room_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+
+
+def _room_in_groups(own: Path, root: Path) -> float:
+    """Limit less use, the least over this process's control group and those around it (version 2, then 1). A file cache counts as free."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return math.inf
+    room = math.inf
+    for _, controllers, path in lines:
+        if controllers not in ("", "memory"):
+            continue
+        base, names = root, ("memory.max", "memory.current", "inactive_file")
+        if controllers == "memory":
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        folder = base / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            try:
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                room = min(room, limit - used + int(statistics.get(names[2], 0)))
+            except (OSError, ValueError):  # no such group here, or no limit ("max")
+                pass
+            if group == base:
+                break
+    return room
+
+
+def require_memory(need_bytes: float, doing: str, remedy: str) -> None:
+    """Raise ResourceError where `doing` needs more than is left: before the work, not in the middle of it."""
+    free = available_memory()
+    if need_bytes > free:
+        raise ResourceError(f"{doing} needs about {_gb(need_bytes)} of memory, {_gb(free)} are free. {remedy}")
+
+
+def require_memory_for_frames(frames: int, fps: float, fixed_bytes: float, frame_bytes: float, doing: str) -> None:
+    """`require_memory` for work on a clip; the remedy says how many seconds of it would do."""
+    fitting_s = (available_memory() - fixed_bytes) / frame_bytes / fps
+    less = f", or use less of the video (--duration {fitting_s:.0f})" if fitting_s >= 10 else ""
+    require_memory(fixed_bytes + frame_bytes * frames, doing, f"Close other programs{less}.")
+
+
+def _gb(n: float) -> str:
+    return f"{n / 1e9:.1f} GB"
 
 
 def peak_memory_mb() -> float:

@@ -31,6 +31,7 @@ from hicode.errors import InputError, OutputError
 from hicode.files import check_writable
 from hicode.motion import Motion, bounce
 from hicode.progress import progress_bar
+from hicode.runtime import Device, resolve_device
 from hicode.speech.encoder import SAMPLES_PER_FEATURE, create_encoder, level_of_frames, speech_level
 from hicode.threads import frame_pool
 
@@ -342,6 +343,7 @@ def speak(
     source_video: Path | str | None = None,
     start: int = 0,
     rest: bool = True,
+    device: Device = "auto",
     progress: bool = True,
 ) -> Spoken:
     """Write an MP4 (H.264 and AAC, 25 fps) of the avatar speaking `audio`: a sound or video file, or 16 kHz samples.
@@ -349,6 +351,7 @@ def speak(
     original_size  paste the head back into the frames of the video that the avatar came from; `source_video` says where that is now
     start          driving frame to begin with
     rest           let the lips rest in silence
+    device         where the head is rendered; speech and video stay on the CPU
 
     Memory does not grow with the sound. The file appears when it is whole. Raises InputError for a
     sound or a source that cannot be used, OutputError where `out` cannot be written: both before any work.
@@ -361,6 +364,8 @@ def speak(
         from hicode.avatar.avatar import Avatar
 
         avatar = Avatar.load(avatar)
+    if (place := resolve_device(device)) != "cpu":
+        avatar = avatar.to(place)
     sound = _Sound.of(audio)
     stream = Stream(avatar, level=sound.level, start=start, rest=rest)
     total = -(-sound.samples // SAMPLES_PER_FRAME)

@@ -5,7 +5,7 @@ It holds the canonical Gaussians with their deformation, the compositor, the spe
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -92,6 +92,15 @@ class Avatar:
     def driving_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
         return self.driving_masks[t]
 
+    def to(self, device: torch.device | str) -> "Avatar":
+        """This avatar with what renders (Gaussians, deformation, compositor) on a device; motion, speech models and pictures stay on the CPU.
+
+        The two networks are moved, not copied.
+        """
+        compositor = None if self.compositor is None else self.compositor.to(device)
+        gaussians = self.gaussians.map(lambda v: v.to(device))
+        return replace(self, gaussians=gaussians, deformation=self.deformation.to(device), compositor=compositor)
+
     @property
     def hears(self) -> bool:
         """Whether speech features move it directly (Table 2's None): its motion must carry them."""
@@ -103,8 +112,8 @@ class Avatar:
         deformer = self._deformer()
         if deformer is not None:
             return deformer(motion.expression[t], motion.landmarks[t])
-        control = motion.expression[t], motion.landmarks[t], motion.speech_at(t)
-        return self.gaussians.deformed(*self.deformation(self.gaussians.means, *control))
+        means = self.gaussians.means
+        return self.gaussians.deformed(*self.deformation(means, *motion.control_at(t, means.device)))
 
     def _deformer(self) -> FrameDeformer | None:
         """What deforms this cloud quickly, made once; None where only `Deformation` itself can."""

@@ -167,6 +167,13 @@ class Compositor(nn.Module):
         self._packed = _packed(self)
         return self
 
+    def _apply(self, fn, recurse=True):
+        """What `.to(device)` does: packed weights are the CPU's only, and copies."""
+        super()._apply(fn, recurse)
+        if self._packed is not None:
+            self._packed = _packed(self)
+        return self
+
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, JSON-able config), the inverse of `from_state`."""
         return {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, asdict(self.config)

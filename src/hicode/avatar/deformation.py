@@ -55,6 +55,8 @@ class DeformationConfig:
     printed). Table 2: added, by a cross-attention block, concatenated, or not at all; "audio": speech features take the vector's place in the AdaIN"""
     speech_dim: int = 768
     """width of a frame's speech features (two rows of the embedded encoder's 384); read with `coarse="audio"` only"""
+    shade: bool = True
+    """whether the control also shifts colours (not in Eq. 7): a mouth darkens as it opens, skin folds shade; off: the paper"""
     max_offset: float = 0.1
     """head units (dm): Δl per unit of network output, so that the output layer learns at the pace of the others"""
 
@@ -146,7 +148,7 @@ class HierarchicalControl(nn.Module):
             self.tokens = nn.Linear(EXPRESSION_DIM + IDENTITY_DIM, 2 * c * STYLE_TOKENS)
             self.coarse_attention = CrossAttention(c)
         features = c * (1 + (config.fine == "concat") + (config.coarse == "concat"))
-        self.head = nn.Sequential(nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 10))
+        self.head = nn.Sequential(nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 13 if config.shade else 10))
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
 
@@ -321,7 +323,11 @@ class _Interpolate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.from_numpy(ctx.anchors.transposed @ grad.contiguous().numpy()), None
+        anchors = ctx.anchors
+        if grad.device.type == "cpu":
+            return torch.from_numpy(anchors.transposed @ grad.contiguous().numpy()), None
+        spread = (anchors.weight[..., None] * grad[:, None]).flatten(0, 1)
+        return grad.new_zeros(len(anchors.points), grad.shape[1]).index_add_(0, anchors.index.flatten(), spread), None
 
 
 @dataclass(frozen=True)
@@ -362,7 +368,8 @@ def choose_anchors(means: Float[Tensor, "n 3"], importance: Float[Tensor, "n"], 
     if k < 4:
         index = np.pad(index, ((0, 0), (0, 4 - k)))
         weight = np.pad(weight, ((0, 0), (0, 4 - k)))
-    return Anchors(torch.from_numpy(points), torch.from_numpy(index.astype(np.int64)), torch.from_numpy(weight.astype(np.float32)))
+    tensors = points, index.astype(np.int64), weight.astype(np.float32)
+    return Anchors(*(torch.from_numpy(t).to(means.device) for t in tensors))
 
 
 def _farthest_points(xyz: np.ndarray, importance: np.ndarray, count: int) -> np.ndarray:
@@ -412,6 +419,15 @@ class Deformation(nn.Module):
         self.binding: Binding | None = None
         self.anchors: Anchors | None = None
         self._query: Tensor | None = None
+
+    def _apply(self, fn, recurse=True):
+        """What `.to(device)` does, to binding and anchors too."""
+        if self.binding is not None:
+            self.binding = Binding(**{k: fn(v) for k, v in self.binding.tensors().items()})
+        if self.anchors is not None:
+            self.anchors = Anchors(fn(self.anchors.points), fn(self.anchors.index), fn(self.anchors.weight))
+        self._query = None
+        return super()._apply(fn, recurse)
 
     def set_statistics(
         self, expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"], speech: Float[Tensor, "t s"] | None = None
@@ -468,7 +484,7 @@ class Deformation(nn.Module):
         if self.anchors is not None:
             delta = _Interpolate.apply(delta, self.anchors)
         d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks)
-        return d_means, delta[:, 3:7], delta[:, 7:10]
+        return d_means, delta[:, 3:7], delta[:, 7:10], delta[:, 10:] if self.config.shade else 0.0
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, config) from which `from_state` makes the same deformation."""

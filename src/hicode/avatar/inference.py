@@ -21,7 +21,7 @@ from hicode.render.simd import lane, load
 from hicode.threads import run_on_threads, take
 
 BLOCK = 256  # anchors at a time: 256 x 478 scores are half a megabyte
-ROW = 16  # floats, one vector: what moves a Gaussian is location 3, quaternion 4, log-scale 3
+ROW = 16  # floats, one vector: what moves a Gaussian is location 3, quaternion 4, log-scale 3, colour 3
 CHUNK = 2048  # Gaussians that a thread moves at a time
 # Scores are exponentiated as they are, without their row's maximum, while none can pass this: e^±40 and its products stay inside float32.
 SCORE_MAX = 40.0
@@ -59,7 +59,7 @@ class FrameDeformer:
             self._basis = carrier.expression_basis[:, used].flatten(1).contiguous()
             self._vertex_index, self._vertex_weight = _starts(index.reshape(n, -1)), _array(binding.weights)
             self._landmark_index, self._landmark_weight = _starts(binding.landmarks), _array(binding.landmark_weights)
-        self._canonical = _rows(torch.cat([gaussians.means, gaussians.quats, gaussians.log_scales], 1))
+        self._canonical = _rows(torch.cat([gaussians.means, gaussians.quats, gaussians.log_scales, gaussians.colors], 1))
 
     @torch.no_grad()
     def __call__(self, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"]) -> Gaussians:
@@ -72,15 +72,15 @@ class FrameDeformer:
             carrier = deformation.carrier
             moved = (expression @ self._basis).reshape(-1, 3)
             residual = carrier.residual(expression, landmarks) - carrier.residual_mean
-        means, quats, log_scales = torch.empty(n, 3), torch.empty(n, 4), torch.empty(n, 3)
+        means, quats, log_scales, colors = torch.empty(n, 3), torch.empty(n, 4), torch.empty(n, 3), torch.empty(n, 3)
         run_on_threads(
             _move, -(-n // CHUNK), _rows(offsets), self._anchor_index, self._anchor_weight, _rows(moved), self._vertex_index,
             self._vertex_weight, _rows(residual), self._landmark_index, self._landmark_weight, self._canonical,
-            means.numpy(), quats.numpy(), log_scales.numpy(),
+            means.numpy(), quats.numpy(), log_scales.numpy(), colors.numpy(),
         )  # fmt: skip
-        return Gaussians(means, log_scales, quats, self.gaussians.opacity_logits, self.gaussians.colors)
+        return Gaussians(means, log_scales, quats, self.gaussians.opacity_logits, colors)
 
-    def _offsets(self, expression: Tensor, landmarks: Tensor) -> Float[Tensor, "m 10"]:
+    def _offsets(self, expression: Tensor, landmarks: Tensor) -> Float[Tensor, "m d"]:
         """What `HierarchicalControl` returns."""
         control = self.deformation.control
         c, m = control.config.channels, len(self._query)
@@ -121,7 +121,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _rows(table: Float[Tensor, "k w"]) -> np.ndarray:
-    """The table flat, its rows filled up to one vector: location, quaternion, log-scale, zeros."""
+    """The table flat, its rows filled up to one vector: location, quaternion, log-scale, colour, zeros."""
     rows = np.zeros((len(table), ROW), np.float32)
     rows[:, : table.shape[1]] = table.detach().numpy()
     return rows.reshape(-1)
@@ -154,7 +154,7 @@ def _restyle(counter, moments, normal, styled, sums):
 @njit(**_OPTIONS)
 def _move(
     counter, offsets, anchor_index, anchor_weight, moved, vertex_index, vertex_weight, residual, landmark_index, landmark_weight,
-    canonical, out_means, out_quats, out_log_scales,
+    canonical, out_means, out_quats, out_log_scales, out_colors,
 ):  # fmt: skip
     """Offsets interpolated from the anchors, the carrier's displacement, and their sum with the canonical Gaussians, a row of 16 as one vector."""
     n = canonical.shape[0] // ROW
@@ -171,6 +171,7 @@ def _move(
             for k in range(3):
                 out_means[i, k] = lane(row, k)
                 out_log_scales[i, k] = lane(row, 7 + k)
+                out_colors[i, k] = lane(row, 10 + k)
             for k in range(4):
                 out_quats[i, k] = lane(row, 3 + k)
         chunk = take(counter)

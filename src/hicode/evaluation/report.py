@@ -110,12 +110,14 @@ def evaluate(
         raise InputError(f"There is no driving mode {unknown[0]!r}. Choose tracked, audio or both.")
     for place in filter(None, (json, html)):
         check_writable(place)
-    resolve_device(device)
+    place = resolve_device(device)
     net = SyncNet.load(syncnet) if syncnet else None
     if isinstance(avatar, (str, Path)):
         from hicode.avatar.avatar import Avatar
 
         avatar = Avatar.load(avatar)
+    if place != "cpu":
+        avatar = avatar.to(place)
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     started = time.perf_counter()
     work = _Work(avatar, clip)

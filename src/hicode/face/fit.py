@@ -748,22 +748,26 @@ def _track(problem: _Problem, state: _State) -> FaceTrack:
     """Poses, and landmarks in the head frame: the measured pixels at the fitted depth, so they keep what the model cannot say."""
     camera = Camera.pinhole(state.focal, problem.width, problem.height)
     flip = torch.from_numpy(_FLIP)
+    rest = torch.from_numpy(problem.basis.rest + state.offset + np.tensordot(state.identity, problem.basis.identity, 1))
+    basis, centre = torch.from_numpy(problem.basis.expression), torch.tensor([problem.width / 2, problem.height / 2])
 
     def poses_of(q: np.ndarray) -> Tensor:
         q = torch.from_numpy(q)
         shift = torch.stack([q[:, 3], q[:, 4], torch.full_like(q[:, 3], state.focal)], 1) * q[:, 5:].exp()
         return rigid(flip[:, None] * rotation_from_axis_angle(q[:, :3]), shift)
 
-    poses = poses_of(state.q[:, :POSE_DIM])
-    expression = torch.from_numpy(state.q[:, POSE_DIM:])
-    rest = problem.basis.rest + state.offset + np.tensordot(state.identity, problem.basis.identity, 1)
-    shape = torch.from_numpy(rest) + torch.tensordot(expression, torch.from_numpy(problem.basis.expression), 1)
-    K = camera.K.double().expand(len(poses), 3, 3)
-    views = Camera(K, poses_of(state.q[:, :POSE_DIM] + state.slip), problem.width, problem.height)
-    modelled, depth = views.project(shape)
-    measured = torch.from_numpy(problem.points[..., :2] + [problem.width / 2, problem.height / 2])
+    def landmarks_of(frames: slice) -> tuple[Tensor, Tensor]:
+        """In px and in the head frame."""
+        shape = rest + torch.tensordot(torch.from_numpy(state.q[frames, POSE_DIM:]), basis, 1)
+        K = camera.K.double().expand(len(shape), 3, 3)
+        views = Camera(K, poses_of(state.q[frames, :POSE_DIM] + state.slip[frames]), problem.width, problem.height)
+        modelled, depth = views.project(shape)
+        measured = torch.from_numpy(problem.points[frames, :, :2]) + centre
+        pixels = torch.where(seen[frames, None, None], measured, modelled)
+        return pixels.float(), views.unproject(pixels, depth).float()
+
     seen = torch.from_numpy(problem.found)
-    pixels = torch.where(seen[:, None, None], measured, modelled)
-    landmarks = views.unproject(pixels, depth)
-    motion = Motion(expression.float(), landmarks.float(), poses.float())
-    return FaceTrack(motion, torch.from_numpy(state.identity).float(), camera, pixels.float(), seen.float())
+    chunks = [slice(start, start + 1000) for start in range(0, len(seen), 1000)]  # a long clip's doubles would be gigabytes
+    pixels, landmarks = (torch.cat(parts) for parts in zip(*map(landmarks_of, chunks), strict=True))
+    motion = Motion(torch.from_numpy(state.q[:, POSE_DIM:]).float(), landmarks, poses_of(state.q[:, :POSE_DIM]).float())
+    return FaceTrack(motion, torch.from_numpy(state.identity).float(), camera, pixels, seen.float())

@@ -15,12 +15,12 @@ test frame reaches a training frame. Depths are points eliminated by Schur's com
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from hicode.face.depth import head_depth
@@ -61,12 +61,17 @@ class SkullReport:
 
 @dataclass(frozen=True)
 class Skull:
-    """Rigid points of the head frame, and how they were seen: points "p 3" (dm), sigma "p" (dm, of the depth), keyframe "p", pixels "p 2"."""
+    """Rigid points of the head frame.
 
-    points: Float[np.ndarray, "p 3"]
-    sigma: Float[np.ndarray, "p"]
-    keyframe: np.ndarray
-    pixels: Float[np.ndarray, "p 2"]
+    points "p 3" dm · sigma "p" dm, deviation of each along the ray of its keyframe · keyframe "p" the frame that it was chosen in
+    """
+
+    points: Float[Tensor, "p 3"]
+    sigma: Float[Tensor, "p"]
+    keyframe: Int[Tensor, "p"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"points": self.points, "sigma": self.sigma, "keyframe": self.keyframe}
 
 
 def align_skull(
@@ -135,11 +140,9 @@ def align_skull(
         float(np.linalg.norm(delta[:, :3, 3], axis=1).mean() * 100),
         unmatched,
     )
+    owner = np.concatenate([np.full(len(v.pixels), v.t) for v in views])
     skull = Skull(
-        np.concatenate(placed),
-        np.concatenate(sigma),
-        np.concatenate([np.full(len(v.pixels), v.t) for v in views]),
-        np.concatenate([v.pixels for v in views]),
+        torch.from_numpy(np.concatenate(placed)).float(), torch.from_numpy(np.concatenate(sigma)).float(), torch.from_numpy(owner)
     )
     return torch.from_numpy(out).float(), skull, report
 
@@ -152,6 +155,37 @@ def choose_keyframes(poses: Float[np.ndarray, "t 4 4"], frames: np.ndarray, conf
         chosen.append(int(frames[nearest.argmax()]))
         nearest = np.minimum(nearest, [_angle(poses[t], poses[chosen[-1]]) for t in frames])
     return np.array(chosen)
+
+
+# Points of keyframes that turn further than this away from a frame may lie on what it does not show.
+_NEAR_DEG = 8.0
+_BLUR_PX = 8.0  # how far a point's depth speaks for its neighbours
+_LEAST_SIGMA_DM = 0.02
+_MESH_SIGMA_DM = 0.08  # of the mesh's depth where points say otherwise: about the mean correction found on real heads (5-10 mm)
+_WILD_DM = 0.4  # points further than this from the mesh are mismatches
+
+
+def corrected_depth(
+    depth: Float32[np.ndarray, "h w"], skull: Skull, track: FaceTrack, t: int
+) -> Float32[np.ndarray, "h w"]:
+    """The mesh's depth of frame t drawn towards the rigid points near it: ears and hair, which the mesh does not have, get their place."""
+    poses = track.motion.T_camera_head.double().numpy()
+    keys = skull.keyframe.numpy()
+    near = np.isin(keys, [k for k in np.unique(keys) if _angle(poses[k], poses[t]) < np.radians(_NEAR_DEG)])
+    pixels, z = track.camera_at(t).project(skull.points[torch.from_numpy(near)])
+    column, row = pixels.numpy().astype(int).T
+    height, width = depth.shape
+    seen = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    column, row, z, sigma = column[seen], row[seen], z.numpy()[seen], skull.sigma.numpy()[near][seen]
+    change = z - depth[row, column]
+    good = np.abs(change) < _WILD_DM  # false for NaN, off the head
+    weight = 1 / (sigma[good] ** 2 + _LEAST_SIGMA_DM**2)
+    total, weights = np.zeros(depth.shape, np.float32), np.zeros(depth.shape, np.float32)
+    np.add.at(total, (row[good], column[good]), weight * change[good])
+    np.add.at(weights, (row[good], column[good]), weight)
+    spread = 2 * np.pi * _BLUR_PX**2  # a point keeps its weight at its own place
+    blurred = [cv2.GaussianBlur(x, (0, 0), _BLUR_PX) * spread for x in (total, weights)]
+    return (depth + blurred[0] / (blurred[1] + _MESH_SIGMA_DM**-2)).astype(np.float32)
 
 
 # ---- points and their matches ----

@@ -64,6 +64,7 @@ from hicode.render.simd import (
     vsqrt,
     where,
 )
+from hicode.runtime import require_memory
 from hicode.threads import run_on_threads, take
 
 TILE = 32
@@ -714,6 +715,7 @@ class _Rasterize(torch.autograd.Function):
         tile_start = get("tile_start", (tiles_x * tiles_y + 1,), np.int64)
         keys = depths.view(np.uint32)  # the bits of a positive float grow with it
         touching, total, least, most = _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start)
+        _check_room(total, n, width, height)
         schedule = np.argsort(-np.diff(tile_start), kind="stable")  # full tiles first, so that the threads finish together
         order = get("order", (touching,), np.uint64)
         order = _order_by_depth(boxes, keys, n, least, most, order, get("other_order", (touching,), np.uint64))
@@ -762,6 +764,17 @@ class _Rasterize(torch.autograd.Function):
         if ctx.needs_input_grad[6]:
             d_background = (rgb_grad * (1 - planes[3, :height, :width, None])).sum((0, 1))
         return *out[:5], d_pose, d_background, None, None, None, None
+
+
+PAIR_BYTES = 80  # of a (Gaussian, tile) pair: 8 for the pair, 8 for its mask, 64 for its slot of gradients
+ASK_BYTES = 1 << 29  # less than this is taken without asking how much is left, which reads a file
+
+
+def _check_room(pairs: int, n: int, width: int, height: int) -> None:
+    """Raise ResourceError where the pairs of a rendering will not fit: Gaussians grown over the whole image make millions of them."""
+    if pairs * PAIR_BYTES > ASK_BYTES:
+        doing = f"Rendering {n:,} Gaussians that cover {pairs / max(n, 1):.0f} tiles each at {width}x{height}"
+        require_memory(pairs * PAIR_BYTES, doing, "They have grown too large or too many: use fewer, lower their learning rates, or a smaller image.")
 
 
 def rasterize_cpu(

@@ -67,8 +67,8 @@ class TrainingFrames:
         return image, mask
 
     def target(self, t: int, background: Float[Tensor, "3"]) -> Float[Tensor, "h w 3"]:
-        """The head over a constant colour: decision 21, so that the cloud learns where the head ends."""
-        image, mask = self.image_and_mask(t)
+        """The head over a constant colour, on the colour's device: decision 21, so that the cloud learns where the head ends."""
+        image, mask = (picture.to(background.device) for picture in self.image_and_mask(t))
         alpha = mask.float() / 255
         over = image.float() * (alpha / 255) + background[:, None, None] * (1 - alpha)
         return over.permute(1, 2, 0)
@@ -176,7 +176,7 @@ def _mouth_points(vertices: Tensor, model: HeadModel, count: int, rng: np.random
 
 @dataclass
 class HeadState:
-    """All that training changes; what a checkpoint holds."""
+    """All that training changes; what a checkpoint holds. Poses stay on the CPU, a row at a time is used; the rest lies on `device`."""
 
     params: dict[str, Tensor]
     deformation: Deformation
@@ -189,10 +189,15 @@ class HeadState:
     def gaussians(self) -> Gaussians:
         return Gaussians(**self.params)
 
+    @property
+    def device(self) -> torch.device:
+        return self.params["means"].device
 
-def start(clip: Clip, model: HeadModel, config: HeadConfig) -> HeadState:
+
+def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str = "cpu") -> HeadState:
     cloud, deformation = initial_cloud(clip, model, config)
-    params = {k: torch.nn.Parameter(v) for k, v in cloud.tensors().items()}
+    deformation = deformation.to(device)
+    params = {k: torch.nn.Parameter(v.to(device)) for k, v in cloud.tensors().items()}
     n_frames = len(training_split(clip, config.validation_frames)[0])
     return HeadState(
         params,
@@ -200,7 +205,7 @@ def start(clip: Clip, model: HeadModel, config: HeadConfig) -> HeadState:
         _optimizer(params, deformation, config),
         torch.zeros(n_frames, 6),
         torch.zeros(n_frames, 13),
-        GradientStatistics.zeros(len(cloud)),
+        GradientStatistics.zeros(len(cloud), device),
     )
 
 
@@ -219,6 +224,7 @@ def train_head(
     preview: Callable[[int, HeadState], None] = lambda iteration, state: None,
     preview_every: int = 1000,
     stop_at: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Gaussians, Deformation, Float[Tensor, "t 4 4"]]:
     """Train to the end of the last stage; returns the cloud, its deformation, and the poses of all training frames, refined where they were learned from.
 
@@ -226,10 +232,10 @@ def train_head(
     `log(iteration, scalars)` is called each iteration. `stop_at` ends early (tests). Raises TrainingError at a NaN, naming step and tensor.
     """
     frames = TrainingFrames(clip, config.preload_bytes, config.validation_frames)
-    state = start(clip, model, config)
+    state = start(clip, model, config, device)
     if checkpoint is not None and checkpoint.exists():
         load_checkpoint(checkpoint, state, config)
-    loss = head_loss(config)
+    loss = head_loss(config, device)
     last_saved = time.monotonic()
     end = config.iterations if stop_at is None else min(stop_at, config.iterations)
     try:
@@ -253,14 +259,14 @@ def train_head(
     return state.gaussians().map(lambda v: v.detach().clone()), state.deformation, poses
 
 
-def head_loss(config: HeadConfig) -> HeadLoss:
+def head_loss(config: HeadConfig, device: torch.device | str = "cpu") -> HeadLoss:
     """Eq. 15 with the networks that its weights call for."""
-    perceptual = PerceptualLoss(config.vgg_layers) if config.loss.vgg else None
+    perceptual = PerceptualLoss(config.vgg_layers, device=device) if config.loss.vgg else None
     if not config.loss.wing:
         return HeadLoss(config.loss, perceptual)
     from hicode.face.landmarks import FaceLandmarker
 
-    return HeadLoss(config.loss, perceptual, WingLandmarks(FaceLandmarker().requires_grad_(False)))
+    return HeadLoss(config.loss, perceptual, WingLandmarks(FaceLandmarker().requires_grad_(False).to(device)))
 
 
 def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_loss: HeadLoss) -> dict[str, float]:
@@ -271,7 +277,7 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     k = 0 if stage.frames == "first" else _shuffled_frame(config, state.iteration, len(frames))
     t = frames.frames[k]
     chance = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
-    background = torch.rand(3, generator=chance)
+    background = torch.rand(3, generator=chance).to(state.device)
     progress = _set_rates(state, config, stage)
 
     pose = _pose(state, frames, k)
@@ -302,10 +308,10 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
 
 def deform(gaussians: Gaussians, deformation: Deformation, motion, t: int, learned: bool = True) -> Gaussians:
     """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage)."""
-    expression, landmarks = motion.expression[t], motion.landmarks[t]
+    control = motion.control_at(t, gaussians.means.device)
     if learned:
-        return gaussians.deformed(*deformation(gaussians.means, expression, landmarks, motion.speech_at(t)))
-    return gaussians.deformed(deformation.carry(expression, landmarks), 0.0, 0.0)
+        return gaussians.deformed(*deformation(gaussians.means, *control))
+    return gaussians.deformed(deformation.carry(*control[:2]), 0.0, 0.0)
 
 
 def stage_at(config: HeadConfig, iteration: int) -> tuple[Stage, int]:
@@ -365,7 +371,7 @@ def _control_density(state: HeadState, config: HeadConfig, stage: Stage) -> None
         return
     with torch.no_grad():
         plan = plan_density(state.params, state.statistics, density, float(state.deformation.control.radius))
-        state.statistics = GradientStatistics.zeros(len(plan.source))
+        state.statistics = GradientStatistics.zeros(len(plan.source), state.device)
         if not plan.changes:
             return
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
@@ -404,9 +410,10 @@ def save_checkpoint(path: Path, state: HeadState) -> None:
 def load_checkpoint(path: Path, state: HeadState, config: HeadConfig) -> None:
     """Put a checkpoint into a freshly started state of the same configuration. Raises FileFormatError."""
     tensors, header = load_tensors(path, CHECKPOINT_SCHEMA, CHECKPOINT_VERSION)
+    tensors = {k: v if k.startswith("pose") else v.to(state.device) for k, v in tensors.items()}
     state.params = {k: torch.nn.Parameter(tensors[f"params.{k}"]) for k in state.params}
     part = {k.removeprefix("deformation."): v for k, v in tensors.items() if k.startswith("deformation.")}
-    state.deformation = Deformation.from_state(part, header["deformation"])
+    state.deformation = Deformation.from_state(part, header["deformation"]).to(state.device)
     state.optimizer = _optimizer(state.params, state.deformation, config)
     for g, group in enumerate(state.optimizer.param_groups):
         for p, parameter in enumerate(group["params"]):

@@ -38,7 +38,7 @@ from hicode.avatar.compositor import (
 from hicode.errors import TrainingError
 from hicode.files import load_tensors, save_tensors
 from hicode.perceptual import SMALLEST_SIDE_PX, Features, lpips
-from hicode.training.losses import fast_dtype
+from hicode.training.losses import check_finite, fast_dtype
 
 
 class Samples(Protocol):
@@ -163,6 +163,7 @@ def train_compositor(
     checkpoint: Path | None = None,
     log: Callable[[int, dict[str, float]], None] | None = None,
     report: Callable[[CompositorReport], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Compositor | None:
     """The trained generator, or None where validation finds that it does not beat the plain composite.
 
@@ -173,6 +174,7 @@ def train_compositor(
     checkpoint  a file to resume from and to save to (every `checkpoint_every` steps): the result is that of an uninterrupted run
     log         called with a step and its loss terms
     report      called with what validation found
+    device      of the two networks and the perceptual features; the result stays there
 
     Deterministic by `config.seed` for the same number of threads. Raises TrainingError on a NaN.
     """
@@ -184,13 +186,13 @@ def train_compositor(
     else:
         learned, judged = frames, range(len(validation))
     torch.manual_seed(config.seed)  # the networks' first weights; every later draw has a generator of its own
-    trainer = _Trainer(config)
+    trainer = _Trainer(config, device)
     if checkpoint is not None and Path(checkpoint).exists():
         trainer.restore(checkpoint)
     with _bar(config.steps, progress) as advance:
         if trainer.step < config.steps:
             pool = _draw_pool(samples, learned, plate, config)
-            vgg = Features("vgg16", config.vgg_layers, dtype=fast_dtype())
+            vgg = Features("vgg16", config.vgg_layers, dtype=fast_dtype()).to(device)
             while trainer.step < config.steps:
                 terms = trainer.train_step(pool, vgg)
                 if log is not None:
@@ -200,6 +202,7 @@ def train_compositor(
                     trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps
                 ):
                     trainer.save(checkpoint)
+    trainer._check({"weights": sum(p.sum() for p in trainer.averaged.parameters())})  # of the last step
     chosen = [judged[i] for i in np.unique(np.linspace(0, len(judged) - 1, config.validation).astype(int))]
     compositor, found = _judge(trainer.averaged, validation, chosen, plate)
     if report is not None:
@@ -323,8 +326,8 @@ def _warped(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
 class _Trainer:
     """Both networks, their optimisers, the averaged generator, and the step they stand at."""
 
-    def __init__(self, config: CompositorTraining):
-        self.config = config
+    def __init__(self, config: CompositorTraining, device: torch.device | str = "cpu"):
+        self.config, self.device = config, torch.device(device)
         self.step = 0
         self.generator, self.averaged, self.discriminator = (
             Compositor(config.generator),
@@ -333,6 +336,8 @@ class _Trainer:
         )
         self.averaged.load_state_dict(self.generator.state_dict())
         self.averaged.requires_grad_(False)
+        for network in (self.generator, self.averaged, self.discriminator):
+            network.to(self.device)
         for network in (self.generator, self.discriminator):
             network.to(memory_format=torch.channels_last)
         betas = (0.5, 0.99)
@@ -348,7 +353,7 @@ class _Trainer:
         for optimiser in self.optimisers.values():
             optimiser.param_groups[0]["lr"] = rate
         crops = np.stack([_crop(pool[rng.integers(len(pool))], config, rng) for _ in range(config.batch)])
-        layers = torch.from_numpy(crops).permute(0, 3, 1, 2)
+        layers = torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2)
         x, target = layers[:, :INPUT_CHANNELS], layers[:, INPUT_CHANNELS:]
         rgb, alpha, fill, weight = x[:, RGB], x[:, ALPHA], x[:, FILL], x[:, WEIGHT]
         output = fill + weight * (rgb + (1 - alpha) * fill + self.generator(x) - fill)
@@ -357,6 +362,7 @@ class _Trainer:
         real = self.discriminator(target)
         fake = self.discriminator(output.detach())
         d_loss = (real[-1] - 1).square().mean() + fake[-1].square().mean()
+        self._check({"discriminator": d_loss})
         self._descend("discriminator", d_loss)
 
         with torch.no_grad():
@@ -370,11 +376,7 @@ class _Trainer:
         }
         if self.step >= config.adversarial_from * config.steps:
             terms["adversarial"] = config.adversarial * (fake[-1] - 1).square().mean()
-        for name, value in terms.items():
-            if not torch.isfinite(value):
-                raise TrainingError(
-                    f"The compositor's {name} term is {value.item()} at step {self.step}. Lower its learning rate."
-                )
+        self._check(terms)
         self._descend("generator", sum(terms.values()))
         self.discriminator.requires_grad_(True)
         with torch.no_grad():
@@ -383,6 +385,11 @@ class _Trainer:
                 mean.lerp_(value, 1 - keep)
         self.step += 1
         return {k: v.item() for k, v in terms.items()} | {"discriminator": d_loss.item()}
+
+    def _check(self, terms: dict[str, Tensor]) -> None:
+        networks = {"generator": self.generator, "discriminator": self.discriminator, "averaged": self.averaged}
+        tensors = {f"{k}.{name}": p for k, network in networks.items() for name, p in network.named_parameters()}
+        check_finite(self.step, terms, tensors, "Compositor step")
 
     def _descend(self, name: str, loss: Tensor) -> None:
         self.optimisers[name].zero_grad()

@@ -59,12 +59,12 @@ class GradientStatistics:
     count: Float[Tensor, "n"]
 
     @staticmethod
-    def zeros(n: int) -> "GradientStatistics":
-        return GradientStatistics(torch.zeros(n), torch.zeros(n))
+    def zeros(n: int, device: torch.device | str = "cpu") -> "GradientStatistics":
+        return GradientStatistics(torch.zeros(n, device=device), torch.zeros(n, device=device))
 
     def add(self, grad_means2d: Float[Tensor, "n 2"], visible: Bool[Tensor, "n"], width: int, height: int) -> None:
         """`grad_means2d` in loss per px; stored in loss per normalised device coordinate, so that thresholds do not depend on resolution."""
-        half_size = torch.tensor([width / 2, height / 2])
+        half_size = grad_means2d.new_tensor([width / 2, height / 2])
         self.total += (grad_means2d * half_size).norm(dim=1) * visible
         self.count += visible
 
@@ -84,7 +84,7 @@ def plan_density(
 
     room = config.budget - (n - int(prune.sum()))
     places = max(0, min(room, int(config.growth * n), int((gradient > config.grad_threshold).sum())))
-    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen = torch.zeros_like(prune)
     chosen[gradient.topk(places).indices] = True
     large = size > config.split_scale * radius
     split = chosen & large
@@ -94,7 +94,7 @@ def plan_density(
     halves = torch.where(split)[0]
     copies = torch.where(clone)[0]
     source = torch.cat([keep, copies, halves, halves])
-    fresh = torch.ones(len(source), dtype=torch.bool)
+    fresh = torch.ones_like(source, dtype=torch.bool)
     fresh[: len(keep)] = False
     return Plan(source, fresh, len(copies), len(halves), int(prune.sum()))
 
@@ -115,7 +115,7 @@ def apply_plan(plan: Plan, params: dict[str, Tensor], optimizer: Optimizer, gene
         if n_halves and name == "means":
             parents = plan.source[-n_halves:]
             rotation = rotation_from_quat(params["quats"].detach()[parents])
-            spread = torch.randn(n_halves, 3, generator=generator) * params["log_scales"].detach()[parents].exp()
+            spread = torch.randn(n_halves, 3, generator=generator).to(value) * params["log_scales"].detach()[parents].exp()
             value[-n_halves:] += (rotation @ spread[..., None]).squeeze(-1)
         if n_halves and name == "log_scales":
             value[-n_halves:] -= torch.log(torch.tensor(1.6))

@@ -477,11 +477,11 @@ class HeadLoss:
         return loss, parts
 
 
-def check_finite(step: int, terms: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def check_finite(step: int, terms: Mapping[str, Tensor], tensors: Mapping[str, Tensor], of: str = "Step") -> None:
     """Raise TrainingError naming the step, the first loss term that is not finite and the tensors (or gradients) that
     are not.
 
-    Costs one look at the terms; the tensors are searched only once a term has gone.
+    Costs one look at the terms; the tensors are searched only once a term has gone. `of`: whose step, "Speech step".
     """
     bad = [name for name, value in terms.items() if not bool(torch.isfinite(value).all())]
     if not bad:
@@ -498,6 +498,6 @@ def check_finite(step: int, terms: Mapping[str, Tensor], tensors: Mapping[str, T
         else "every parameter is finite"
     )
     raise TrainingError(
-        f"Step {step}: loss term {bad[0]!r} is {float(terms[bad[0]].detach().flatten()[0]):g} ({where}). "
+        f"{of} {step}: loss term {bad[0]!r} is {float(terms[bad[0]].detach().flatten()[0]):g} ({where}). "
         "Resume from the last checkpoint with a lower learning rate, or report this clip."
     )

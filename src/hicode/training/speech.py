@@ -24,6 +24,7 @@ from hicode.errors import TrainingError
 from hicode.files import load_tensors, save_tensors
 from hicode.motion import EXPRESSION_DIM, LOWER_LIP_INNER, N_LANDMARKS, UPPER_LIP_INNER
 from hicode.speech.faceformer import IDENTITY_FRAMES, Faceformer, FaceformerConfig, SpeechModels
+from hicode.training.losses import check_finite
 
 SCHEMA, VERSION = "hicode-speech", 1
 GENERIC = Path(__file__).parent.parent / "weights" / "speech.safetensors"
@@ -221,8 +222,8 @@ def train_faceformer(
         error = (predicted - target) * importance.sqrt()
         motion_error = weight[..., None] * error.square()
         loss = motion_error.sum(-1).mean() + config.velocity_weight * (error[:, 1:] - error[:, :-1]).square().sum(-1).mean()
-        if not torch.isfinite(loss):
-            raise TrainingError(f"Speech training diverged at step {step}: the loss is {loss.item()}. Lower the learning rate.")
+        heard = {"features": features, "motion": target}
+        check_finite(step, {"motion": loss.detach()}, heard | dict(model.named_parameters()), "Speech step")
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -416,6 +417,12 @@ def adapt_example(
     generic: SpeechModels | None = None,
 ) -> tuple[SpeechModels, AdaptReport]:
     """The subject's template and gain; above `fine_tune_from_s` also weights, kept only where the validation part says they are better."""
+    for name in ("features", "expression", "landmarks"):
+        bad = ~getattr(example, name).isfinite()
+        if bool(bad.any()):
+            raise TrainingError(
+                f"The {name} that speech is to be learned from hold {int(bad.sum())} values that are not finite. Prepare the clip again: hicode prepare."
+            )
     generic = generic or load_generic()
     template = Template.of(example.expression, example.landmarks, example.speaking, config.seed)
     own = (template.expression, template.landmarks, template.identity_frames)

@@ -1,0 +1,257 @@
+"""Training and synthesis on another device, against a stand-in: no GPU is at hand where this is developed.
+
+The stand-in is a device of torch's own kind ("standin": the PrivateUse1 key, implemented here by the CPU kernels), so that what a GPU would refuse
+fails here too: operations that mix devices, `numpy()` of a tensor that is not on the CPU, kernels of ours that read CPU memory. gsplat is the stand-in of
+tests/test_render.py. What it cannot show: CUDA's and gsplat's own numerics, memory and speed.
+
+A device must be registered before torch's first backward, so these tests run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import _pytree as tree
+
+from hicode.training.density import DensityConfig
+from hicode.training.losses import LossWeights
+from hicode.training.stages import Stage
+from test_clip import write_clip
+from test_render import stand_in
+from test_training import SIZE, a_config, clip, model, psnr  # noqa: F401 (fixtures)
+
+CHILD = "HICODE_STAND_IN_DEVICE"
+needs_device = pytest.mark.skipif(CHILD not in os.environ, reason="runs in the child process")
+
+
+@pytest.mark.skipif(CHILD in os.environ, reason="this is the child process")
+def test_on_a_device_of_their_own():
+    pytest.importorskip("torch.utils.backend_registration")
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch cannot register a device from Python (2.10 and newer can)")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {CHILD: "1"}, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+# --- the device --------------------------------------------------------------------------------------------------------
+
+# Operations that a GPU, too, takes CPU tensors in (copies between devices; indices).
+MIXED = {"aten::_copy_from", "aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}
+# Operators that torch makes, on a foreign device, of an empty result and an operator that resizes it, which a stand-in cannot be.
+FUNCTIONAL = ["abs", "arange", "arange.start", "arange.start_step", "eye", "eye.m"]
+_memory: dict[int, torch.Tensor] = {}  # by the address of a stand-in's storage, so that aliases find it
+
+
+def on_device(raw: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False):  # a view of an ordinary tensor is one, whatever mode it is taken in
+        out = torch._C._acc.create_empty_tensor(tuple(raw.shape), raw.dtype)
+    _memory[out.untyped_storage()._cdata] = raw
+    return out
+
+
+def memory_of(t: torch.Tensor) -> torch.Tensor:
+    """The CPU memory behind a stand-in, as it sees it: torch's own views share the storage and differ in shape and strides."""
+    if t.device.type != "standin":
+        return t
+    raw = _memory[t.untyped_storage()._cdata]
+    if t.shape == raw.shape and t.is_contiguous():  # what `on_device` made says of itself that it is
+        return raw
+    raw = raw.contiguous()
+    return raw.as_strided(t.shape, t.stride(), raw.storage_offset() + t.storage_offset())
+
+
+def run_on_cpu(op, *args, **kwargs):
+    """Any operator on the stand-in: refused where a GPU would refuse it, else done by the CPU on the memory behind."""
+    name = op.name().split(".")[0]
+    tensors = [t for t in tree.tree_leaves((args, kwargs)) if torch.is_tensor(t)]
+    if name not in MIXED and len({t.device for t in tensors if t.dim() or t.device.type != "cpu"}) > 1:
+        raise RuntimeError(f"{name} on two devices: {[(str(t.device), tuple(t.shape)) for t in tensors]}")
+    if kwargs.get("device") is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    raw = {id(t): memory_of(t) for t in tensors}
+    raw_args, raw_kwargs = tree.tree_map(lambda v: raw.get(id(v), v), (args, kwargs))
+    if name == "aten::_copy_from":
+        raw_args[1].copy_(raw_args[0])
+        return args[1]
+    if name == "aten::as_strided":  # its offset counts from the start of the storage, of which the memory may be a part
+        start = raw_args[0].contiguous()
+        offset = args[3] - args[0].storage_offset() if len(args) > 3 and args[3] is not None else 0
+        raw_args = (start, *args[1:3], start.storage_offset() + offset)
+    elif name in ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias"):
+        raw_args = (raw_args[0].contiguous(), *args[1:])
+    out = op(*raw_args, **raw_kwargs)
+    for t in tensors:
+        if raw[id(t)].shape != t.shape:
+            raise NotImplementedError(f"{op.name()} resizes a stand-in: name its functional form in FUNCTIONAL")
+    given = {id(raw[id(t)]): t for t in tensors}
+    return tree.tree_map(lambda v: given.get(id(v), on_device(v)) if torch.is_tensor(v) else v, out)
+
+
+def _convolution_backward(grad, x, weight, *rest):
+    *settings, mask = rest
+    return run_on_cpu(torch.ops.aten.convolution_backward.default, grad, x, weight, [len(weight)], *settings, mask)
+
+
+@pytest.fixture(scope="session")
+def device():
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend("standin")
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(run_on_cpu, "PrivateUse1")
+    makers = torch.library.Library("aten", "IMPL")
+    for name in FUNCTIONAL:
+        op = getattr(torch.ops.aten, name.partition(".")[0])
+        op = getattr(op, name.partition(".")[2] or "default")
+        makers.impl(name, lambda *args, op=op, **kwargs: run_on_cpu(op, *args, **kwargs), "PrivateUse1")
+    aten = torch.ops.aten  # convolutions are the one operator that torch asks a foreign device for by other names
+    makers.impl("convolution_overrideable", lambda *args: run_on_cpu(aten.convolution.default, *args), "PrivateUse1")
+    makers.impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
+    yield "standin"
+    del library, makers
+
+
+@pytest.fixture(autouse=True)
+def gsplat(monkeypatch):
+    """gsplat's name for its stand-in, taken for whatever is not on the CPU, as it is for CUDA's tensors."""
+    from hicode import render
+
+    module = types.ModuleType("gsplat")
+    module.rasterization = stand_in
+    monkeypatch.setitem(sys.modules, "gsplat", module)
+    choose = render._choose
+    monkeypatch.setattr(render, "_choose", lambda g, backend: "cuda" if g.means.device.type == "standin" else choose(g, backend))
+
+
+@needs_device
+def test_the_stand_in_refuses_what_a_gpu_refuses(device):
+    a = torch.ones(3, device=device)
+    assert torch.equal((2 * a + torch.tensor(1.0)).cpu(), torch.full((3,), 3.0))
+    with pytest.raises(RuntimeError):
+        a + torch.ones(3)
+    with pytest.raises((TypeError, RuntimeError)):
+        a.numpy()
+    w = torch.ones(3, device=device, requires_grad=True)
+    (w * a).sum().backward()
+    assert w.grad.device.type == device and torch.equal(w.grad.cpu(), torch.ones(3))
+
+
+# --- what runs on it ---------------------------------------------------------------------------------------------------
+
+
+def short(**changes):
+    """All three stages, density control and anchors; few Gaussians, since the stand-in for gsplat is dense."""
+    stages = Stage("initialise", 3, "first", False, True), Stage("deform", 4, "all", True, True), Stage("refine", 3, "all", True, False)
+    density = DensityConfig(every=2, start=2, budget=170, grad_threshold=0.0)
+    return a_config(stages=stages, gaussians=150, mouth_gaussians=20, density=density, **changes)
+
+
+@needs_device
+def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_path):  # noqa: F811
+    from hicode.training import avatar as training
+
+    config = short(loss=LossWeights(), vgg_start=0.0, vgg_every=7, wing_every=7)  # every loss
+    logs, heads = {}, {}
+    for place in ("cpu", device):
+        logs[place] = []
+        log = lambda i, scalars, place=place: logs[place].append(scalars)
+        heads[place] = training.train_head(clip, model, config, log=log, device=place)
+    gaussians, deformation, poses = heads[device]
+    for name, tensor in {**gaussians.tensors(), **dict(deformation.named_parameters()), **deformation.binding.tensors()}.items():
+        assert tensor.device.type == device, name
+    assert poses.device.type == "cpu"
+    assert [s["gaussians"] for s in logs["cpu"]] == [s["gaussians"] for s in logs[device]]
+    losses = np.array([[s["loss"] for s in logs[place]] for place in ("cpu", device)])
+    assert np.allclose(*losses[:, :4], rtol=1e-3)  # before rounding, which Adam makes as large as its steps, has spread
+    assert np.allclose(*losses, rtol=0.05)
+    seen = [psnr(clip, g.map(lambda v: v.cpu()), d.to("cpu"), clip.test[0]) for g, d, _ in heads.values()]
+    assert abs(seen[0] - seen[1]) < 0.3, seen
+
+
+@needs_device
+def test_a_checkpoint_of_the_device_is_resumed_there_and_on_the_cpu(device, clip, model, tmp_path):  # noqa: F811
+    from hicode.training import avatar as training
+
+    file, config = tmp_path / "head.safetensors", short()
+    training.train_head(clip, model, config, checkpoint=file, stop_at=6, device=device)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(file.read_bytes())
+    for place, stored in ((device, file), ("cpu", copy)):
+        gaussians, _, _ = training.train_head(clip, model, config, checkpoint=stored, stop_at=8, device=place)
+        assert gaussians.means.device.type == place and bool(gaussians.means.cpu().isfinite().all())
+
+
+@needs_device
+@pytest.mark.parametrize("count", [3, 200])
+def test_interpolation_has_the_same_gradient_on_both(device, count):
+    from hicode.avatar.deformation import Anchors, _Interpolate
+
+    r = torch.Generator().manual_seed(0)
+    anchors = Anchors(torch.rand(7, 3), torch.randint(7, (count, 4), generator=r), torch.rand(count, 4, generator=r))
+    table, upstream = torch.rand(7, 10, generator=r), torch.rand(count, 10, generator=r)
+    found = []
+    for place in ("cpu", device):
+        leaf = table.to(place).detach().requires_grad_()
+        moved = Anchors(*(v.to(place) for v in (anchors.points, anchors.index, anchors.weight)))
+        (_Interpolate.apply(leaf, moved) * upstream.to(place)).sum().backward()
+        found.append(leaf.grad.cpu())
+    torch.testing.assert_close(*found)
+
+
+@needs_device
+def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path, monkeypatch):  # noqa: F811
+    """`train`, `speak` and `evaluate` as the commands call them, with --device cuda answered by the stand-in."""
+    from hicode import synthesis
+    from hicode.avatar.avatar import Avatar
+    from hicode.avatar.compositor import CompositorConfig
+    from hicode.evaluation import report
+    from hicode.training import run
+    from hicode.training.compositor import CompositorTraining
+
+    for module in (run, synthesis, report):
+        monkeypatch.setattr(module, "resolve_device", lambda asked: device if asked == "cuda" else "cpu")
+    tiny = CompositorTraining(steps=4, renders=4, crop_px=48, batch=1, validation=1, generator=CompositorConfig(filters=4))
+    monkeypatch.setattr(run, "compositor_preset", lambda preset: tiny)
+    path = clip_on_disk(tmp_path / "c", clip)
+    trained = run.train(path, tmp_path / "a.hicode", head=short(), device="cuda", progress=False)
+    assert trained.gaussians.means.device.type == device
+    sound = (0.1 * np.random.default_rng(0).standard_normal(5 * 640)).astype(np.float32)
+    frames = {}
+    for asked in ("cpu", "cuda"):
+        avatar = Avatar.load(tmp_path / "a.hicode")
+        spoken = synthesis.speak(avatar, sound, tmp_path / f"{asked}.mp4", device=asked, progress=False)
+        assert spoken.frames == 5
+        frames[asked] = np.stack(list(synthesis.synthesize(avatar.to(device if asked == "cuda" else "cpu"), sound)))
+    # the kernels against the dense reference, each within half a grey level
+    assert np.abs(frames["cpu"].astype(int) - frames["cuda"]).max() <= 1
+    figures = [report.evaluate(tmp_path / "a.hicode", path, modes=("tracked",), device=asked, progress=False) for asked in ("cpu", "cuda")]
+    assert abs(figures[0]["tracked"]["head"]["psnr"] - figures[1]["tracked"]["head"]["psnr"]) < 0.05
+
+
+def clip_on_disk(path: Path, drawn, seconds: int = 2) -> Path:
+    """The drawn clip (tests/test_training.py), repeated, as a folder with sound."""
+    import json
+
+    from hicode.clip import save_track, write_png
+    from hicode.files import save_tensors
+    from hicode.motion import FaceTrack
+
+    t = 25 * seconds
+    write_clip(path, t=t, size=SIZE)
+    order = np.arange(t) % len(drawn.track)
+    for i, k in enumerate(order):
+        write_png(path / "frames" / f"{i:06d}.png", drawn.image(int(k)))
+        write_png(path / "masks/head" / f"{i:06d}.png", drawn.head_mask(int(k)))
+    track = drawn.track
+    save_track(path / "track.safetensors", FaceTrack(track.motion[order], track.identity, track.camera, track.landmarks_px[order], track.confidence[order]))
+    save_tensors(path / "depth.safetensors", {"depth": drawn.depth()}, "hicode-depth", 1)
+    config = json.loads((path / "clip.json").read_text())
+    config |= {"steps": {"faces": {"settings": {"start": 0.0}}}, "test": [t - 3, t]}
+    (path / "clip.json").write_text(json.dumps(config))
+    return path
