@@ -497,7 +497,7 @@ class Deformation(nn.Module):
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Deformation":
-        cfg = DeformationConfig(**config)
+        cfg = DeformationConfig(**{"shade": False} | config)  # files from before colours were shifted do not say so
         net = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         carrier = None
         if cfg.base == "mesh":
