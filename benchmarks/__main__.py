@@ -73,7 +73,7 @@ def control() -> Timed:
     for anchors in (0, 2048, 4096):
         cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig((), deformation=DeformationConfig(anchors=anchors)))
         parameters, signals = list(deformation.control.parameters()), (motion.expression[1], motion.landmarks[1])
-        gradient = [torch.randn(N, k) for k in (3, 4, 3)]
+        gradient = [torch.randn(N, k) for k in (3, 4, 3, 3)]
 
         def forward(cloud=cloud, deformation=deformation, signals=signals):
             with torch.no_grad():

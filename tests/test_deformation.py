@@ -80,6 +80,15 @@ def test_attention_deviation_survives_sharp_attention():
     assert torch.isfinite(std).all() and torch.isfinite(q.grad).all()
 
 
+def test_a_file_from_before_colours_were_shifted_still_loads():
+    before = a_deformation(base="none", shade=False)
+    tensors, config = before.state()
+    del config["shade"]
+    again = Deformation.from_state(tensors, config)
+    for a, b in zip(before(a_head(), *signals()), again(a_head(), *signals()), strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
 def test_a_constant_channel_normalises_to_zero_with_finite_gradients():
     x = torch.randn(50, 3, generator=G()) * torch.tensor([1.0, 0.0, 1.0]) + 2
     x.requires_grad_()

@@ -48,18 +48,19 @@ def reference(deformation, cloud, expression, landmarks, turn=None):
 
 
 # Float32 sums of 478 terms in another order: 1e-6 relative each, through four layers whose outputs are of order 1.
-CLOSE = dict(atol=2e-5, rtol=1e-4)
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
-@pytest.mark.parametrize("base", ["mesh", "none"])
+@pytest.mark.parametrize("base, shade", [("mesh", True), ("none", True), ("mesh", False)])
 @pytest.mark.parametrize("anchors, n", [(0, 300), (0, 257), (64, 300), (300, 300), (260, 2500)])
-def test_it_equals_the_deformation_of_training(base, anchors, n):
-    deformation, cloud = a_frozen(anchors, base, n), a_cloud(n)
+def test_it_equals_the_deformation_of_training(base, shade, anchors, n):
+    deformation, cloud = a_frozen(anchors, base, n, shade=shade), a_cloud(n)
     deformer = FrameDeformer(deformation, cloud)
     for seed in (3, 20, 3):  # again at the end: nothing of one frame stays in the next
         signal = *signals(seed), a_turn(seed)
         expected, got = reference(deformation, cloud, *signal), deformer(*signal)
         assert (expected.means - cloud.means).abs().max() > 0.01, "nothing moves, so nothing is compared"
+        assert bool((expected.colors != cloud.colors).any()) == shade
         for name, tensor in expected.tensors().items():
             torch.testing.assert_close(getattr(got, name), tensor, **CLOSE)
 

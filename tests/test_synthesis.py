@@ -16,7 +16,16 @@ from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion, bounce
 from hicode.render import Rendering
 from hicode.speech.encoder import create_encoder
 from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
-from hicode.synthesis import AUDIO_RATE_HZ, READ_AHEAD, SAMPLES_PER_FRAME, Stream, _drained, speak, synthesize, synthesize_motion
+from hicode.synthesis import (
+    AUDIO_RATE_HZ,
+    READ_AHEAD,
+    SAMPLES_PER_FRAME,
+    Stream,
+    _drained,
+    speak,
+    synthesize,
+    synthesize_motion,
+)
 
 SIZE = 64
 DRIVING = 20

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from hicode.errors import InputError
 from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM, N_LANDMARKS
 
-TURN_UNIT = 0.1  # sine of a common turn of the head: what `sway` sees is about 1, and what it gives is a tenth of what the control does
+TURN_UNIT = 0.1  # sine of a common turn of the head: what `sway` sees is about 1
+SWAY_UNIT = 0.1  # of `max_offset`: at the control's own pace a step of the linear layer moves all hair at once
 STYLE_TOKENS = 8  # what the 3DMM vector becomes for a cross-attention block to attend to
 
 
@@ -180,6 +181,10 @@ class HierarchicalControl(nn.Module):
         self.landmark_mean.copy_(landmarks.mean(0))
         self.landmark_std.copy_((landmarks - landmarks.mean(0)).std(correction=0).clamp_min(1e-3))
 
+    def sway_field(self, query: Float[Tensor, "m c"]) -> Float[Tensor, "m 3 3"]:
+        """How each point's position follows the turn."""
+        return SWAY_UNIT * self.sway(query).view(-1, 3, 3)
+
     def turned(self, turn: Float[Tensor, "3 3"]) -> Float[Tensor, "3"]:
         """How far a head's rotation is from the clip's mean one: sine times axis, over TURN_UNIT."""
         away = self.turn_mean.T @ turn
@@ -237,7 +242,7 @@ class HierarchicalControl(nn.Module):
         delta = self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
         if self.config.sway and turn is not None:
             # Linear, so that a turn beyond the training clip's goes on as the ones before it did.
-            delta = delta + F.pad(0.1 * self.sway(q).view(-1, 3, 3) @ self.turned(turn), (0, delta.shape[1] - 3))
+            delta = delta + F.pad(self.sway_field(q) @ self.turned(turn), (0, delta.shape[1] - 3))
         return delta
 
 
