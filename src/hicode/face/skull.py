@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from hicode.face.depth import head_depth
@@ -42,6 +43,7 @@ class SkullConfig:
     rotation_deg: float = 1.5  # how far the landmark fit's poses may be off
     translation_mm: float = 3.0
     depth_mm: float = 12.0  # the same of its depths
+    rounds: int = 2  # matches are made again from the poses that they gave
     steps: int = 12
     least_points: int = 40  # frames with fewer matches keep the landmark fit's pose
 
@@ -85,8 +87,8 @@ def align_skull(
 ) -> tuple[Float[Tensor, "t 4 4"], Skull, SkullReport]:
     """Poses of all frames, the rigid points, and a report.
 
-    `image(t)` is RGB uint8, `mask(t)` the head mask; each frame is read once, keyframes twice. Memory holds the keyframes' pictures and the
-    matches of `structure_frames`, whatever the clip's length. Some 50 ms a frame.
+    `image(t)` is RGB uint8, `mask(t)` the head mask; frames are read one by one. Memory holds the keyframes' pictures and the matches of
+    `structure_frames`, whatever the clip's length.
     """
     tracked = track.motion.T_camera_head.double().numpy()
     seen = track.confidence.numpy() > 0
@@ -98,37 +100,39 @@ def align_skull(
     centre = track.camera.K[:2, 2].double().numpy()
     views = [_keyframe(image(t), mask(t), track, model, int(t), config) for t in keys]
 
-    def matches(t: int) -> list["_Match"]:
-        gray = cv2.cvtColor(image(t), cv2.COLOR_RGB2GRAY)
-        near = np.argsort([_angle(tracked[t], tracked[k.t]) if k.t != t else np.inf for k in views])[: config.nearest]
-        return [m for n in near if views[n].t != t and len((m := _match(views[n], n, gray, tracked[t], tracked[views[n].t], focal, centre)).rows)]
-
-    found: dict[int, list[_Match]] = {}
-    for n, t in enumerate(structure):
-        found[int(t)] = matches(int(t))
-        progress(0.5 * (n + 1) / len(structure) * len(structure) / len(track))
-    poses, depths, sigma = _adjust(views, structure, found, tracked, focal, centre, config)
-
     out = tracked.copy()
-    out[structure] = poses
-    at_key = {k: poses[np.flatnonzero(structure == view.t)[0]] for k, view in enumerate(views)}
-    placed = [_head_points(view, d, at_key[k], focal, centre)[0] for k, (view, d) in enumerate(zip(views, depths))]
+
+    def matches(t: int, gray: np.ndarray) -> list["_Match"]:
+        near = np.argsort([_angle(tracked[t], tracked[k.t]) if k.t != t else np.inf for k in views])[: config.nearest]
+        own = [_match(views[n], n, gray, out[t], out[views[n].t], focal, centre) for n in near if views[n].t != t]
+        return [m for m in own if len(m.rows)]
+
+    done, work = 0, config.rounds * (len(structure) + len(track))
+    depths = [view.depth for view in views]
+    for _ in range(config.rounds):
+        found: dict[int, list[_Match]] = {}
+        for t in structure:
+            found[int(t)] = matches(int(t), _gray(image(t)))
+            done += 1
+            progress(done / work)
+        out[structure], depths, sigma = _adjust(views, structure, found, tracked, out[structure], depths, focal, centre, config)
+
+    placed = [_head_points(view, d, out[view.t], focal, centre)[0] for view, d in zip(views, depths)]
     residuals, counts, unmatched = [], [], 0
     for t in range(len(track)):
-        if not seen[t]:
-            unmatched += 1
-            continue
-        own = found.pop(t) if t in found else matches(t)
-        x = np.concatenate([placed[m.key][m.rows] for m in own]) if own else np.zeros((0, 3))
-        px = np.concatenate([m.pixels for m in own]) if own else np.zeros((0, 2))
+        gray = None if t in found or not seen[t] else _gray(image(t))
+        for _ in range(1 if t in found else config.rounds):
+            own = [] if not seen[t] else found[t] if t in found else matches(t, gray)
+            x = np.concatenate([placed[m.key][m.rows] for m in own]) if own else np.zeros((0, 3))
+            px = np.concatenate([m.pixels for m in own]) if own else np.zeros((0, 2))
+            if t not in found and len(x) >= config.least_points:
+                out[t] = _resect(tracked[t], out[t], x, px, focal, centre, config)
         if len(x) < config.least_points:
             unmatched += 1
-            continue
-        if t not in structure:
-            out[t] = _resect(tracked[t], x, px, focal, centre, config)
-        residuals.append(np.median(np.linalg.norm(_project(out[t], x, focal, centre) - px, axis=1)))
-        counts.append(len(x))
-        progress((t + 1) / len(track))
+        else:
+            residuals.append(np.median(np.linalg.norm(_project(out[t], x, focal, centre) - px, axis=1)))
+            counts.append(len(x))
+        progress((done + config.rounds * (t + 1)) / work)
     delta = np.linalg.inv(tracked) @ out
     turned = np.degrees([_angle(np.eye(4), d) for d in delta])
     report = SkullReport(
@@ -197,6 +201,7 @@ class _Keyframe:
     gray: np.ndarray
     pixels: np.ndarray  # "p 2", pixel centres at +0.5
     depth: np.ndarray  # "p" dm, by the landmark fit's mesh
+    surface: np.ndarray  # "h/4 w/4" dm, the same everywhere, smoothly continued beside the head
 
 
 @dataclass(frozen=True)
@@ -208,8 +213,12 @@ class _Match:
     pixels: np.ndarray
 
 
+def _gray(image: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
 def _keyframe(image: np.ndarray, mask: np.ndarray, track: FaceTrack, model: HeadModel, t: int, config: SkullConfig) -> _Keyframe:
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    gray = _gray(image)
     depth = head_depth(model, track, t, mask)
     allowed = _rigid_region(mask, depth, track, t)
     corners = cv2.goodFeaturesToTrack(gray, config.points, 0.001, 5, mask=allowed)
@@ -217,7 +226,14 @@ def _keyframe(image: np.ndarray, mask: np.ndarray, track: FaceTrack, model: Head
     at = pixels.round().astype(int)
     z = depth[at[:, 1], at[:, 0]] if len(at) else np.zeros(0)
     good = np.isfinite(z)
-    return _Keyframe(t, gray, pixels[good] + 0.5, z[good].astype(np.float64))
+    h, w = gray.shape
+    known = np.isfinite(depth).astype(np.float32)
+    small = (-(-w // _STRIDE), -(-h // _STRIDE))
+    weight = cv2.resize(known, small, interpolation=cv2.INTER_AREA)
+    mean = cv2.resize(np.nan_to_num(depth), small, interpolation=cv2.INTER_AREA)
+    nearest = distance_transform_edt(weight <= 0.5, return_distances=False, return_indices=True)
+    surface = cv2.GaussianBlur((mean / np.maximum(weight, 1e-6))[tuple(nearest)], (0, 0), 1.0)
+    return _Keyframe(t, gray, pixels[good] + 0.5, z[good].astype(np.float64), surface)
 
 
 # Rings around eyes with brows, which move by themselves.
@@ -245,24 +261,36 @@ def _rigid_region(mask: np.ndarray, depth: np.ndarray, track: FaceTrack, t: int)
     return allowed
 
 
+_STRIDE = 4  # the warp is smooth, so it is computed on every fourth pixel
 _SEARCH = {"winSize": (15, 15), "maxLevel": 2, "criteria": (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01)}
 
 
 def _match(view: _Keyframe, key: int, gray: np.ndarray, pose: np.ndarray, pose_k: np.ndarray, focal: float, centre: np.ndarray) -> _Match:
-    """Lucas-Kanade from the keyframe, started where the landmark fit expects each point; kept where tracking back returns."""
+    """Lucas-Kanade from the keyframe to the frame as the keyframe's camera would see it; kept where tracking back returns.
+
+    The frame is first drawn into the keyframe's view, through the mesh and both poses. Without that, a window that turns away or leans is matched
+    with a bias towards no turn at all: a degree of pose on a drawn head.
+    """
     if not len(view.pixels):
         return _Match(key, np.zeros(0, int), np.zeros((0, 2)))
-    x, _ = _head_points(view, view.depth, pose_k, focal, centre)
-    start = (view.pixels - 0.5).astype(np.float32)[:, None]
-    guess = (_project(pose, x, focal, centre) - 0.5).astype(np.float32)[:, None]
-    flags = cv2.OPTFLOW_USE_INITIAL_FLOW
-    there, ok, _ = cv2.calcOpticalFlowPyrLK(view.gray, gray, start, guess.copy(), flags=flags, **_SEARCH)
-    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(gray, view.gray, there, start.copy(), flags=flags, **_SEARCH)
     h, w = gray.shape
-    inside = (there[:, 0] > 2).all(1) & (there[:, 0] < [w - 3, h - 3]).all(1)
+    rows, columns = view.surface.shape
+    across, down = ((np.arange(n) + 0.5) * size / n for n, size in ((columns, w), (rows, h)))
+    grid = np.stack(np.meshgrid(across, down), -1).reshape(-1, 2)
+    ray = np.concatenate([(grid - centre) / focal, np.ones((len(grid), 1))], 1)
+    x = (ray * view.surface.reshape(-1, 1) - pose_k[:3, 3]) @ pose_k[:3, :3]
+    where = (_project(pose, x, focal, centre) - 0.5).astype(np.float32).reshape(rows, columns, 2)
+    where = cv2.resize(where, (w, h), interpolation=cv2.INTER_LINEAR)
+    drawn = cv2.remap(gray, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    start = (view.pixels - 0.5).astype(np.float32)[:, None]
+    flags = cv2.OPTFLOW_USE_INITIAL_FLOW
+    there, ok, _ = cv2.calcOpticalFlowPyrLK(view.gray, drawn, start, start.copy(), flags=flags, **_SEARCH)
+    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(drawn, view.gray, there, start.copy(), flags=flags, **_SEARCH)
+    at = cv2.remap(where, there[:, :, 0], there[:, :, 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
+    inside = ((at > 2) & (at < [w - 3, h - 3])).all(1) & ((there[:, 0] > 0) & (there[:, 0] < [w - 1, h - 1])).all(1)
     good = (ok[:, 0] > 0) & (ok_back[:, 0] > 0) & inside & (np.linalg.norm(back - start, axis=2)[:, 0] < 0.4)
     rows = np.flatnonzero(good)
-    return _Match(key, rows, there[rows, 0].astype(np.float64) + 0.5)
+    return _Match(key, rows, at[rows].astype(np.float64) + 0.5)
 
 
 # ---- geometry ----
@@ -320,16 +348,20 @@ def _adjust(
     frames: np.ndarray,
     found: dict[int, list[_Match]],
     tracked: np.ndarray,
+    poses: np.ndarray,
+    depths: list[np.ndarray],
     focal: float,
     centre: np.ndarray,
     config: SkullConfig,
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """(poses of `frames` "m 4 4", depths of each keyframe's points, deviations of these depths): Gauss-Newton with the depths eliminated."""
+    """(poses of `frames` "m 4 4", depths of each keyframe's points, deviations of these depths): Gauss-Newton with the depths eliminated.
+
+    It starts from `poses` and `depths`; the priors are the tracked poses and the keyframes' own depths.
+    """
     m = len(frames)
     place = {int(t): i for i, t in enumerate(frames)}
     key_place = [place[v.t] for v in views]
-    poses = tracked[frames].copy()
-    depths = [v.depth.copy() for v in views]
+    depths = list(depths)
     precision = _pose_precision(config)
     depth_precision = (config.depth_mm * 0.01) ** -2.0
     sigma = [np.zeros(len(d)) for d in depths]
@@ -386,10 +418,9 @@ def _adjust(
     return poses, depths, sigma
 
 
-def _resect(tracked: np.ndarray, x: np.ndarray, pixels: np.ndarray, focal: float, centre: np.ndarray, config: SkullConfig) -> np.ndarray:
-    """The pose that shows known points where they are seen, held to the tracked one as in the adjustment."""
+def _resect(tracked: np.ndarray, pose: np.ndarray, x: np.ndarray, pixels: np.ndarray, focal: float, centre: np.ndarray, config: SkullConfig) -> np.ndarray:
+    """The pose, from `pose` on, that shows known points where they are seen, held to the tracked one as in the adjustment."""
     precision = _pose_precision(config)
-    pose = tracked
     for _ in range(config.steps):
         r, _, by_pose = _residual(pose, x, pixels, focal, centre)
         weight = 1 / (config.noise_px**2 + (r**2).sum(1))
