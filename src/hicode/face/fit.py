@@ -614,7 +614,7 @@ class Flow:
 
 # The face above the mouth, whose motion is the head's but for brows and lids, which are cut out.
 _STILL = [10, 109, 67, 103, 54, 127, 234, 93, 50, 205, 98, 97, 2, 326, 327, 425, 280, 323, 454, 356, 284, 332, 297, 338]
-_MOVING = ([70, 63, 105, 66, 107, 133, 155, 145, 163, 33, 130, 46], [300, 293, 334, 296, 336, 362, 382, 374, 390, 263, 359, 276])
+MOVING = ([70, 63, 105, 66, 107, 133, 155, 145, 163, 33, 130, 46], [300, 293, 334, 296, 336, 362, 382, 374, 390, 263, 359, 276])
 
 
 def track_flow(
@@ -652,7 +652,7 @@ def track_flow(
 def _still_mask(face: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     mask = np.zeros(shape, np.uint8)
     cv2.fillConvexPoly(mask, cv2.convexHull(face[_STILL]).round().astype(np.int32), 255)
-    for part in _MOVING:
+    for part in MOVING:
         hull = cv2.convexHull(face[part]).round().astype(np.int32)
         cv2.fillConvexPoly(mask, hull, 0)
         cv2.polylines(mask, [hull], True, 0, 5)

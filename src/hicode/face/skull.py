@@ -25,6 +25,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from hicode.face.depth import head_depth
+from hicode.face.fit import MOVING
 from hicode.face.model import HeadModel
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.motion import LIPS, FaceTrack
@@ -236,15 +237,11 @@ def _keyframe(image: np.ndarray, mask: np.ndarray, track: FaceTrack, model: Head
     return _Keyframe(t, gray, pixels[good] + 0.5, z[good].astype(np.float64), surface)
 
 
-# Rings around eyes with brows, which move by themselves.
-_MOVING = ([70, 63, 105, 66, 107, 133, 155, 145, 163, 33, 130, 46], [300, 293, 334, 296, 336, 362, 382, 374, 390, 263, 359, 276])
-
-
 def _rigid_region(mask: np.ndarray, depth: np.ndarray, track: FaceTrack, t: int) -> np.ndarray:
     """255 where the head moves as one: its mask without the edge, eyes, brows, and all that lies below the upper lip."""
     allowed = cv2.erode((mask > 200).astype(np.uint8) * 255, np.ones((7, 7), np.uint8))
     face = track.landmarks_px[t].numpy() - 0.5
-    for part in _MOVING:
+    for part in MOVING:
         hull = cv2.convexHull(face[part].astype(np.float32)).round().astype(np.int32)
         cv2.fillConvexPoly(allowed, hull, 0)
         cv2.polylines(allowed, [hull], True, 0, 5)
