@@ -161,7 +161,7 @@ def refit_expressions(
 ) -> FaceTrack:
     """The track with other poses (`hicode.face.skull`), which stay as they are: expressions, slips and canonical landmarks are found anew under them.
 
-    Identity, focal length and the frames' order of things are the track's. Training and test frames are separate segments, as in `fit_track`.
+    Identity and focal length are the track's. Training and test frames are separate segments, as in `fit_track`.
     """
     found = np.asarray(found, bool) & np.isfinite(np.asarray(points_px)).all((1, 2))
     points = np.where(found[:, None, None], np.asarray(points_px, np.float64), 0.0)

@@ -11,7 +11,7 @@ own axes. A point is a pixel of its keyframe and a depth d along that ray; ρ is
 d⁰ are the landmark fit's poses and the depth of its mesh: they fix what points cannot know (where the origin is, how large the head).
 
 Structure (keyframes' poses and depths) comes from training frames alone; every other frame is then posed by itself against it, so nothing of a
-test frame reaches a training frame. Depths are points eliminated by Schur's complement (Triggs et al. 2000, "Bundle Adjustment").
+test frame reaches a training frame. Depths are eliminated by Schur's complement (Triggs et al. 2000, "Bundle Adjustment").
 """
 
 from collections.abc import Callable
