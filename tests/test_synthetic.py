@@ -23,7 +23,7 @@ from hicode.speech.phones import (
     unknown_letters,
 )
 from hicode.speech.sync import mouth_measures
-from hicode.speech.visemes import SHAPES, Style, still, viseme_expression
+from hicode.speech.visemes import SHAPES, Style, as_tracked, still, viseme_expression
 from hicode.training.synthetic import NEGATIVES, CorpusConfig, Speaker, corpus, negative, spoken, unspoken
 
 needs_espeak = pytest.mark.skipif(not installed(), reason="espeakng-loader is not installed (pip install 'hicode[corpus]')")
@@ -154,6 +154,33 @@ def test_the_frame_rate_changes_the_sampling_and_not_the_curve():
     phones = said("a p u b i f")
     slow, fast = (viseme_expression(phones, int(1.6 * fps), still(Style()), fps=fps) for fps in (25.0, 75.0))
     assert torch.allclose(slow, fast[1::3], atol=1e-6)  # the middle of a third's frame is the middle of the whole one's
+
+
+def test_as_tracked_keeps_the_mouth_and_minimises_the_fit_s_objective():
+    """The oracle is scipy's bounded minimiser on single frames."""
+    from scipy.optimize import minimize
+
+    from hicode.face.fit import FitConfig
+    from hicode.speech.visemes import _tracker
+
+    x = viseme_expression(said("a p u b i f o m"), 45, Style.sample(np.random.default_rng(1)))
+    y = as_tracked(x)
+    before, after = face(x), face(y)
+    assert 100 * (before - after).norm(dim=-1).max() < 1.5, "mm: the fit's own noise is 1.2"
+    assert 100 * np.abs(lip_gap(before) - lip_gap(after)).max() < 0.15
+    tracker, ridge = _tracker(), FitConfig().expression_ridge
+    assert not y[:, ~tracker.mouth].any()
+    seen, sparse = tracker.seen.double().numpy(), tracker.sparse.double().numpy()
+    for t in (12, 17, 24):
+        aim = x[t, tracker.mouth].double().numpy() @ seen - sparse
+
+        def objective(e, aim=aim):
+            return 0.5 * e @ seen @ e + 0.5 * ridge * e @ e - aim @ e, seen @ e + ridge * e - aim
+
+        ours = y[t, tracker.mouth].double().numpy()
+        bounds = list(zip(tracker.low.tolist(), tracker.high.tolist()))
+        best = minimize(objective, ours, jac=True, bounds=bounds, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-14})
+        assert objective(ours)[0] - best.fun < 2e-3 * abs(best.fun)
 
 
 def test_faces_of_sampled_speakers_have_lips_that_meet():

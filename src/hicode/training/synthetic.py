@@ -21,7 +21,7 @@ from hicode.motion import IDENTITY_DIM
 from hicode.speech.encoder import speech_level
 from hicode.speech.espeak import RATE_HZ, VARIANTS, Espeak, Utterance, sentences
 from hicode.speech.phones import Phone, frame_classes
-from hicode.speech.visemes import Style, rest_gap, viseme_expression
+from hicode.speech.visemes import Style, as_tracked, rest_gap, viseme_expression
 from hicode.training.speech import SpeechExample, speaking_frames
 
 UPPER, LOWER = [13, 82, 312], [14, 87, 317]  # inner lips, middle and sides: what `sync.mouth_measures` calls the opening
@@ -186,7 +186,7 @@ def _example(samples, phones, speaker: Speaker, encode: Encode, head: HeadModel,
     frames = len(samples) // SAMPLES_PER_FRAME
     rest = speaker.rest(head)
     style = replace(speaker.style, seed=seed)
-    expression = viseme_expression(phones, frames, style, rest_gap(rest))
+    expression = as_tracked(viseme_expression(phones, frames, style, rest_gap(rest)))
     landmarks = rest + torch.einsum("te,elc->tlc", expression, head.landmarks(head.expression_basis))
     features = encode(samples, frames)
     assert features.dim() == 3 and features.shape[1] == 2 * frames, (tuple(features.shape), frames)
