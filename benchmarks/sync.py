@@ -1,16 +1,19 @@
-"""How well the sync measure tells right from wrong, on speakers that it has not seen: `python -m benchmarks.sync --cache CORPUS`.
+"""How well the sync measure tells right from wrong, on speakers that it has not seen: `python -m benchmarks.sync
+--cache CORPUS`.
 
     python -m benchmarks.sync --cache corpus                            ground truth and shuffled sound (about a minute)
     python -m benchmarks.sync --cache corpus --data ../shared/data      and reversed sound, noise, log-mel, energy (some minutes)
     python -m benchmarks.sync --cache corpus --markdown table.md        and write the table
 
-Protocol. Each speaker in turn is left out: the measure is refitted on all others, offsets included. Windows are two seconds of mouth and of sound.
-The offset of a clip comes from its other half (for a speaker of many short clips: from every second clip), so no window vouches for itself. A
-right score is a window's at that offset; a wrong one at 5 frames or more from it (shifted), or with another speaker's sound (mismatched).
+Protocol. Each speaker in turn is left out: the measure is refitted on all others, offsets included. Windows are two
+seconds of mouth and of sound. The offset of a clip comes from its other half (for a speaker of many short clips: from
+every second clip), so no window vouches for itself. A right score is a window's at that offset; a wrong one at 5 frames
+or more from it (shifted), or with another speaker's sound (mismatched).
 
-Rows: ground truth; the same measure given sound rotated within the clip, reversed, or white noise; and the same fit to log-mel energies, and to
-loudness alone. Controls are treated alike on both sides: reversed sound is compared with other people's reversed sound. Exit code 1 where
-the ground truth misses the marks of issue 4: areas of .99, 97 % of windows within one frame.
+Rows: ground truth; the same measure given sound rotated within the clip, reversed, or white noise; and the same fit to
+log-mel energies, and to loudness alone. Controls are treated alike on both sides: reversed sound is compared with other
+people's reversed sound. Exit code 1 where the ground truth misses the marks of issue 4: areas of .99, 97 % of windows
+within one frame.
 """
 
 import argparse
@@ -47,7 +50,8 @@ STEP = 5
 
 @dataclass(frozen=True)
 class Recording:
-    """name: the clip's file without its ending. offset_frames: by which its sound was moved when the corpus was built."""
+    """name: the clip's file without its ending. offset_frames: by which its sound was moved when the corpus was
+    built."""
 
     name: str
     features: Tensor
@@ -60,8 +64,8 @@ Corpus = dict[str, list[Recording]]
 
 @dataclass(frozen=True)
 class Scores:
-    """Of w windows: right [w], shifted, mismatched; nearest and error [w], frames between a window's offset and its clip's, to the nearest frame
-    and to a fraction; margin [w]."""
+    """Of w windows: right [w], shifted, mismatched; nearest and error [w], frames between a window's offset and its
+    clip's, to the nearest frame and to a fraction; margin [w]."""
 
     right: Tensor
     shifted: Tensor
@@ -75,7 +79,8 @@ class Scores:
         return Scores(*(torch.cat([getattr(p, k) for p in parts]) for k in Scores.__dataclass_fields__))
 
     def figures(self) -> tuple[int, float, float, float, float, float]:
-        """Windows, area (shifted), area (mismatched), shares within one frame (to the nearest, to a fraction), median margin."""
+        """Windows, area (shifted), area (mismatched), shares within one frame (to the nearest, to a fraction), median
+        margin."""
         areas = area_under_curve(self.right, self.shifted), area_under_curve(self.right, self.mismatched)
         within = [float((x.abs() <= 1).float().mean()) for x in (self.nearest, self.error)]
         return len(self.right), *areas, *within, float(self.margin.median())
@@ -95,13 +100,20 @@ def load_corpus(folder: Path, skip: tuple[str, ...], most: int) -> Corpus:
         if len(known) == most or any(fnmatch.fnmatch(speaker, pattern) for pattern in skip):
             continue
         tensors, config = load_tensors(path, "corpus-example", 1)
-        known.append(Recording(name, tensors["features"][0].float(), tensors["landmarks"].float(), config["offset_frames"]))
+        known.append(
+            Recording(name, tensors["features"][0].float(), tensors["landmarks"].float(), config["offset_frames"])
+        )
     return {speaker: sorted(clips, key=lambda c: c.name) for speaker, clips in sorted(corpus.items()) if clips}
 
 
 def with_sound(corpus: Corpus, data: Path, encode: Callable[[np.ndarray], Tensor]) -> Corpus:
-    """The same recordings with features made of their sound by `encode`. Clips whose file is not under `data` are left out."""
-    files = {p.stem: p for p in sorted(data.rglob("*")) if p.suffix.lower() in (".mp4", ".mkv", ".mov", ".avi", ".webm", ".mpg")}
+    """The same recordings with features made of their sound by `encode`. Clips whose file is not under `data` are left
+    out."""
+    files = {
+        p.stem: p
+        for p in sorted(data.rglob("*"))
+        if p.suffix.lower() in (".mp4", ".mkv", ".mov", ".avi", ".webm", ".mpg")
+    }
     out: Corpus = {}
     for speaker, clips in corpus.items():
         for clip in (c for c in clips if c.name in files):
@@ -113,13 +125,17 @@ def with_sound(corpus: Corpus, data: Path, encode: Callable[[np.ndarray], Tensor
 
 
 def rotated(corpus: Corpus, quarters: int) -> Corpus:
-    """Each clip with its own sound from so many quarters of a clip away; of a speaker of many short clips, with another clip's sound."""
+    """Each clip with its own sound from so many quarters of a clip away; of a speaker of many short clips, with another
+    clip's sound."""
     out: Corpus = {}
     for speaker, clips in corpus.items():
         sounds = [c.features for c in clips[quarters:] + clips[:quarters]]
         if len(clips) == 1:
             sounds = [clips[0].features.roll(2 * (quarters * len(clips[0].landmarks) // 4), 0)]
-        out[speaker] = [Recording(c.name, match_frames(s, len(c.landmarks)), c.landmarks, c.offset_frames) for c, s in zip(clips, sounds)]
+        out[speaker] = [
+            Recording(c.name, match_frames(s, len(c.landmarks)), c.landmarks, c.offset_frames)
+            for c, s in zip(clips, sounds)
+        ]
     return out
 
 
@@ -130,8 +146,9 @@ def loudness(samples: np.ndarray) -> Tensor:
 
 
 def reversed_halves(samples: np.ndarray) -> np.ndarray:
-    """The sound of each half backwards. Of a clip reversed as a whole both halves would agree on an offset: if sound predicts mouth well, the first
-    half's mouth matches the second half's played backwards exactly where the second's matches the first's.
+    """The sound of each half backwards. Of a clip reversed as a whole both halves would agree on an offset: if sound
+    predicts mouth well, the first half's mouth matches the second half's played backwards exactly where the second's
+    matches the first's.
     """
     middle = len(samples) // (4 * SAMPLES_PER_FEATURE) * 2 * SAMPLES_PER_FEATURE
     return np.concatenate([samples[:middle][::-1], samples[middle:][::-1]])
@@ -196,12 +213,28 @@ def scores(corpus: Corpus, judges: dict[str, SyncModel]) -> dict[str, Scores]:
     return {s: x for s, x in found.items() if x is not None}
 
 
-COLUMNS = ("row", "windows", "AUC shifted", "AUC mismatched", "nearest frame within ±1, %", "within ±1.0 frame, %", "median margin")
+COLUMNS = (
+    "row",
+    "windows",
+    "AUC shifted",
+    "AUC mismatched",
+    "nearest frame within ±1, %",
+    "within ±1.0 frame, %",
+    "median margin",
+)
 
 
 def line(name: str, found: Scores) -> tuple[str, ...]:
     windows, shifted, mismatched, nearest, within, margin = found.figures()
-    return name, f"{windows}", f"{shifted:.4f}", f"{mismatched:.4f}", f"{100 * nearest:.1f}", f"{100 * within:.1f}", f"{margin:.2f}"
+    return (
+        name,
+        f"{windows}",
+        f"{shifted:.4f}",
+        f"{mismatched:.4f}",
+        f"{100 * nearest:.1f}",
+        f"{100 * within:.1f}",
+        f"{margin:.2f}",
+    )
 
 
 def measure(corpus: Corpus, data: Path | None, not_learned: tuple[str, ...]) -> tuple[list[tuple[str, ...]], Scores]:
@@ -234,15 +267,26 @@ def measure(corpus: Corpus, data: Path | None, not_learned: tuple[str, ...]) -> 
 
 def print_lines(lines: list[tuple[str, ...]]) -> None:
     for cells in lines:
-        print(f"{cells[0]:44s}" + "".join(f"{c:>{max(len(h), 8) + 2}s}" for c, h in zip(cells[1:], COLUMNS[1:], strict=True)), flush=True)
+        print(
+            f"{cells[0]:44s}"
+            + "".join(f"{c:>{max(len(h), 8) + 2}s}" for c, h in zip(cells[1:], COLUMNS[1:], strict=True)),
+            flush=True,
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="the corpus of tools/pretrain_speech.py")
     parser.add_argument("--data", type=Path, help="folder of the corpus's clips, for the rows that need their sound")
-    parser.add_argument("--not-learned", nargs="*", default=["german"], help="speakers that are scored only: their terms allow no more")
-    parser.add_argument("--skip", nargs="*", default=["synth*"], help="speakers (patterns) to leave out altogether, such as synthesised ones")
+    parser.add_argument(
+        "--not-learned", nargs="*", default=["german"], help="speakers that are scored only: their terms allow no more"
+    )
+    parser.add_argument(
+        "--skip",
+        nargs="*",
+        default=["synth*"],
+        help="speakers (patterns) to leave out altogether, such as synthesised ones",
+    )
     parser.add_argument("--clips", type=int, default=60, help="at most so many of each speaker")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     options = parser.parse_args()
@@ -259,7 +303,10 @@ def main() -> int:
         options.markdown.write_text("".join("| " + " | ".join(cells) + " |\n" for cells in rows))
     _, shifted, mismatched, nearest, _, _ = pooled.figures()
     passed = min(shifted, mismatched) >= AREA and nearest >= WITHIN
-    print("passed" if passed else "missed", f"areas {shifted:.4f}, {mismatched:.4f} (≥ {AREA}), within a frame {nearest:.3f} (≥ {WITHIN})")
+    print(
+        "passed" if passed else "missed",
+        f"areas {shifted:.4f}, {mismatched:.4f} (≥ {AREA}), within a frame {nearest:.3f} (≥ {WITHIN})",
+    )
     return 0 if passed else 1
 
 

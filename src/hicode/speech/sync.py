@@ -1,10 +1,11 @@
 """Audio-video offset: how many frames the mouth is later than the sound.
 
-Sound and mouth are turned into the same DIRECTIONS numbers a frame: the mouth by filters over seven frames of four measures (opening, width, lip
-height, jaw), the sound by the ridge regression that predicts them from six frames of speech features. The filters are those that sound predicts
-best, so they see how a mouth moves, not only how it stands: what makes two seconds tell one lag from the next. The lag at which both correlate
-best is the offset. It ships with weights learned from speakers that are in no evaluation clip (tools/pretrain_speech.py says which), so it also
-serves as a score; it is not SyncNet, and is never called AVConf. Every score has a control: the same features rotated in time.
+Sound and mouth are turned into the same DIRECTIONS numbers a frame: the mouth by filters over seven frames of four
+measures (opening, width, lip height, jaw), the sound by the ridge regression that predicts them from six frames of
+speech features. The filters are those that sound predicts best, so they see how a mouth moves, not only how it stands:
+what makes two seconds tell one lag from the next. The lag at which both correlate best is the offset. It ships with
+weights learned from speakers that are in no evaluation clip (tools/pretrain_speech.py says which), so it also serves as
+a score; it is not SyncNet, and is never called AVConf. Every score has a control: the same features rotated in time.
 `python -m benchmarks.sync` measures it on speakers that it has not seen.
 
 Lags are in frames, positive where the mouth is later than the sound. k = DIRECTIONS.
@@ -30,9 +31,10 @@ CONTEXT_FRAMES = range(-2, 4)  # frames of features that predict a frame: lips m
 MOUTH_FRAMES = range(-3, 4)  # frames of mouth that a filter sees
 DIRECTIONS = 8
 WINDOW_FRAMES = 50
-# Margins of clips of 11 speakers that the fit had not seen, with their sound (21 stretches of 8 s) and with another speaker's (336): with their own
-# .34 and more, with others' .10 in the median, .22 at 99 %, .26 at most. Chance falls with the length: its 99 % are .49, .36, .33, .26, .22 at 2, 3,
-# 4, 6, 8 s, or CHANCE / √frames. Their own sound's offset was within a frame in every stretch of every length, whatever its margin.
+# Margins of clips of 9 speakers that the fit had not seen, with their sound (21 stretches of 8 s) and with another
+# speaker's (336): with their own .34 and more, with others' .10 in the median, .22 at 99 %, .26 at most. Chance falls
+# with the length: its 99 % are .49, .36, .33, .26, .22 at 2, 3, 4, 6, 8 s, or CHANCE / √frames. Their own sound's
+# offset was within a frame in every stretch of every length, whatever its margin.
 RELIABLE_MARGIN = 0.25
 CHANCE_MARGIN = 3.3
 
@@ -42,9 +44,9 @@ _SCHEMA, _VERSION = "hicode-sync", 2
 
 @dataclass(frozen=True)
 class SyncResult:
-    """offset_frames: positive where the mouth is later than the sound, to a fraction of a frame. margin: correlation at the best lag minus its
-    median over all lags. correlation: at the best lag. frames: of the clip. reliable: whether an offset so estimated should be believed, which takes
-    a larger margin of a shorter clip."""
+    """offset_frames: positive where the mouth is later than the sound, to a fraction of a frame. margin: correlation at
+    the best lag minus its median over all lags. correlation: at the best lag. frames: of the clip. reliable: whether an
+    offset so estimated should be believed, which takes a larger margin of a shorter clip."""
 
     offset_frames: float
     margin: float
@@ -58,7 +60,8 @@ class SyncResult:
 
 @dataclass(frozen=True)
 class SyncModel:
-    """Standardised features in context, and standardised mouth measures in context, → k numbers each. `learned_from` names the training clips."""
+    """Standardised features in context, and standardised mouth measures in context, → k numbers each. `learned_from`
+    names the training clips."""
 
     encoder: str
     mean: Float[Tensor, "c"]
@@ -84,11 +87,14 @@ class SyncModel:
     def load(path: Path | str = _WEIGHTS) -> "SyncModel":
         """The shipped weights, or another file of that kind."""
         tensors, config = load_tensors(path, _SCHEMA, _VERSION)
-        return SyncModel(config["encoder"], **{k: v.float() for k, v in tensors.items()}, learned_from=tuple(config["learned_from"]))
+        return SyncModel(
+            config["encoder"], **{k: v.float() for k, v in tensors.items()}, learned_from=tuple(config["learned_from"])
+        )
 
 
 def mouth_measures(landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t 4"]:
-    """Opening, width, lip height and jaw drop over the distance of the outer eye corners; distances in space, so scale and pose drop out."""
+    """Opening, width, lip height and jaw drop over the distance of the outer eye corners; distances in space, so scale
+    and pose drop out."""
 
     def distance(a: int, b: int) -> Tensor:
         return (landmarks[:, a] - landmarks[:, b]).norm(dim=-1)
@@ -115,12 +121,14 @@ def fit_sync(
     anchor: int | None = None,
     ridge: float = 3.0,
 ) -> tuple[SyncModel, list[float]]:
-    """Filters over clips (a pair each, best one a speaker), and each clip's offset, found together in four rounds from none.
+    """Filters over clips (a pair each, best one a speaker), and each clip's offset, found together in four rounds from
+    none.
 
-    In each round a clip's offset comes from a model of the other clips, so a clip cannot vouch for itself. Offsets are only relative: the clip
-    number `anchor` is in sync by definition; without one, the median clip is. A clip weighs as the square root of its length, since speakers
-    teach more than minutes do. Features are reduced to their PRINCIPAL strongest directions, which costs no accuracy and makes each of the many
-    small regressions cheap; the model folds the reduction in.
+    In each round a clip's offset comes from a model of the other clips, so a clip cannot vouch for itself. Offsets are
+    only relative: the clip number `anchor` is in sync by definition; without one, the median clip is. A clip weighs as
+    the square root of its length, since speakers teach more than minutes do. Features are reduced to their PRINCIPAL
+    strongest directions, which costs no accuracy and makes each of the many small regressions cheap; the model folds
+    the reduction in.
     """
     frames = torch.cat([f.unflatten(0, (-1, 2)).mean(1) for f, _ in pairs]).double()
     mean, std = frames.mean(0), frames.std(0) + 1e-3
@@ -137,15 +145,20 @@ def fit_sync(
             found.append(_peak(lag_curve(x @ weight, y @ mouth)))
         zero = round(found[anchor]) if anchor is not None else round(float(np.median(found)))
         offsets = [offset - zero for offset in found]
-    weight, mouth = _solve([_Moments.of(*_lagged(x, y, round(offset))) for x, y, offset in zip(inputs, targets, offsets)], ridge)
+    weight, mouth = _solve(
+        [_Moments.of(*_lagged(x, y, round(offset))) for x, y, offset in zip(inputs, targets, offsets)], ridge
+    )
     n = len(CONTEXT_FRAMES)
     weight = torch.einsum("dp,cpk->cdk", directions, weight.unflatten(0, (n, -1))).flatten(0, 1)
-    model = SyncModel(encoder, mean.repeat(n).float(), std.repeat(n).float(), weight.float(), mouth.float(), learned_from)
+    model = SyncModel(
+        encoder, mean.repeat(n).float(), std.repeat(n).float(), weight.float(), mouth.float(), learned_from
+    )
     return model, offsets
 
 
 class _Moments(NamedTuple):
-    """What regression needs to know of a clip of sound x and mouth y; both are centred already. Sums over frames times `weight`."""
+    """What regression needs to know of a clip of sound x and mouth y; both are centred already. Sums over frames times
+    `weight`."""
 
     xx: Float[Tensor, "c c"]
     xy: Float[Tensor, "c m"]
@@ -160,7 +173,8 @@ class _Moments(NamedTuple):
 
 
 def _solve(moments: list[_Moments], strength: float) -> tuple[Float[Tensor, "c k"], Float[Tensor, "m k"]]:
-    """Ridge regression of the mouth on the sound, then the k directions of mouth of which it predicts the largest share (unit variance each)."""
+    """Ridge regression of the mouth on the sound, then the k directions of mouth of which it predicts the largest share
+    (unit variance each)."""
     frames = sum(m.frames for m in moments)
     scale = frames / sum(m.weight * m.frames for m in moments)
     xx, xy, yy = (scale * sum(m[i] for m in moments) for i in range(3))
@@ -188,7 +202,8 @@ def _lagged(sound: Tensor, mouth: Tensor, lag: int) -> tuple[Tensor, Tensor]:
 
 
 def _correlation(heard: Float[Tensor, "*w t k"], seen: Float[Tensor, "*w t k"]) -> Float[Tensor, "*w"]:
-    """One correlation of all k numbers over time, so that the better predicted count for more; 0 where either is still."""
+    """One correlation of all k numbers over time, so that the better predicted count for more; 0 where either is
+    still."""
     a, b = heard - heard.mean(-2, keepdim=True), seen - seen.mean(-2, keepdim=True)
     moves = (a.square().mean((-2, -1)) > 1e-8) & (b.square().mean((-2, -1)) > 1e-8)
     scale = (a.square().sum((-2, -1)) * b.square().sum((-2, -1))).sqrt().clamp(min=1e-9)
@@ -205,8 +220,9 @@ def window_scores(
 ) -> tuple[list[int], Float[Tensor, "w 21"]]:
     """First frames of windows of mouth, every `step`, and their correlation with the sound at lags -10 … 10.
 
-    A score reads `window` frames of each and no others: filters that would reach beyond are left out. Windows for which the sound of some lag is
-    missing are too: none in clips under window + 20 frames.
+    A score reads `window` frames of each and no others (but what the encoder itself hears about them): filters that
+    would reach beyond are left out. Windows for which the sound of some lag is missing are too: none in clips under
+    window + 20 frames.
     """
     n = min(len(heard), len(seen))
     starts = list(range(MAX_LAG_FRAMES, n - window - MAX_LAG_FRAMES + 1, step))
@@ -220,8 +236,11 @@ def _inner(window: int) -> slice:
     return slice(-min(MOUTH_FRAMES[0], CONTEXT_FRAMES[0]), window - max(MOUTH_FRAMES[-1], CONTEXT_FRAMES[-1]))
 
 
-def estimate_offset(features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None) -> SyncResult:
-    """How much later the mouth is than the sound, from features of the model's encoder and landmarks in any unit, posed or not.
+def estimate_offset(
+    features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None
+) -> SyncResult:
+    """How much later the mouth is than the sound, from features of the model's encoder and landmarks in any unit, posed
+    or not.
 
     Clips under two seconds, silent ones and still ones give offset 0 with margin 0: nothing to go by.
     """
@@ -239,9 +258,11 @@ def windowed_offsets(
     window: int = WINDOW_FRAMES,
     step: int = 10,
 ) -> list[tuple[int, SyncResult]]:
-    """Offset and margin of each window of two seconds, with the frame where it begins: drift, a cut, a stretch of another voice show here.
+    """Offset and margin of each window of two seconds, with the frame where it begins: drift, a cut, a stretch of
+    another voice show here.
 
-    Two seconds are little: few windows are `reliable` one by one, though their offsets are right in 99 % of them. Empty for clips too short for one (`window_scores`).
+    Two seconds are little: few windows are `reliable` one by one, though their offsets are nearly all right. Empty for
+    clips too short for one (`window_scores`).
     """
     model = model or SyncModel.load()
     starts, curves = window_scores(model.hear(features), model.see(landmarks), window, step)
@@ -270,7 +291,8 @@ def _peak(curve: Float[Tensor, "21"]) -> float:
 def shuffled_control(
     features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None, seed: int = 0
 ) -> SyncResult:
-    """`estimate_offset` with the sound rotated by a third to two thirds of the clip: what chance gives on it, the sound's own rhythm kept."""
+    """`estimate_offset` with the sound rotated by a third to two thirds of the clip: what chance gives on it, the
+    sound's own rhythm kept."""
     frames = min(len(features) // 2, len(landmarks))
     turn = 2 * int(np.random.default_rng(seed).integers(frames // 3, max(2 * frames // 3, frames // 3 + 1)))
     return estimate_offset(features[: 2 * frames].roll(turn, 0), landmarks[:frames], model)
@@ -284,9 +306,11 @@ def sync_auc(
     window: int = WINDOW_FRAMES,
     model: SyncModel | None = None,
 ) -> tuple[float, float]:
-    """How surely windows of two seconds tell the right sound from (the same shifted by 5 … 10 frames, other sounds): areas under the ROC curve.
+    """How surely windows of two seconds tell the right sound from (the same shifted by 5 … 10 frames, other sounds):
+    areas under the ROC curve.
 
-    NaN where there is nothing to compare. Raises InputError where `offset_frames` is beyond the lags that are looked at.
+    NaN where there is nothing to compare. Raises InputError where `offset_frames` is beyond the lags that are looked
+    at.
     """
     if abs(offset_frames) > MAX_LAG_FRAMES:
         raise InputError(f"An offset of {offset_frames} frames is beyond ±{MAX_LAG_FRAMES}. Correct the sound first.")
@@ -296,13 +320,16 @@ def sync_auc(
     lags = torch.arange(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)
     right, shifted = curves[:, lags == offset_frames], curves[:, (lags - offset_frames).abs() >= 5]
     mismatched = [mismatched_scores(model.hear(sound), seen, starts, window) for sound in others or []]
-    return area_under_curve(right, shifted), area_under_curve(right, torch.cat(mismatched) if mismatched else torch.zeros(0))
+    return area_under_curve(right, shifted), area_under_curve(
+        right, torch.cat(mismatched) if mismatched else torch.zeros(0)
+    )
 
 
 def mismatched_scores(
     heard: Float[Tensor, "s k"], seen: Float[Tensor, "t k"], starts: list[int], window: int = WINDOW_FRAMES
 ) -> Float[Tensor, "v"]:
-    """Correlations of windows of mouth with another recording's sound: from the same places, modulo its length (none where it is too short)."""
+    """Correlations of windows of mouth with another recording's sound: from the same places, modulo its length (none
+    where it is too short)."""
     places = len(heard) - window + 1
     if places < 1 or not starts:
         return torch.zeros(0)
