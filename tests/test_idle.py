@@ -204,7 +204,7 @@ def test_action_numbers_are_the_models():
     basis = model.landmarks(model.expression_basis)
     eyes = Eyes.of(Motion(torch.rand(30, 64), head.repeat(30, 1, 1), torch.eye(4).repeat(30, 1, 1)), Modelled(model, basis))
     assert head[idle.IRISES[1], 0].min() > 0 > head[idle.IRISES[0], 0].max()
-    per_degree = idle.EYEBALL * np.pi / 180
+    per_degree = idle.IRIS_GAIN * idle.EYEBALL * np.pi / 180
     for way, axis, sign in ((0, 0, 1), (1, 0, -1), (2, 1, 1), (3, 1, -1)):
         for iris in idle.IRISES:
             assert sign * float(eyes.look_landmarks[way, iris[0], axis]) == pytest.approx(per_degree, rel=0.15)  # Down also draws back a little
@@ -242,7 +242,7 @@ def test_lids_close_whether_learned_from_the_track_or_taken_from_the_model(blink
         closed = idler._frame(avatar.driving, t, 1.0, np.zeros(2), np.zeros(3))
         assert (eye_gap(closed[1]).abs() < 0.25 * eyes.open_gap).all()
         half = idler._frame(avatar.driving, t, 0.5, np.zeros(2), np.zeros(3))
-        assert ((eye_gap(half[1]) / eyes.open_gap - 0.45).abs() < 0.1).all()
+        assert ((eye_gap(half[1]) / eyes.open_gap - 0.475).abs() < 0.1).all()
         seen = (closed[0] >= avatar.driving.expression.amin(0)) & (closed[0] <= avatar.driving.expression.amax(0))
         assert seen.all()
 
@@ -265,7 +265,7 @@ def test_eyes_turn_against_the_head():
     idler = Idler(avatar.driving, avatar, still=True)
     _, landmarks, pose = idler._frame(avatar.driving, 0, 0.0, np.zeros(2), np.array([2.0, 0.0, 0.0]))
     moved = (landmarks - avatar.driving.landmarks[0])[idle.IRISES[0][0]]
-    assert moved[0] < 0 and abs(float(moved[0])) == pytest.approx(2 * idle.EYEBALL * np.pi / 180, rel=0.05)
+    assert moved[0] < 0 and abs(float(moved[0])) == pytest.approx(2 * idle.IRIS_GAIN * idle.EYEBALL * np.pi / 180, rel=0.05)
     turned = axis_angle_from_rotation(avatar.driving.T_camera_head[0, :3, :3].T @ pose[:3, :3])
     torch.testing.assert_close(turned, torch.tensor([0.0, 2 * idle.RADIANS, 0.0]), atol=1e-5, rtol=0)
 

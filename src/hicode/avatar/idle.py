@@ -181,9 +181,9 @@ DIP = 0.72  # of the gap around it: below is a blink. A 40 ms frame and the trac
 SHUT = 0.5  # of the track's usual gap: below is shut, however long
 AROUND_S, LONGEST_BLINK_S = 0.6, 0.5
 LEARN_BELOW = 0.45  # a blink as deep as this shows how the subject's lids close
-# Gap of generated closed lids, of open: they overlap a little, since an avatar's lids follow their landmarks a little less than wholly (the carrier averages
-# over neighbours). A subject's own blink that goes farther stays as it is.
-CLOSED = -0.1
+# Gap of generated closed lids, of open. A subject's own blink is enlarged until the lids meet, and stays as it is if it goes farther. The 3DMM's goes on a little:
+# where nothing was learned of closed lids, they follow their landmarks less than wholly (the carrier averages over neighbours). More brings specks, not closure.
+OWN_CLOSED, MODEL_CLOSED = 0.0, -0.1
 
 
 def own_blinks(driving: Motion) -> Bool[np.ndarray, "t"]:
@@ -192,6 +192,10 @@ def own_blinks(driving: Motion) -> Bool[np.ndarray, "t"]:
     reach = round(AROUND_S * driving.fps)
     around = np.array([np.median(gap[max(0, t - reach) : t + reach + 1]) for t in range(len(gap))])
     return (gap < DIP * around) | (gap < SHUT * np.percentile(gap, 75))
+
+
+# How much farther than the eye turns its landmarks are moved: an avatar's iris follows them by a fifth to a half (lids, which stay, are their neighbours).
+IRIS_GAIN = 2.5
 
 
 class Actions(Protocol):
@@ -210,7 +214,7 @@ class Eyes:
     open_gap         "2"                 usual `eye_gap`
     shut_gap         "2"                 that of closed lids
     shut_expression  "2 64"              learned from the track's own blinks where it has some that are deep enough, else the 3DMM's blink action,
-    shut_landmarks   "2 478 3"           enlarged until the gap is CLOSED of open
+    shut_landmarks   "2 478 3"           enlarged until the lids meet
     look_expression  "4 64"              a degree to the left, right, up, down; both eyes
     look_landmarks   "4 478 3"
     low, high        "64"                the expressions that the track has seen: beyond them nobody has taught the avatar anything
@@ -248,7 +252,8 @@ class Eyes:
             landmarks[eye] *= near[eye, :, None]
             # The gap is linear in the displacement while the corners stay: one division finds the scale.
             closes = (open_gap - eye_gap(rest + landmarks[eye]))[eye]
-            scale = (1 - CLOSED) * open_gap[eye] / closes if closes > 1e-4 else 0.0  # landmarks without an eye: it stays as it is
+            closed = MODEL_CLOSED if learned is None else OWN_CLOSED
+            scale = (1 - closed) * open_gap[eye] / closes if closes > 1e-4 else 0.0  # landmarks without an eye: it stays as it is
             if learned is not None and scale > 0:
                 scale = max(scale, 1.0)
             shut_gap[eye] -= scale * closes
@@ -259,9 +264,10 @@ class Eyes:
             for eye, action in enumerate((right[0], left[1])):
                 travel = float(basis[action, IRISES[eye][0]].norm())
                 looks[way, action] = EYEBALL * RADIANS / travel if travel > 0 else 0.0
-        both = torch.maximum(near[0], near[1])
+        turned = torch.tensordot(looks, basis, 1) * near.amax(0)[:, None]
+        turned[:, np.concatenate(IRISES)] *= IRIS_GAIN
         return Eyes(
-            open_gap, shut_gap, expression, landmarks, looks, torch.tensordot(looks, basis, 1) * both[:, None],
+            open_gap, shut_gap, expression, landmarks, looks, turned,
             driving.expression.amin(0), driving.expression.amax(0), learned is not None,
         )  # fmt: skip
 
