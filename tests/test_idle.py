@@ -247,6 +247,16 @@ def test_lids_close_whether_learned_from_the_track_or_taken_from_the_model(blink
         assert seen.all()
 
 
+def test_a_wink_teaches_one_eye_only():
+    driving = track(200)
+    driving.landmarks[60] += 0.75 * actions()[idle.BLINK[0]] * 1.1
+    driving.landmarks[60] += 0.75 * actions()[idle.BLINK[1]] * 0.3
+    eyes = Eyes.of(driving, Face(driving))
+    assert eyes.learned and float(eyes.shut_expression[1, idle.BLINK[1]]) > 0.3  # the left eye's is the model's action, not an enlarged twitch
+    for eye in (0, 1):
+        assert abs(float(eye_gap(face() + eyes.shut_landmarks[eye])[eye])) < 0.25 * float(eyes.open_gap[eye])
+
+
 def test_lids_that_are_down_already_go_no_farther():
     avatar = Face(track(200, {60: 0.1}))
     idler = Idler(avatar.driving, avatar)

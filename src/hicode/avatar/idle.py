@@ -180,7 +180,7 @@ def eye_gap(landmarks: Float[Tensor, "*t 478 3"]) -> Float[Tensor, "*t 2"]:
 DIP = 0.72  # of the gap around it: below is a blink. A 40 ms frame and the track's smoothing leave some blinks half open
 SHUT = 0.5  # of the track's usual gap: below is shut, however long
 AROUND_S, LONGEST_BLINK_S = 0.6, 0.5
-LEARN_BELOW = 0.45  # a blink as deep as this shows how the subject's lids close
+LEARN_BELOW = 0.45  # of the gap beside it: a blink as deep as this shows how the subject's lids close
 # Gap of generated closed lids, of open. A subject's own blink is enlarged until the lids meet, and stays as it is if it goes farther. The 3DMM's goes on a little:
 # where nothing was learned of closed lids, they follow their landmarks less than wholly (the carrier averages over neighbours). More brings specks, not closure.
 OWN_CLOSED, MODEL_CLOSED = 0.0, -0.1
@@ -218,7 +218,7 @@ class Eyes:
     look_expression  "4 64"              a degree to the left, right, up, down; both eyes
     look_landmarks   "4 478 3"
     low, high        "64"                the expressions that the track has seen: beyond them nobody has taught the avatar anything
-    learned          whether lids close as the subject's do
+    learned          whether the track has such blinks
     """
 
     open_gap: Float[Tensor, "2"]
@@ -245,18 +245,16 @@ class Eyes:
         expression, landmarks, shut_gap = torch.zeros(2, 64), torch.zeros(2, 478, 3), open_gap.clone()
         for eye in range(2):
             own = list(EYE_ACTIONS[eye])
-            if learned is not None:
-                expression[eye, own], landmarks[eye] = learned[0][own], learned[1]
-            else:
-                expression[eye, BLINK[eye]], landmarks[eye] = 1.0, basis[BLINK[eye]]
-            landmarks[eye] *= near[eye, :, None]
             # The gap is linear in the displacement while the corners stay: one division finds the scale.
-            closes = (open_gap - eye_gap(rest + landmarks[eye]))[eye]
-            closed = MODEL_CLOSED if learned is None else OWN_CLOSED
-            scale = (1 - closed) * open_gap[eye] / closes if closes > 1e-4 else 0.0  # landmarks without an eye: it stays as it is
-            if learned is not None and scale > 0:
-                scale = max(scale, 1.0)
-            shut_gap[eye] -= scale * closes
+            closes_by = lambda moved, eye=eye: (open_gap - eye_gap(rest + moved))[eye]
+            if learned is not None and closes_by(learned[1]) > (1 - 1.5 * LEARN_BELOW) * open_gap[eye]:  # both eyes together were; a wink was not
+                expression[eye, own], landmarks[eye] = learned[0][own], learned[1] * near[eye, :, None]
+                scale = max(1.0, (1 - OWN_CLOSED) * open_gap[eye] / closes_by(landmarks[eye]))
+            else:
+                expression[eye, BLINK[eye]], landmarks[eye] = 1.0, basis[BLINK[eye]] * near[eye, :, None]
+                closes = closes_by(landmarks[eye])
+                scale = (1 - MODEL_CLOSED) * open_gap[eye] / closes if closes > 1e-4 else 0.0  # landmarks without an eye: it stays as it is
+            shut_gap[eye] -= scale * closes_by(landmarks[eye])
             expression[eye] *= scale
             landmarks[eye] *= scale
         looks = torch.zeros(4, 64)
