@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hicode.errors import InputError
-from hicode.evaluation.languages import closure_rates, closures_due
+from hicode.evaluation.languages import closure_rates, closures_due, landmark_gap, lines, measure_languages
 from hicode.face.model import HeadModel
 from hicode.motion import LOWER_LIP_INNER, UPPER_LIP_INNER
 from hicode.speech import espeak as espeak_module
@@ -303,6 +303,22 @@ def test_every_p_b_m_of_every_language_closes_the_lips_of_the_truth(everything):
         assert rate.closure.due >= 4 and rate.closure.recall == 1, (language, rate)
         # An f is a gap of 2 mm in the middle: a quiet speaker's is taken for closed now and then.
         assert rate.closure.elsewhere < 0.05 and rate.open_vowel > 4 * rate.bilabial
+
+
+@needs_espeak
+def test_languages_are_measured_of_anything_that_gives_a_gap():
+    lengths = []
+
+    def agape(samples):
+        lengths.append(len(samples))
+        return np.full(len(samples) // 640, 0.1)
+
+    rates = measure_languages(agape, per_language=2, languages=("en", "cmn"))
+    assert set(rates) == {"en", "cmn"} and len(lengths) == 4 and all(n % 640 == 0 for n in lengths)
+    assert all(r.closure.recall == 0 and r.closure.elsewhere == 0 and r.open_vowel == pytest.approx(0.1) for r in rates.values())
+    assert len(lines(rates)) == 4
+    held = face(viseme_expression((Phone(0.0, 0.4, "a"),), 10, still(Style())))
+    assert landmark_gap(held)[5] == pytest.approx(lip_gap(held)[5] / 0.814, rel=1e-2)  # the mean head's eyes are 8.1 cm apart
 
 
 @needs_espeak

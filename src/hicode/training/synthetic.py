@@ -150,24 +150,29 @@ def _language(k: int, config: CorpusConfig, languages: tuple[str, ...]) -> str:
     return "en" if english_now > english_before else others[(k - english_before) % len(others)]
 
 
-def spoken(
-    utterance: Utterance, speaker: Speaker, encode: Encode, rng: np.random.Generator, head: HeadModel | None = None
-) -> SyntheticExample:
-    """An utterance as this speaker's recording: silence or a breath before and after, a room's noise below it all."""
-    head = head or HeadModel.load()
+def recorded(utterance: Utterance, rng: np.random.Generator) -> tuple[Float32[np.ndarray, "n"], tuple[Phone, ...]]:
+    """An utterance as a microphone hears it, and its phones in that time: silence or a breath before, silence after, a room's noise below it all,
+    at some level. A whole number of frames."""
     level = speech_level(utterance.samples)
     before_s, after_s = rng.uniform(0.3, 0.7, 2)
     before = np.zeros(round(before_s * RATE_HZ), np.float32)
     if rng.random() < 0.4:
-        before += 0.12 * level * _breath(len(before), rng)
+        before += (0.12 * level * _breath(len(before), rng)).astype(np.float32)
     samples = np.concatenate([before, utterance.samples, np.zeros(round(after_s * RATE_HZ), np.float32)])
     samples = np.pad(samples, (0, -len(samples) % SAMPLES_PER_FRAME))
     samples += (level * 10 ** rng.uniform(-3.0, -1.6) * _pink(len(samples), rng)).astype(np.float32)
     samples *= np.float32(10 ** rng.uniform(-1.6, -0.9) / level)
     shift = len(before) / RATE_HZ
-    phones = tuple(Phone(p.start_s + shift, p.end_s + shift, p.ipa) for p in utterance.phones)
+    return samples.clip(-1, 1), tuple(Phone(p.start_s + shift, p.end_s + shift, p.ipa) for p in utterance.phones)
+
+
+def spoken(
+    utterance: Utterance, speaker: Speaker, encode: Encode, rng: np.random.Generator, head: HeadModel | None = None
+) -> SyntheticExample:
+    """An utterance as this speaker's recording."""
+    samples, phones = recorded(utterance, rng)
     frames = len(samples) // SAMPLES_PER_FRAME
-    example = _example(samples, phones, speaker, encode, head, int(rng.integers(2**31)), speaking_frames(samples, frames))
+    example = _example(samples, phones, speaker, encode, head or HeadModel.load(), int(rng.integers(2**31)), speaking_frames(samples, frames))
     return SyntheticExample(example, samples, torch.from_numpy(frame_classes(phones, frames)), phones, speaker.language)
 
 
