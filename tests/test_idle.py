@@ -396,6 +396,12 @@ def test_the_frame_that_holds_best_has_open_eyes_and_a_usual_head():
     assert t >= 51 and min(abs(t - b) for b in (20, 60, 100)) > 5
 
 
+@pytest.mark.parametrize("frames", [1, 2, 8])
+def test_a_track_of_a_few_frames_serves(frames):
+    for still in (False, True):
+        assert len(list(synthesize_motion(Face(track(frames)), speechlike(0.3), still=still))) == 8
+
+
 @pytest.mark.parametrize("still", [False, True])
 def test_streaming_equals_offline_while_idling(still):
     audio = np.concatenate([speechlike(3.0), np.zeros(2 * AUDIO_RATE_HZ, np.float32)])
