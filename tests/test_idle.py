@@ -29,7 +29,7 @@ from hicode.geometry import axis_angle_from_rotation, transform
 from hicode.motion import Motion, bounce
 from hicode.speech.encoder import speech_level
 from hicode.synthesis import AUDIO_RATE_HZ, Stream, speak, synthesize, synthesize_motion
-from test_synthesis import FakeAvatar, speechlike
+from test_synthesis import FakeAvatar, source_video, speechlike
 
 FPS = 25
 EYE = {1: 0.3, 0: -0.3}  # x of the eyes' middle: left, right
@@ -396,6 +396,12 @@ def test_the_frame_that_holds_best_has_open_eyes_and_a_usual_head():
     assert t >= 51 and min(abs(t - b) for b in (20, 60, 100)) > 5
 
 
+@pytest.mark.parametrize("frames", [1, 2, 8])
+def test_a_track_of_a_few_frames_serves(frames):
+    for still in (False, True):
+        assert len(list(synthesize_motion(Face(track(frames)), speechlike(0.3), still=still))) == 8
+
+
 @pytest.mark.parametrize("still", [False, True])
 def test_streaming_equals_offline_while_idling(still):
     audio = np.concatenate([speechlike(3.0), np.zeros(2 * AUDIO_RATE_HZ, np.float32)])
@@ -427,3 +433,16 @@ def test_every_way_to_speak_takes_the_same_options():
     for function in (Stream.__init__, synthesize, synthesize_motion, speak):
         parameters = inspect.signature(function).parameters
         assert {name: parameters[name].default for name in ("start", "still", "blinks", "seed")} == {"start": None, "still": False, "blinks": True, "seed": 0}
+
+
+def test_a_held_frame_goes_back_into_its_source(tmp_path):
+    """Original size: one frame of the source is read, and shown throughout."""
+    from hicode.media.video import read_video
+
+    source_video(tmp_path / "source.mp4")
+    avatar = Face()
+    avatar.source = {"path": str(tmp_path / "source.mp4"), "crop_box": [30, 10, 64]}
+    spoken = speak(avatar, speechlike(1.0), tmp_path / "out.mp4", original_size=True, still=True, start=12, progress=False)
+    corners = [int(frame[5, 5, 0]) for frame in read_video(tmp_path / "out.mp4")]
+    assert spoken.frames == len(corners) == 25
+    assert all(abs(grey - (100 + 3 * 12)) <= 2 for grey in corners)  # H.264 on flat grey is off by a level or two

@@ -407,7 +407,7 @@ def still_frame(driving: Motion) -> int:
     """The driving frame that holds best: eyes open, no blink near it, the head where it usually is and not moving."""
     reach = round(0.2 * driving.fps)
     gap = eye_gap(driving.landmarks).mean(1).numpy()
-    busy = np.convolve(own_blinks(driving), np.ones(2 * reach + 1), "same") > 0
+    busy = near_own_blinks(own_blinks(driving), np.clip(np.arange(-reach, len(driving) + reach), 0, len(driving) - 1), reach)
     poses = driving.T_camera_head.numpy()
     usual = driving.T_camera_head[:, :3, :3].mean(0)
     u, _, v = torch.linalg.svd(usual)
