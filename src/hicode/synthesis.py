@@ -34,7 +34,7 @@ from hicode.files import check_writable
 from hicode.motion import Motion, bounce
 from hicode.progress import progress_bar
 from hicode.runtime import Device, resolve_device
-from hicode.speech.encoder import SAMPLES_PER_FEATURE, create_encoder, level_of_frames, speech_level
+from hicode.speech.encoder import SAMPLES_PER_FEATURE, level_of_frames, speech_level
 from hicode.threads import frame_pool
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Stream:
         if avatar.speech is None:
             raise InputError("The avatar has no speech models: its clip had no sound. Train it on a clip with sound.")
         if encoder is None:
-            encoder = create_encoder(avatar.speech.encoder)
+            encoder = avatar.speech.encoder_for()
         if encoder.name != avatar.speech.encoder:
             raise InputError(
                 f"The avatar's speech models take features of the {avatar.speech.encoder} encoder, not {encoder.name}. Leave the encoder out."
