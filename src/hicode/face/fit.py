@@ -163,8 +163,8 @@ def refit_expressions(
     """The track with other poses (`hicode.face.skull`), which stay as they are: expressions, slips and canonical landmarks are found anew under them.
 
     Slips are larger here than in `fit_track`, a px or two for seconds: not the network's shake, but the face against the skull. Lips rendered without it
-    would be beside where they are seen. So landmarks inside the face stay where `track` has them before the camera, where flow has already taken out the
-    shake. Those on the outline lose the slip: they lie on a silhouette, and ears, hair and neck, which follow the skull better, hang on them.
+    would be beside where they are seen. So landmarks inside the face are seen where `track`'s are, from which flow has already taken out
+    the shake. Those on the outline lose the slip: they lie on a silhouette, and ears, hair and neck, which follow the skull better, hang on them.
 
     Identity and focal length are the track's. Training and test frames are separate segments, as in `fit_track`.
     """
@@ -185,12 +185,13 @@ def refit_expressions(
     segments = np.split(np.arange(len(points)), edges)
     for number, segment in enumerate(segments):
         _fit_segment(problem, state, segment, lambda x, n=number: progress and progress((n + x) / len(segments)))
-    found_anew = _track(problem, state)
-    landmarks = found_anew.motion.landmarks
-    carried = torch.linalg.inv(found_anew.motion.T_camera_head.double()) @ track.motion.T_camera_head.double()
-    seated = (track.motion.landmarks.double() @ carried[:, :3, :3].transpose(1, 2) + carried[:, None, :3, 3]).float()
+    anew = _track(problem, state)
+    view = lambda motion: Camera(track.camera.K.expand(len(track), 3, 3), motion.T_camera_head, problem.width, problem.height)
+    seen = view(track.motion).project(track.motion.landmarks)[0]
+    # The depth is the new one: poses of the two differ by millimetres along the ray, which nobody sees and which would shake the landmarks.
+    seated = view(anew.motion).unproject(seen, view(anew.motion).project(anew.motion.landmarks)[1])
     inside = _inside_face(problem, state.identity, config.outline_mm * 0.01)
-    return replace(found_anew, motion=replace(found_anew.motion, landmarks=torch.lerp(landmarks, seated, inside[:, None])))
+    return replace(anew, motion=replace(anew.motion, landmarks=torch.lerp(anew.motion.landmarks, seated, inside[:, None])))
 
 
 def _inside_face(problem: "_Problem", identity: np.ndarray, reach: float) -> Float[Tensor, "478"]:
