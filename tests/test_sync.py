@@ -1,15 +1,21 @@
 """The audio-video offset: its sign, its resolution, its controls."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from benchmarks import sync as benchmark
 
+from hicode.errors import FileFormatError, InputError
+from hicode.files import save_tensors
 from hicode.speech import sync
 from hicode.speech.sync import (
     RELIABLE_MARGIN,
     SyncModel,
+    SyncResult,
+    area_under_curve,
     estimate_offset,
     fit_sync,
     in_context,
@@ -17,6 +23,8 @@ from hicode.speech.sync import (
     mouth_measures,
     shuffled_control,
     sync_auc,
+    window_scores,
+    windowed_offsets,
 )  # fmt: skip
 
 DIM = 6
@@ -85,6 +93,64 @@ def test_areas_tell_right_from_wrong_and_chance_is_a_half(model):
     assert math.isnan(sync_auc(features, landmarks, [], 2, model=model)[1])
 
 
+def test_an_offset_beyond_the_lags_is_refused(model):
+    with pytest.raises(InputError, match="beyond ±10"):
+        sync_auc(*_clip(300, 0, 5), offset_frames=11, model=model)
+
+
+def test_area_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    right, wrong = torch.from_numpy(rng.integers(0, 6, 30)), torch.from_numpy(rng.integers(0, 5, (4, 9)))  # with ties
+    pairs = [(a > b) + 0.5 * (a == b) for a in right.tolist() for b in wrong.flatten().tolist()]
+    assert area_under_curve(right, wrong) == pytest.approx(np.mean(pairs), abs=1e-12)
+
+
+def test_windows_show_where_the_offset_changes(model):
+    features, landmarks = _clip(400, 0, 12)
+    later = torch.cat([landmarks[:200], landmarks[196:396]])  # from frame 200 on, the mouth is 4 frames later
+    found = windowed_offsets(features, later, model, step=10)
+    assert [start for start, _ in found] == list(range(10, 341, 10))
+    for start, result in found:
+        if start + 50 <= 200 or start >= 200:
+            assert result.offset_frames == pytest.approx(0 if start < 200 else 4, abs=0.5) and result.frames == 50
+
+
+def test_a_window_reads_its_own_frames_and_no_others(model):
+    """Everything else in disorder (the same frames, so that standardisation over the clip stays as it was), the score is the same."""
+    features, landmarks = _clip(120, 0, 13)
+    starts, scores = window_scores(model.hear(features), model.see(landmarks), step=25)
+    order = np.random.default_rng(0).permutation([*range(35), *range(85, 120)])
+    mixed = torch.tensor([*order[:35], *range(35, 85), *order[35:]])
+    again = window_scores(model.hear(features.unflatten(0, (-1, 2))[mixed].flatten(0, 1)), model.see(landmarks[mixed]), step=25)[1]
+    middle, none = starts.index(35), sync.MAX_LAG_FRAMES
+    assert float(again[middle, none]) == pytest.approx(float(scores[middle, none]), abs=1e-5)
+    assert (again - scores).abs().max() > 0.05
+
+
+def test_short_clips_have_no_windows(model):
+    features, landmarks = _clip(69, 0, 3)
+    assert windowed_offsets(features, landmarks, model) == []
+    assert len(windowed_offsets(*_clip(70, 0, 3), model)) == 1
+
+
+def test_a_shorter_clip_needs_a_larger_margin():
+    assert SyncResult(0.0, 0.3, 0.5, 200).reliable and not SyncResult(0.0, 0.3, 0.5, 60).reliable
+    assert SyncResult(0.0, 0.6, 0.5, 50).reliable and not SyncResult(0.0, 0.2, 0.5, 100_000).reliable
+
+
+def test_mouth_filters_are_uncorrelated_and_what_they_see_is_predicted_best(model):
+    """On the training clips: unit variance each; correlations with the prediction fall from the last to the first."""
+    clips = [_clip(200, 0, seed) for seed in range(4)]
+    seen = torch.cat([model.see(landmarks) for _, landmarks in clips]).double()
+    heard = torch.cat([model.hear(features) for features, _ in clips]).double()
+    covariance = seen.T @ seen / len(seen)
+    # The ridge of a hundredth of the mean variance takes some off the weak ones.
+    assert covariance.diagonal().max() <= 1.0 + 1e-3 and covariance.diagonal()[-3:].min() > 0.9
+    assert (covariance - covariance.diagonal().diag()).abs().max() < 0.1
+    explained = (seen * heard).mean(0)
+    assert (explained.diff() > -1e-3).all()
+
+
 def test_nothing_to_go_by_gives_zero_without_a_margin(model):
     features, landmarks = _clip(200, 0, 3)
     for f, l in ((features[:60], landmarks), (torch.zeros_like(features), landmarks), (features, landmarks[:1].expand(200, -1, -1))):
@@ -122,3 +188,50 @@ def test_files_give_the_model_back(model, tmp_path):
 def test_the_shipped_model_has_not_seen_the_evaluation_clips():
     learned = SyncModel.load().learned_from
     assert learned and not set(learned) & {"radio2", "markey", "khill", "german"}
+
+
+def test_files_of_another_version_are_refused(tmp_path):
+    save_tensors(tmp_path / "old.safetensors", {"weight": torch.zeros(2, 4)}, "hicode-sync", 1, {})
+    with pytest.raises(FileFormatError, match="version"):
+        SyncModel.load(tmp_path / "old.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------- benchmarks/sync
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Four speakers, one of them in six short clips."""
+    (tmp_path / "examples").mkdir()
+    for seed, speaker in enumerate(["a", "b", "c", *["many"] * 6]):
+        features, landmarks = _clip(80 if speaker == "many" else 240, seed % 2, 30 + seed)
+        tensors = {"features": torch.stack([features, 0 * features]).half(), "landmarks": landmarks}
+        save_tensors(tmp_path / "examples" / f"{speaker}~{seed}.safetensors", tensors, "corpus-example", 1, {"speaker": speaker, "offset_frames": 0.0})
+    return tmp_path
+
+
+def test_the_benchmark_tells_truth_from_shuffled_sound(corpus):
+    lines, pooled = benchmark.measure(benchmark.load_corpus(corpus, (), 60), None, ())
+    windows, shifted, mismatched, nearest, _, _ = pooled.figures()
+    assert windows > 30 and min(shifted, mismatched) > 0.98 and nearest == 1
+    names = [cells[0] for cells in lines]
+    assert names[1:5] == ["· a", "· b", "· c", "· many"] and names[5].startswith("shuffled")
+    assert 0.2 < float(lines[5][2]) < 0.8 and float(lines[5][4]) < 60
+
+
+def test_a_half_that_is_scored_does_not_say_its_own_offset(corpus, model):
+    clips = benchmark.load_corpus(corpus, (), 60)["a"]
+    (_, first, by_second), _ = benchmark.judged(clips, model)
+    spoilt = replace(clips[0], landmarks=torch.cat([clips[0].landmarks[: len(first)].flip(0), clips[0].landmarks[len(first) :]]))
+    assert benchmark.judged([spoilt], model)[0][2] == by_second
+    assert benchmark.judged([spoilt], model)[1][2] != benchmark.judged(clips, model)[1][2]
+
+
+def test_the_benchmark_keeps_scored_only_speakers_out_of_every_model(corpus):
+    judges = benchmark.models(benchmark.load_corpus(corpus, (), 60), ("b",))
+    assert judges["a"].learned_from == ("c", "many") and judges["b"].learned_from == ("a", "c", "many")
+
+
+def test_without_a_corpus_the_benchmark_says_how_to_make_one(tmp_path):
+    with pytest.raises(SystemExit, match="pretrain_speech.py track"):
+        benchmark.load_corpus(tmp_path, (), 60)

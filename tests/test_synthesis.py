@@ -11,6 +11,7 @@ import torch
 
 from hicode.avatar.compositor import dilate_mask
 from hicode.avatar.driving import SilenceConfig, SilenceGate, frame_rms, merge_motion, resting_mouth
+from hicode.camera import Camera
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
 from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion, bounce
 from hicode.render import Rendering
@@ -64,6 +65,11 @@ class FakeAvatar:
     def __post_init__(self):
         self.mouth_expression = torch.arange(64) < 40
         self.mouth_landmark_weight = torch.linspace(0, 1, 478)
+
+        self.camera = Camera(torch.tensor([[70.0, 0, 32], [0, 70, 32], [0, 0, 1]]), torch.eye(4), SIZE, SIZE)
+
+    def landmark_actions(self) -> torch.Tensor:
+        return torch.zeros(64, 478, 3)
 
     def driving_frame(self, t: int) -> np.ndarray:
         assert 0 <= t < len(self.driving)

@@ -106,8 +106,11 @@ def _speak() -> Callable:
         out: Out,
         original_size: bool = False,
         source_video: Path | None = None,
-        start: int = 0,
+        start: int | None = None,
         rest: bool = True,
+        still: bool = False,
+        blinks: bool = True,
+        seed: int = 0,
         device: Device = "auto",
     ) -> None:
         """Make an avatar speak: an MP4 with sound.
@@ -118,14 +121,19 @@ def _speak() -> Callable:
             out: The video, ending in .mp4.
             original_size: Paste the head back into the video that the avatar came from, at that video's size.
             source_video: Where that video is, should it have moved.
-            start: Driving frame to begin with.
+            start: Driving frame to begin with; the first if not given, with --still one that holds well.
             rest: Let the lips rest in silence.
+            still: Hold one frame of the driving video instead of playing it back and forth; blinks, gaze and small movements of
+                the head are generated.
+            blinks: Blink where the driving video has no blink for long; with --still, at all.
+            seed: Of blinks, gaze and head.
             device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         _check_device(device)
         spoken = speak(
-            avatar, audio, out, original_size=original_size, source_video=source_video, start=start, rest=rest, device=device
-        )
+            avatar, audio, out, original_size=original_size, source_video=source_video, start=start, rest=rest, still=still, blinks=blinks,
+            seed=seed, device=device,
+        )  # fmt: skip
         print(spoken)
 
     return run

@@ -3,7 +3,8 @@
     sound ──encoder──▶ features ──Faceformers──▶ mouth ──rest in silence──▶ merged with the driving track ──▶ Motion ──▶ frame
 
 Frame i shows while samples 640 i … 640 (i + 1) of the 16 kHz sound are heard, at 25 fps. Head pose, eyes, upper face and background come from
-the avatar's driving track, which runs back and forth as long as the sound lasts. Memory does not grow with the sound.
+the avatar's driving track, which runs back and forth as long as the sound lasts; where it never blinks, blinks are added. Or one driving frame is held,
+still, and eyes and head idle (`hicode.avatar.idle`). Memory does not grow with the sound.
 
 Frames do not depend on each other once their motion is known: each is rendered by one thread from beginning to end, a few at once, and they come out
 in order. Sound and video encoding run meanwhile on the caller's thread.
@@ -27,6 +28,7 @@ from jaxtyping import Float, UInt8
 
 from hicode.avatar.compositor import compose, dilate_mask
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
+from hicode.avatar.idle import Idler, head_room, near_own_blinks, neck, own_blinks, still_frame
 from hicode.errors import InputError, OutputError
 from hicode.files import check_writable
 from hicode.motion import Motion, bounce
@@ -114,11 +116,15 @@ class Stream:
             show(frame)
 
     A frame comes `latency_s` after its sound. `level` is the speech's RMS where it is known beforehand (a file), else a running estimate;
-    `start` is the driving frame to begin with; `rest=False` leaves the mouth to the speech models in silence too. Raises InputError where the
-    avatar has no speech models.
+    `rest=False` leaves the mouth to the speech models in silence too. `start` is the driving frame to begin with (the first); with `still`, the one
+    that is held (one that holds well), while blinks, gaze and small movements of the head are generated from `seed`. Blinks are also added to a running
+    driving track where it has none for long; `blinks=False` adds none. Raises InputError where the avatar has no speech models or no such frame.
     """
 
-    def __init__(self, avatar: "Avatar", level: float | None = None, start: int = 0, rest: bool = True, encoder=None):
+    def __init__(
+        self, avatar: "Avatar", level: float | None = None, start: int | None = None, rest: bool = True, encoder=None,
+        still: bool = False, blinks: bool = True, seed: int = 0,
+    ):  # fmt: skip
         if avatar.speech is None:
             raise InputError("The avatar has no speech models: its clip had no sound. Train it on a clip with sound.")
         if encoder is None:
@@ -144,7 +150,14 @@ class Stream:
         self._motions: deque[_Waiting] = deque()
         self._pool = frame_pool()
         self.ahead = 2 * torch.get_num_threads()  # frames rendered at once, or before they are asked for
-        self._start, self._received, self._moved, self._flushed = start, 0, 0, False
+        self.still, self.start = still, _driving_start(avatar.driving, start, still)
+        self._received, self._moved, self._flushed = 0, 0, False
+        self._idler = self._own = None
+        if still:
+            pivot = neck(avatar.driving)
+            self._idler = Idler(avatar.driving, avatar, True, blinks, seed, pivot, head_room(avatar, self.start, pivot))
+        elif blinks:
+            self._idler, self._own = Idler(avatar.driving, avatar, seed=seed), own_blinks(avatar.driving)
 
     def push(self, samples: Float[np.ndarray, "n"]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """The frames that became complete, rendered as they are asked for (and `ahead` more at once); what is not asked for comes with a later call.
@@ -237,12 +250,26 @@ class Stream:
             self._gates = self._gates[count:]
             expression = torch.lerp(self._rest[0], expression, gate[:, None])
             landmarks = torch.lerp(self._rest[1], landmarks, gate[:, None, None])
-        indices = bounce(len(self.avatar.driving), self._start + self._moved, count)
+        indices = self._played(0, count)
         motion = merge_motion(self.avatar.driving[indices], expression, landmarks, self.avatar)
+        if self._idler is not None:
+            motion = self._idler(motion, self._near_own_blink(count))
         if self._heard is not None:
             motion = replace(motion, speech=self._frame_features(count))
         self._motions.extend(_Waiting(int(t), motion[i : i + 1]) for i, t in enumerate(indices))
         self._moved += count
+
+    def _played(self, begin: int, end: int) -> np.ndarray:
+        """Driving frames of the frames from `begin` to `end`, counted from the next one."""
+        if self.still:
+            return np.full(end - begin, self.start)
+        return bounce(len(self.avatar.driving), self.start + self._moved + begin, end - begin)
+
+    def _near_own_blink(self, count: int) -> np.ndarray:
+        if self._own is None:
+            return np.zeros(count, bool)
+        within = round(self._idler.config.own_blink_s * self.avatar.driving.fps)
+        return near_own_blinks(self._own, self._played(-within, count + within), within)
 
     @torch.inference_mode()
     def _frame(self, t: int, motion: Motion) -> UInt8[np.ndarray, "h w 3"]:
@@ -259,9 +286,18 @@ class Stream:
         return out
 
 
+def _driving_start(driving: Motion, start: int | None, still: bool) -> int:
+    if start is None:
+        return still_frame(driving) if still else 0
+    if start < 0 or (still and start >= len(driving)):
+        raise InputError(f"There is no driving frame {start}: they run from 0 to {len(driving) - 1}. Choose one of them with --start.")
+    return start
+
+
 def synthesize(
-    avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int = 0, rest: bool = True
-) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int | None = None, rest: bool = True,
+    still: bool = False, blinks: bool = True, seed: int = 0,
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:  # fmt: skip
     """The frames of a whole sound, ceil(n / 640) of them, rendered a few before they are asked for: a `Stream`, drained.
 
     audio: float32 mono at 16 kHz. Raises InputError where it is empty, not finite, not mono, or the avatar cannot speak.
@@ -269,16 +305,17 @@ def synthesize(
     audio = _checked(audio)
     if len(audio) == 0:
         raise InputError("The sound is empty. Give a file with speech.")
-    stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest)
+    stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest, still=still, blinks=blinks, seed=seed)
     return (frame for _, frame in _drained(stream, [audio]))
 
 
 def synthesize_motion(
-    avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int = 0, rest: bool = True
-) -> Iterator[tuple[int, Motion]]:
+    avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int | None = None, rest: bool = True,
+    still: bool = False, blinks: bool = True, seed: int = 0,
+) -> Iterator[tuple[int, Motion]]:  # fmt: skip
     """What `synthesize` renders: for each frame the driving frame and the motion of one frame."""
     audio = _checked(audio)
-    stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest)
+    stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest, still=still, blinks=blinks, seed=seed)
     for _ in _heard(stream, [audio]):
         yield from stream.motion()
 
@@ -341,16 +378,22 @@ def speak(
     *,
     original_size: bool = False,
     source_video: Path | str | None = None,
-    start: int = 0,
+    start: int | None = None,
     rest: bool = True,
+    still: bool = False,
+    blinks: bool = True,
+    seed: int = 0,
     device: Device = "auto",
     progress: bool = True,
 ) -> Spoken:
     """Write an MP4 (H.264 and AAC, 25 fps) of the avatar speaking `audio`: a sound or video file, or 16 kHz samples.
 
     original_size  paste the head back into the frames of the video that the avatar came from; `source_video` says where that is now
-    start          driving frame to begin with
+    start          driving frame to begin with: the first if not given, with `still` one that holds well
     rest           let the lips rest in silence
+    still          hold one driving frame; eyes and head idle
+    blinks         add blinks where the driving track has none of its own
+    seed           of what idles
     device         where the head is rendered; speech and video stay on the CPU
 
     Memory does not grow with the sound. The file appears when it is whole. Raises InputError for a
@@ -367,9 +410,9 @@ def speak(
     if (place := resolve_device(device)) != "cpu":
         avatar = avatar.to(place)
     sound = _Sound.of(audio)
-    stream = Stream(avatar, level=sound.level, start=start, rest=rest)
+    stream = Stream(avatar, level=sound.level, start=start, rest=rest, still=still, blinks=blinks, seed=seed)
     total = -(-sound.samples // SAMPLES_PER_FRAME)
-    original = _Original(avatar, source_video, start, total, out.parent) if original_size else None
+    original = _Original(avatar, source_video, stream.start, 1 if still else total, out.parent) if original_size else None
     height, width = avatar.plate.shape[:2]
     width, height = (width, height) if original is None else original.size
     started = time.perf_counter()

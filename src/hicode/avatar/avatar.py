@@ -106,6 +106,15 @@ class Avatar:
         """Whether speech features move it directly (Table 2's None): its motion must carry them."""
         return self.deformation.config.coarse == "audio"
 
+    def landmark_actions(self) -> Float[Tensor, "64 478 3"]:
+        """How the landmarks move with each of the 3DMM's actions."""
+        if self.deformation.carrier is not None:
+            return self.deformation.carrier.landmark_basis
+        from hicode.face.model import HeadModel
+
+        model = HeadModel.load()
+        return model.landmarks(model.expression_basis)
+
     @torch.no_grad()
     def deformed(self, motion: Motion, t: int) -> Gaussians:
         """Eqs 7-8 at frame t of a motion."""

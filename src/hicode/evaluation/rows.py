@@ -50,6 +50,8 @@ DEFINITIONS = {
     "sync_offset_frames": "frames by which the mouth is later than the sound, by hicode.speech.sync (not SyncNet)",
     "sync_margin": "correlation at that offset less the median over offsets; `sync_margin_shuffled` with the sound rotated",
     "sync_auc_shifted": "how surely two seconds of mouth tell their sound from the same sound 5 ... 10 frames off",
+    "sync_windows": "windows of two seconds, 10 frames apart: frame at which each begins, its own offset and margin",
+    "sync_windows_near": "share of them whose offset is within a frame of the row's",
     "closure": f"share of the p, b and m due in which the inner lips come nearer than {CLOSED} of the eye distance",
     "closed_elsewhere": "share of the other frames in which they do: a mouth that never opens has 1 of both",
     "motion_in_silence": f"change of the mouth's opening a frame in silence ({-SILENCE_DB:.0f} dB under the speech) over that in speech",
@@ -175,7 +177,7 @@ def _say_why(out: dict, heard: dict, findings: Findings, due: list | None, sound
 
 def _sync(rows: dict[str, Row], heard: dict, findings: Findings, sound_missing: str) -> dict[str, dict]:
     """Sync of each row's mouth with its sound; None where it cannot be known."""
-    nothing = {"sync_offset_frames": None, "sync_margin": None}
+    nothing = {"sync_offset_frames": None, "sync_margin": None, "sync_windows": None, "sync_windows_near": None}
     out = {name: dict(nothing) for name in rows}
     frames = len(rows["ground_truth"].points)
     if all(sound is None for sound in heard.values()):
@@ -184,7 +186,7 @@ def _sync(rows: dict[str, Row], heard: dict, findings: Findings, sound_missing: 
     if frames < MIN_SYNC_FRAMES:
         findings.not_measured["sync"] = f"{frames} frames, at least {MIN_SYNC_FRAMES} (two seconds) are needed"
         return out
-    from hicode.speech.sync import SyncModel, estimate_offset, shuffled_control, sync_auc
+    from hicode.speech.sync import SyncModel, estimate_offset, shuffled_control, sync_auc, windowed_offsets
 
     try:
         model = SyncModel.load()
@@ -204,12 +206,18 @@ def _sync(rows: dict[str, Row], heard: dict, findings: Findings, sound_missing: 
             auc = sync_auc(features, landmarks, offset_frames=round(result.offset_frames), model=model)[0]
         else:
             findings.not_measured["AUC of sync"] = f"{frames} frames hold too few windows: at least {MIN_AUC_FRAMES} are needed"
+        windows = windowed_offsets(features, landmarks, model)
+        near = [w.margin > 0 and abs(w.offset_frames - result.offset_frames) <= 1 for _, w in windows]
         out[name] = {
             "sync_offset_frames": result.offset_frames if result.margin > 0 else None,
             "sync_margin": result.margin,
             "sync_margin_shuffled": shuffled_control(features, landmarks, model).margin,
             "sync_auc_shifted": auc if np.isfinite(auc) else None,
             "sync_reliable": bool(result.reliable),
+            "sync_windows": [
+                {"start_frame": start, "offset_frames": w.offset_frames, "margin": w.margin} for start, w in windows
+            ],
+            "sync_windows_near": float(np.mean(near)) if near else None,
         }
     return out
 

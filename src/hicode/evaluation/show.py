@@ -49,6 +49,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("sync", "margin", ("sync_margin",), 2, 1),
     Column("sync", "shuffled", ("sync_margin_shuffled",), 2),
     Column("sync", "AUC", ("sync_auc_shifted",), 2, 1),
+    Column("sync", "near", ("sync_windows_near",), 2, 1),
     Column("AVConf", "LSE-C", ("avconf", "confidence"), 2, 1),
     Column("AVConf", "LSE-D", ("avconf", "distance"), 2, -1),
     Column("AVConf", "offset", ("avconf", "offset_frames"), 0),

@@ -1,61 +1,84 @@
 """Audio-video offset: how many frames the mouth is later than the sound.
 
-A ridge regression predicts four mouth measures (opening, width, lip height, jaw) from speech features; the lag at which prediction and picture
-correlate best is the offset. It ships with weights learned from speakers that are in no evaluation clip (tools/pretrain_speech.py says which),
-so it also serves as a score; it is not SyncNet, and is never called AVConf. Every score has a control: the same features rotated in time.
+Sound and mouth are turned into the same DIRECTIONS numbers a frame: the mouth by filters over seven frames of four
+measures (opening, width, lip height, jaw), the sound by the ridge regression that predicts them from six frames of
+speech features. The filters are those that sound predicts best, so they see how a mouth moves, not only how it stands:
+what makes two seconds tell one lag from the next. The lag at which both correlate best is the offset. It ships with
+weights learned from speakers that are in no evaluation clip (tools/pretrain_speech.py says which), so it also serves as
+a score; it is not SyncNet, and is never called AVConf. Every score has a control: the same features rotated in time.
+`python -m benchmarks.sync` measures it on speakers that it has not seen.
+
+Lags are in frames, positive where the mouth is later than the sound. k = DIRECTIONS.
 """
 
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hicode.errors import InputError
 from hicode.files import load_tensors, save_tensors
 from hicode.motion import LEFT_EYE_OUTER, MOUTH_CORNERS_INNER, RIGHT_EYE_OUTER
 
 MAX_LAG_FRAMES = 10
 PRINCIPAL = 96
 CONTEXT_FRAMES = range(-2, 4)  # frames of features that predict a frame: lips move before they are heard
-# Sound and picture of different speakers, 8 s long, 56 pairs: margins of .11 in the median, .21 at 95 %, .23 at most; of the same: .40 at least.
+MOUTH_FRAMES = range(-3, 4)  # frames of mouth that a filter sees
+DIRECTIONS = 8
+WINDOW_FRAMES = 50
+# Margins of clips of 9 speakers that the fit had not seen, with their sound (21 stretches of 8 s) and with another
+# speaker's (336): with their own .34 and more, with others' .10 in the median, .22 at 99 %, .26 at most. Chance falls
+# with the length: its 99 % are .49, .36, .33, .26, .22 at 2, 3, 4, 6, 8 s, or CHANCE / √frames. Their own sound's
+# offset was within a frame in every stretch of every length, whatever its margin.
 RELIABLE_MARGIN = 0.25
+CHANCE_MARGIN = 3.3
 
 _WEIGHTS = Path(__file__).parent.parent / "weights" / "sync.safetensors"
-_SCHEMA, _VERSION = "hicode-sync", 1
+_SCHEMA, _VERSION = "hicode-sync", 2
 
 
 @dataclass(frozen=True)
 class SyncResult:
-    """offset_frames: positive where the mouth is later than the sound, to a fraction of a frame. margin: correlation at the best lag minus its
-    median over all lags. correlation: at the best lag. reliable: whether an offset so estimated should be believed."""
+    """offset_frames: positive where the mouth is later than the sound, to a fraction of a frame. margin: correlation at
+    the best lag minus its median over all lags. correlation: at the best lag. frames: of the clip. reliable: whether an
+    offset so estimated should be believed, which takes a larger margin of a shorter clip."""
 
     offset_frames: float
     margin: float
     correlation: float
+    frames: int
 
     @property
     def reliable(self) -> bool:
-        return self.margin >= RELIABLE_MARGIN
+        return self.margin >= max(RELIABLE_MARGIN, CHANCE_MARGIN / max(self.frames, 1) ** 0.5)
 
 
 @dataclass(frozen=True)
 class SyncModel:
-    """Standardised features in context → standardised mouth measures. `learned_from` names the training clips."""
+    """Standardised features in context, and standardised mouth measures in context, → k numbers each. `learned_from`
+    names the training clips."""
 
     encoder: str
     mean: Float[Tensor, "c"]
     std: Float[Tensor, "c"]
-    weight: Float[Tensor, "c 4"]
+    weight: Float[Tensor, "c k"]
+    mouth: Float[Tensor, "m k"]
     learned_from: tuple[str, ...]
 
-    def predict(self, features: Float[Tensor, "2*t d"]) -> Float[Tensor, "t 4"]:
+    def hear(self, features: Float[Tensor, "2*t d"]) -> Float[Tensor, "t k"]:
         return ((in_context(features) - self.mean) / self.std) @ self.weight
 
+    def see(self, landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t k"]:
+        """Landmarks in any unit, posed or not. Measures are standardised over the clip; one that does not move is 0."""
+        return _beside(_standardised(mouth_measures(landmarks)), MOUTH_FRAMES) @ self.mouth
+
     def save(self, path: Path | str = _WEIGHTS) -> None:
-        tensors = {"mean": self.mean, "std": self.std, "weight": self.weight}
+        tensors = {"mean": self.mean, "std": self.std, "weight": self.weight, "mouth": self.mouth}
         config = {"encoder": self.encoder, "learned_from": list(self.learned_from)}
         save_tensors(path, {k: v.half() for k, v in tensors.items()}, _SCHEMA, _VERSION, config)
 
@@ -64,11 +87,14 @@ class SyncModel:
     def load(path: Path | str = _WEIGHTS) -> "SyncModel":
         """The shipped weights, or another file of that kind."""
         tensors, config = load_tensors(path, _SCHEMA, _VERSION)
-        return SyncModel(config["encoder"], **{k: v.float() for k, v in tensors.items()}, learned_from=tuple(config["learned_from"]))
+        return SyncModel(
+            config["encoder"], **{k: v.float() for k, v in tensors.items()}, learned_from=tuple(config["learned_from"])
+        )
 
 
 def mouth_measures(landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t 4"]:
-    """Opening, width, lip height and jaw drop over the distance of the outer eye corners; distances in space, so scale and pose drop out."""
+    """Opening, width, lip height and jaw drop over the distance of the outer eye corners; distances in space, so scale
+    and pose drop out."""
 
     def distance(a: int, b: int) -> Tensor:
         return (landmarks[:, a] - landmarks[:, b]).norm(dim=-1)
@@ -80,9 +106,12 @@ def mouth_measures(landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t 4"]:
 
 def in_context(features: Float[Tensor, "2*t d"]) -> Float[Tensor, "t c"]:
     """The mean of each frame's two features beside its neighbours'; the ends repeat."""
-    frames = features.unflatten(0, (-1, 2)).mean(1)
-    index = torch.arange(len(frames))[:, None] + torch.tensor(CONTEXT_FRAMES)
-    return frames[index.clamp(0, len(frames) - 1)].flatten(1)
+    return _beside(features.unflatten(0, (-1, 2)).mean(1), CONTEXT_FRAMES)
+
+
+def _beside(x: Float[Tensor, "t d"], around: range) -> Float[Tensor, "t c"]:
+    index = torch.arange(len(x))[:, None] + torch.tensor(around)
+    return x[index.clamp(0, len(x) - 1)].flatten(1)
 
 
 def fit_sync(
@@ -92,46 +121,78 @@ def fit_sync(
     anchor: int | None = None,
     ridge: float = 3.0,
 ) -> tuple[SyncModel, list[float]]:
-    """Ridge regression over clips, their measures standardised each, and each clip's offset, found together in four rounds from none.
+    """Filters over clips (a pair each, best one a speaker), and each clip's offset, found together in four rounds from
+    none.
 
-    In each round a clip's offset comes from a model of the other clips, so a clip cannot vouch for itself. Offsets are only relative: the clip
-    number `anchor` is in sync by definition; without one, the median clip is. Features are reduced to their PRINCIPAL strongest directions, which
-    costs no accuracy and makes each of the many small regressions cheap; the model folds the reduction in.
+    In each round a clip's offset comes from a model of the other clips, so a clip cannot vouch for itself. Offsets are
+    only relative: the clip number `anchor` is in sync by definition; without one, the median clip is. A clip weighs as
+    the square root of its length, since speakers teach more than minutes do. Features are reduced to their PRINCIPAL
+    strongest directions, which costs no accuracy and makes each of the many small regressions cheap; the model folds
+    the reduction in.
     """
     frames = torch.cat([f.unflatten(0, (-1, 2)).mean(1) for f, _ in pairs]).double()
     mean, std = frames.mean(0), frames.std(0) + 1e-3
-    _, vectors = torch.linalg.eigh(torch.cov(((frames - mean) / std).T))
+    _, vectors = torch.linalg.eigh(torch.cov(((frames - mean) / std).T).reshape(len(mean), len(mean)))
     directions = vectors[:, -min(PRINCIPAL, frames.shape[1]) :]  # "d p"
     inputs = [in_context(((f.double() - mean) / std) @ directions) for f, _ in pairs]
-    targets = [_standardised(mouth_measures(points)).double() for _, points in pairs]
+    targets = [_beside(_standardised(mouth_measures(points)).double(), MOUTH_FRAMES) for _, points in pairs]
     offsets = [0.0] * len(pairs)
     for _ in range(4 if len(pairs) > 1 else 0):
-        moved = [_lagged(x, y, round(offset)) for x, y, offset in zip(inputs, targets, offsets)]
-        statistics = [(x.T @ x, x.T @ y, len(x)) for x, y in moved]
+        moments = [_Moments.of(*_lagged(x, y, round(offset))) for x, y, offset in zip(inputs, targets, offsets)]
         found = []
         for k, (x, y) in enumerate(zip(inputs, targets)):
-            weight = _ridge(statistics[:k] + statistics[k + 1 :], ridge)
-            found.append(_peak(lag_curve(x @ weight, y)))
+            weight, mouth = _solve(moments[:k] + moments[k + 1 :], ridge)
+            found.append(_peak(lag_curve(x @ weight, y @ mouth)))
         zero = round(found[anchor]) if anchor is not None else round(float(np.median(found)))
         offsets = [offset - zero for offset in found]
-    moved = [_lagged(x, y, round(offset)) for x, y, offset in zip(inputs, targets, offsets)]
-    weight = _ridge([(x.T @ x, x.T @ y, len(x)) for x, y in moved], ridge).unflatten(0, (len(CONTEXT_FRAMES), -1))
+    weight, mouth = _solve(
+        [_Moments.of(*_lagged(x, y, round(offset))) for x, y, offset in zip(inputs, targets, offsets)], ridge
+    )
     n = len(CONTEXT_FRAMES)
+    weight = torch.einsum("dp,cpk->cdk", directions, weight.unflatten(0, (n, -1))).flatten(0, 1)
     model = SyncModel(
-        encoder, mean.repeat(n).float(), std.repeat(n).float(), torch.einsum("dp,cpm->cdm", directions, weight).flatten(0, 1).float(), learned_from
+        encoder, mean.repeat(n).float(), std.repeat(n).float(), weight.float(), mouth.float(), learned_from
     )
     return model, offsets
 
 
-def _ridge(statistics: list[tuple[Tensor, Tensor, int]], strength: float) -> Float[Tensor, "c 4"]:
-    """Weights from each clip's (XᵀX, Xᵀy, frames); inputs and targets are centred already."""
-    gram, moment = sum(s[0] for s in statistics), sum(s[1] for s in statistics)
-    penalty = strength * sum(s[2] for s in statistics) ** 0.5
-    return torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), moment)
+class _Moments(NamedTuple):
+    """What regression needs to know of a clip of sound x and mouth y; both are centred already. Sums over frames times
+    `weight`."""
+
+    xx: Float[Tensor, "c c"]
+    xy: Float[Tensor, "c m"]
+    yy: Float[Tensor, "m m"]
+    weight: float
+    frames: int
+
+    @staticmethod
+    def of(x: Float[Tensor, "t c"], y: Float[Tensor, "t m"]) -> "_Moments":
+        weight = len(x) ** -0.5
+        return _Moments(weight * x.T @ x, weight * x.T @ y, weight * y.T @ y, weight, len(x))
 
 
-def _standardised(x: Tensor) -> Tensor:
-    return (x - x.mean(0)) / (x.std(0) + 1e-6)
+def _solve(moments: list[_Moments], strength: float) -> tuple[Float[Tensor, "c k"], Float[Tensor, "m k"]]:
+    """Ridge regression of the mouth on the sound, then the k directions of mouth of which it predicts the largest share
+    (unit variance each)."""
+    frames = sum(m.frames for m in moments)
+    scale = frames / sum(m.weight * m.frames for m in moments)
+    xx, xy, yy = (scale * sum(m[i] for m in moments) for i in range(3))
+    weight = torch.linalg.solve(xx + strength * frames**0.5 * torch.eye(len(xx), dtype=xx.dtype), xy)
+    explained = weight.T @ xy
+    # A hundredth of the mean variance keeps directions that hardly move, mere jitter of the tracker, from being chosen.
+    floor = 0.01 * yy.diagonal().mean() + 1e-9
+    inverse = torch.linalg.inv(torch.linalg.cholesky(yy + floor * torch.eye(len(yy), dtype=yy.dtype)))
+    _, vectors = torch.linalg.eigh(inverse @ (explained + explained.T) @ inverse.T)
+    mouth = frames**0.5 * inverse.T @ vectors[:, -DIRECTIONS:]
+    return weight @ mouth, mouth
+
+
+def _standardised(x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
+    """Mean 0, deviation 1 over time; 0 where nothing but rounding moves."""
+    x = x - x.mean(0)
+    deviation = x.square().mean(0).sqrt()
+    return torch.where(deviation > 1e-5, x / deviation.clamp(min=1e-5), 0.0)
 
 
 def _lagged(sound: Tensor, mouth: Tensor, lag: int) -> tuple[Tensor, Tensor]:
@@ -140,32 +201,80 @@ def _lagged(sound: Tensor, mouth: Tensor, lag: int) -> tuple[Tensor, Tensor]:
     return sound[max(0, -lag) : n - max(0, lag)], mouth[max(0, lag) : n - max(0, -lag)]
 
 
-def lag_curve(predicted: Float[Tensor, "t 4"], measured: Float[Tensor, "t 4"]) -> Float[Tensor, "21"]:
-    """Mean correlation of the four measures at lags -10 … 10 (positive: mouth later); 0 where nothing moves."""
-    out = []
-    for lag in range(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1):
-        a, b = _lagged(predicted, measured, lag)
-        a, b = a - a.mean(0), b - b.mean(0)
-        moves = (a.square().mean(0) > 1e-8) & (b.square().mean(0) > 1e-10)  # rounding of a still mouth correlates with anything
-        scale = (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-9)
-        out.append(torch.where(moves, (a * b).sum(0) / scale, 0.0).mean())
-    return torch.stack(out)
+def _correlation(heard: Float[Tensor, "*w t k"], seen: Float[Tensor, "*w t k"]) -> Float[Tensor, "*w"]:
+    """One correlation of all k numbers over time, so that the better predicted count for more; 0 where either is
+    still."""
+    a, b = heard - heard.mean(-2, keepdim=True), seen - seen.mean(-2, keepdim=True)
+    moves = (a.square().mean((-2, -1)) > 1e-8) & (b.square().mean((-2, -1)) > 1e-8)
+    scale = (a.square().sum((-2, -1)) * b.square().sum((-2, -1))).sqrt().clamp(min=1e-9)
+    return torch.where(moves, (a * b).sum((-2, -1)) / scale, 0.0)
 
 
-def estimate_offset(features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None) -> SyncResult:
-    """How much later the mouth is than the sound, from features of the model's encoder and landmarks in any unit, posed or not.
+def lag_curve(heard: Float[Tensor, "t k"], seen: Float[Tensor, "t k"]) -> Float[Tensor, "21"]:
+    """Correlation at lags -10 … 10 (positive: mouth later); 0 where nothing moves."""
+    return torch.stack([_correlation(*_lagged(heard, seen, lag)) for lag in range(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)])
+
+
+def window_scores(
+    heard: Float[Tensor, "t k"], seen: Float[Tensor, "t k"], window: int = WINDOW_FRAMES, step: int = 10
+) -> tuple[list[int], Float[Tensor, "w 21"]]:
+    """First frames of windows of mouth, every `step`, and their correlation with the sound at lags -10 … 10.
+
+    A score reads `window` frames of each and no others (but what the encoder itself hears about them): filters that
+    would reach beyond are left out. Windows for which the sound of some lag is missing are too: none in clips under
+    window + 20 frames.
+    """
+    n = min(len(heard), len(seen))
+    starts = list(range(MAX_LAG_FRAMES, n - window - MAX_LAG_FRAMES + 1, step))
+    index = torch.tensor(starts, dtype=torch.long)[:, None] + torch.arange(window)[_inner(window)]
+    lags = range(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)
+    return starts, torch.stack([_correlation(heard[index - lag], seen[index]) for lag in lags], 1)
+
+
+def _inner(window: int) -> slice:
+    """The frames of a window whose filters, of mouth and of sound, lie within it."""
+    return slice(-min(MOUTH_FRAMES[0], CONTEXT_FRAMES[0]), window - max(MOUTH_FRAMES[-1], CONTEXT_FRAMES[-1]))
+
+
+def estimate_offset(
+    features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None
+) -> SyncResult:
+    """How much later the mouth is than the sound, from features of the model's encoder and landmarks in any unit, posed
+    or not.
 
     Clips under two seconds, silent ones and still ones give offset 0 with margin 0: nothing to go by.
     """
     model = model or SyncModel.load()
     frames = min(len(features) // 2, len(landmarks))
     if frames < 50:
-        return SyncResult(0.0, 0.0, 0.0)
-    curve = lag_curve(model.predict(features[: 2 * frames]), mouth_measures(landmarks[:frames])).double()
+        return SyncResult(0.0, 0.0, 0.0, frames)
+    return _result(lag_curve(model.hear(features[: 2 * frames]), model.see(landmarks[:frames])), frames)
+
+
+def windowed_offsets(
+    features: Float[Tensor, "2*t d"],
+    landmarks: Float[Tensor, "t 478 3"],
+    model: SyncModel | None = None,
+    window: int = WINDOW_FRAMES,
+    step: int = 10,
+) -> list[tuple[int, SyncResult]]:
+    """Offset and margin of each window of two seconds, with the frame where it begins: drift, a cut, a stretch of
+    another voice show here.
+
+    Two seconds are little: few windows are `reliable` one by one, though their offsets are nearly all right. Empty for
+    clips too short for one (`window_scores`).
+    """
+    model = model or SyncModel.load()
+    starts, curves = window_scores(model.hear(features), model.see(landmarks), window, step)
+    return [(start, _result(curve, window)) for start, curve in zip(starts, curves)]
+
+
+def _result(curve: Float[Tensor, "21"], frames: int) -> SyncResult:
+    curve = curve.double()
     correlation = float(curve.max())
     if correlation <= 0:
-        return SyncResult(0.0, 0.0, correlation)
-    return SyncResult(_peak(curve), correlation - float(curve.median()), correlation)
+        return SyncResult(0.0, 0.0, correlation, frames)
+    return SyncResult(_peak(curve), correlation - float(curve.median()), correlation, frames)
 
 
 def _peak(curve: Float[Tensor, "21"]) -> float:
@@ -182,7 +291,8 @@ def _peak(curve: Float[Tensor, "21"]) -> float:
 def shuffled_control(
     features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None, seed: int = 0
 ) -> SyncResult:
-    """`estimate_offset` with the sound rotated by a third to two thirds of the clip: what chance gives on it, the sound's own rhythm kept."""
+    """`estimate_offset` with the sound rotated by a third to two thirds of the clip: what chance gives on it, the
+    sound's own rhythm kept."""
     frames = min(len(features) // 2, len(landmarks))
     turn = 2 * int(np.random.default_rng(seed).integers(frames // 3, max(2 * frames // 3, frames // 3 + 1)))
     return estimate_offset(features[: 2 * frames].roll(turn, 0), landmarks[:frames], model)
@@ -193,34 +303,45 @@ def sync_auc(
     landmarks: Float[Tensor, "t 478 3"],
     others: list[Float[Tensor, "2*s d"]] | None = None,
     offset_frames: int = 0,
-    window: int = 50,
+    window: int = WINDOW_FRAMES,
     model: SyncModel | None = None,
 ) -> tuple[float, float]:
-    """How surely windows of two seconds tell the right sound from (the same shifted by 5 … 10 frames, other sounds): areas under the ROC curve.
+    """How surely windows of two seconds tell the right sound from (the same shifted by 5 … 10 frames, other sounds):
+    areas under the ROC curve.
 
-    NaN where there is nothing to compare.
+    NaN where there is nothing to compare. Raises InputError where `offset_frames` is beyond the lags that are looked
+    at.
     """
+    if abs(offset_frames) > MAX_LAG_FRAMES:
+        raise InputError(f"An offset of {offset_frames} frames is beyond ±{MAX_LAG_FRAMES}. Correct the sound first.")
     model = model or SyncModel.load()
-    measured = mouth_measures(landmarks)
-    predicted = model.predict(features)
-    n = min(len(predicted), len(measured))
-    starts = range(MAX_LAG_FRAMES, n - window - MAX_LAG_FRAMES + 1, 10)
-
-    def score(sound: Tensor, sound_at: int, mouth_at: int) -> float:
-        a, b = sound[sound_at : sound_at + window], measured[mouth_at : mouth_at + window]
-        a, b = a - a.mean(0), b - b.mean(0)
-        return float(((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-6)).mean())
-
-    right = [score(predicted, s - offset_frames, s) for s in starts if 0 <= s - offset_frames <= n - window]
-    lags = [lag for lag in range(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1) if abs(lag - offset_frames) >= 5]
-    shifted = [score(predicted, s - lag, s) for s in starts for lag in lags]
-    foreign = [model.predict(o) for o in others or []]
-    mismatched = [score(p, s, s) for p in foreign for s in starts if s + window <= len(p)]
-    return _auc(right, shifted), _auc(right, mismatched)
+    seen = model.see(landmarks)
+    starts, curves = window_scores(model.hear(features), seen, window)
+    lags = torch.arange(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)
+    right, shifted = curves[:, lags == offset_frames], curves[:, (lags - offset_frames).abs() >= 5]
+    mismatched = [mismatched_scores(model.hear(sound), seen, starts, window) for sound in others or []]
+    return area_under_curve(right, shifted), area_under_curve(
+        right, torch.cat(mismatched) if mismatched else torch.zeros(0)
+    )
 
 
-def _auc(right: list[float], wrong: list[float]) -> float:
-    if not right or not wrong:
+def mismatched_scores(
+    heard: Float[Tensor, "s k"], seen: Float[Tensor, "t k"], starts: list[int], window: int = WINDOW_FRAMES
+) -> Float[Tensor, "v"]:
+    """Correlations of windows of mouth with another recording's sound: from the same places, modulo its length (none
+    where it is too short)."""
+    places = len(heard) - window + 1
+    if places < 1 or not starts:
+        return torch.zeros(0)
+    inside = torch.arange(window)[_inner(window)]
+    at = torch.tensor(starts)[:, None]
+    return _correlation(heard[at % places + inside], seen[at + inside])
+
+
+def area_under_curve(right: Float[Tensor, "*a"], wrong: Float[Tensor, "*b"]) -> float:
+    """The chance that a right score lies above a wrong one, ties counting half; NaN where either is empty."""
+    right, wrong = right.flatten().double(), wrong.flatten().double().sort().values
+    if not len(right) or not len(wrong):
         return float("nan")
-    a, b = np.array(right)[:, None], np.array(wrong)
-    return float(((a > b) + 0.5 * (a == b)).mean())
+    below, upto = torch.searchsorted(wrong, right), torch.searchsorted(wrong, right, right=True)
+    return float((below + upto).double().mean() / (2 * len(wrong)))
