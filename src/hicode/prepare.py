@@ -172,7 +172,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     fitted = work.step("fit", 1, {}, ("landmarks",), ("fit.safetensors",), lambda: _fit(work, train))
     work.step("masks", 1, {}, ("fit",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
     aligned = ("track.safetensors", "skull.safetensors")
-    work.step("track", 4, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
+    work.step("track", 5, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
     work.step("depth", 2, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
@@ -575,6 +575,7 @@ def _align(work: _Work, train: range) -> dict:
         "matches": round(found.matches_per_frame),
         "match_px": found.residual_px,
         "turned_deg": found.turned_deg,
+        "origin_mm": found.origin_mm,
         "unmatched": found.unmatched,
         "jitter_deg": figures.jitter_deg,
         "jitter_px": figures.jitter_px,
