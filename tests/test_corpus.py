@@ -181,7 +181,8 @@ def test_a_manifest_that_makes_no_sense_is_refused(text, tmp_path):
 
 
 def test_without_a_manifest_videos_and_sub_folders_are_speakers(tmp_path):
-    for name in ("a/jo.mp4", "a/kim/x.MOV", "a/kim/deep/y.mkv", "a/kim/x.mp4", "a/notes.txt", "a/.hidden.mp4", "a/none/z.txt", "b/jo.webm", "b/le~o.avi"):
+    speaks = ("a/jo.mp4", "a/kim/x.MOV", "a/kim/deep/y.mkv", "a/kim/x.mp4", "b/jo.webm", "b/le~o.avi")
+    for name in (*speaks, "a/notes.txt", "a/.hidden.mp4", "a/none/z.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     sources = find_sources([tmp_path / "a", tmp_path / "b"])

@@ -88,6 +88,14 @@ def test_loudness_does_not_matter(encoder):
     torch.testing.assert_close(encoder.encode(sound), encoder.encode(5 * sound), atol=2e-3, rtol=1e-3)
 
 
+def test_an_offset_does_not_matter(encoder):
+    """A constant is no sound: neither level nor features hear it. Before the sound, where it did not sound either, is silence."""
+    sound = _sound(2)
+    offset = (sound + 0.3).astype(np.float32)
+    assert speech_level(offset) == pytest.approx(speech_level(sound), rel=1e-3)
+    torch.testing.assert_close(encoder.encode(offset), encoder.encode(sound), atol=5e-3, rtol=2e-3)  # float32 holds .3 + x to 3e-8
+
+
 def test_a_stream_is_late_by_no_more_than_it_says(encoder):
     if encoder.name == "hubert":
         sound = _sound(12)
@@ -103,7 +111,7 @@ def test_the_past_beyond_the_window_is_forgotten(encoder):
     other[: 6 * 16000] = _sound(6, seed=5)
     level = speech_level(sound)
     a, b = encoder.encode(sound, level), encoder.encode(other, level)
-    settled = 6 * 50 + encoder.window.rows
+    settled = 6 * 50 + encoder.window.rows + 50  # the high-pass forgets within a second
     torch.testing.assert_close(a[settled:], b[settled:], atol=1e-4, rtol=1e-4)
 
 
@@ -203,6 +211,16 @@ def test_features_are_fitted_to_the_picture():
     features = torch.arange(10.0)[:, None]
     assert match_frames(features, 3).flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert match_frames(features, 6).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]
+
+
+def test_what_is_constant_goes_whatever_the_pieces_and_what_sounds_stays():
+    sound = _sound(0.5) + np.float32(0.2)
+    blocker = E.DcBlocker()
+    pieces = [blocker(part) for part in np.split(sound, [0, 1, 38, 678, 2000])]
+    np.testing.assert_array_equal(np.concatenate(pieces), E.DcBlocker()(sound))
+    tone = (0.3 * np.sin(2 * np.pi * 100 * np.arange(16000) / 16000)).astype(np.float32)
+    kept = E.DcBlocker()(tone)[4000:]
+    assert np.sqrt((kept**2).mean()) == pytest.approx(0.3 / np.sqrt(2), rel=0.002)  # 5 Hz corner: (1 + (5/100)²)^-½
 
 
 def test_speech_level_ignores_pauses():

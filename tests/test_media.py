@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from hicode.errors import InputError, OutputError
-from hicode.media.audio import level_db, read_audio, read_speech, write_audio
+from hicode.media.audio import level_db, mix_weights, read_audio, read_speech, write_audio
 from hicode.media.video import VideoWriter, probe, read_video
 
 
@@ -327,3 +327,62 @@ def test_a_cut_off_video_is_refused(tmp_path):
 def test_level():
     assert level_db(np.zeros(1000, np.float32)) == -120
     assert level_db(np.full(1000, 0.1, np.float32)) == pytest.approx(-20, abs=0.01)
+
+
+# --- channels and sample formats ----------------------------------------------------------------------------------------------------------------
+
+
+def voice(seconds: float = 2.0, rate: int = 48000, seed: int = 0) -> np.ndarray:
+    """Noise in syllables, RMS .1 while it sounds."""
+    n = round(seconds * rate)
+    return 0.1 * np.random.default_rng(seed).standard_normal(n) * (np.sin(2 * np.pi * 3 * np.arange(n) / rate) > 0)
+
+
+def wav_of(path, channels, rate: int = 48000):
+    soundfile.write(str(path), np.stack(channels, 1), rate, subtype="FLOAT", format="WAV")
+    return path
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_dead_channel_does_not_halve_the_level(tmp_path, dead):
+    """Dead means hiss 46 dB below the voice, as an unplugged microphone has it."""
+    live, hiss = voice(), 0.0005 * np.random.default_rng(1).standard_normal(96000)
+    pair = [hiss, live] if dead == 0 else [live, hiss]
+    alone = read_audio(wav_of(tmp_path / "mono.wav", [live]))
+    np.testing.assert_array_equal(read_audio(wav_of(tmp_path / "stereo.wav", pair)), alone)
+
+
+def test_a_channel_wired_the_wrong_way_round_does_not_cancel_the_other(tmp_path):
+    live = voice()
+    alone = read_audio(wav_of(tmp_path / "mono.wav", [live]))
+    mixed = read_audio(wav_of(tmp_path / "stereo.wav", [live, -0.8 * live]))
+    gain = (mixed @ alone) / (alone @ alone)
+    assert abs(gain) == pytest.approx(0.9, abs=0.01)  # the mean of 1 and .8
+    np.testing.assert_allclose(mixed, gain * alone, atol=1e-4)
+
+
+def test_two_microphones_in_a_room_are_averaged(tmp_path):
+    """Sounds that have nothing to do with each other keep their signs."""
+    a, b = voice(seed=1), voice(seed=2)
+    expected = read_audio(wav_of(tmp_path / "mono.wav", [(a + b) / 2]))
+    np.testing.assert_allclose(read_audio(wav_of(tmp_path / "stereo.wav", [a, b])), expected, atol=1e-5)
+
+
+def test_of_surround_sound_the_centre_speaks_and_the_subwoofer_does_not():
+    layout = np.array([0.7, 0.7, 1.0, 0.0, 0.35, 0.35])  # FL FR FC LFE and sides
+    rumble = np.diag([1e-9, 1e-9, 0.01, 1.0, 1e-9, 1e-9])
+    np.testing.assert_array_equal(mix_weights(rumble, layout), [0, 0, 1, 0, 0, 0])
+    everything = mix_weights(np.eye(6), layout)
+    assert everything.argmax() == 2 and everything[3] == 0 and everything.sum() == pytest.approx(1)
+    np.testing.assert_array_equal(mix_weights(np.diag([0, 0, 0, 1.0, 0, 0]), layout), [0, 0, 0, 1, 0, 0])
+    assert np.isfinite(mix_weights(np.zeros((6, 6)), layout)).all()
+
+
+@pytest.mark.parametrize("subtype", ["PCM_24", "FLOAT", "DOUBLE"])
+def test_wide_samples_keep_their_scale(tmp_path, subtype):
+    """Float files may go beyond full scale, and are not clipped."""
+    live = voice() * (1.0 if subtype == "PCM_24" else 25.0)
+    soundfile.write(str(tmp_path / "a.wav"), live, 48000, subtype=subtype)
+    got = read_audio(tmp_path / "a.wav")
+    assert np.abs(got).max() > (0.2 if subtype == "PCM_24" else 3)
+    assert np.sqrt((got**2).mean()) == pytest.approx(np.sqrt((live**2).mean() / 3), rel=0.1)  # white noise to a third of its band

@@ -34,7 +34,14 @@ from hicode.files import check_writable
 from hicode.motion import Motion, bounce
 from hicode.progress import progress_bar
 from hicode.runtime import Device, resolve_device
-from hicode.speech.encoder import SAMPLES_PER_FEATURE, create_encoder, level_of_frames, speech_level
+from hicode.speech.encoder import (
+    SAMPLES_PER_FEATURE,
+    DcBlocker,
+    checked_sound,
+    level_of_frames,
+    speech_level,
+)
+from hicode.speech.presence import Presence, PresenceStream
 from hicode.threads import frame_pool
 
 if TYPE_CHECKING:
@@ -43,9 +50,11 @@ if TYPE_CHECKING:
 AUDIO_RATE_HZ = 16000
 SAMPLES_PER_FRAME = 640
 # Sound goes to the encoder in pieces of this size whatever comes in, so that the pieces of a live source and of a file give the same frames,
-# bit for bit: two frames, which is also the step in which the embedded encoder answers.
+# bit for bit: two frames, which is also the step in which the embedded encoder answers. The first has the encoder's margin in it, so each
+# piece ends where an answer becomes possible.
 PIECE = 2 * SAMPLES_PER_FRAME
 SILENT_DB = -60.0
+NOTHING = np.zeros(0, np.float32)
 VIDEO_AUDIO_RATE_HZ = 48000
 # Samples handed over at a time when all are at hand: bounds the motion that waits for its frames.
 READ_AHEAD = 2 * PIECE
@@ -115,7 +124,7 @@ class Stream:
         for frame in stream.flush():
             show(frame)
 
-    A frame comes `latency_s` after its sound. `level` is the speech's RMS where it is known beforehand (a file), else a running estimate;
+    A frame comes at most `latency_s` after its sound has ended. `level` is the speech's RMS where it is known beforehand (a file), else a running estimate;
     `rest=False` leaves the mouth to the speech models in silence too. `start` is the driving frame to begin with (the first); with `still`, the one
     that is held (one that holds well), while blinks, gaze and small movements of the head are generated from `seed`. Blinks are also added to a running
     driving track where it has none for long; `blinks=False` adds none. Raises InputError where the avatar has no speech models or no such frame.
@@ -128,17 +137,20 @@ class Stream:
         if avatar.speech is None:
             raise InputError("The avatar has no speech models: its clip had no sound. Train it on a clip with sound.")
         if encoder is None:
-            encoder = create_encoder(avatar.speech.encoder)
+            encoder = avatar.speech.encoder_for()
         if encoder.name != avatar.speech.encoder:
             raise InputError(
                 f"The avatar's speech models take features of the {avatar.speech.encoder} encoder, not {encoder.name}. Leave the encoder out."
             )
         self.avatar = avatar
         self.seconds = Seconds()
-        latency = getattr(encoder, "latency_features", 0) / encoder.rate_hz
-        self.latency_s = latency + avatar.speech.look_ahead * SAMPLES_PER_FRAME / AUDIO_RATE_HZ + PIECE / AUDIO_RATE_HZ
         self._features, self._mouths = encoder.stream(level), avatar.speech.stream()
-        self._gate = SilenceGate(level) if rest else None
+        presence = Presence.load() if rest else None
+        self._presence = presence.stream() if rest and presence.encoder == encoder.name else None
+        self._gate = SilenceGate(level, heard=self._presence is not None) if rest else None
+        self.latency_s = _latency_samples(encoder, avatar.speech.look_ahead, self._gate, self._presence) / AUDIO_RATE_HZ
+        self._blocker, self._unmeasured = DcBlocker(), np.zeros(0, np.float32)  # sound of a frame that is not complete
+        self._until_piece = PIECE + encoder.margin
         self._rest = resting_mouth(avatar.driving, avatar)
         self._sound = np.zeros(0, np.float32)  # not yet given to the encoder
         self._gates = np.zeros(0, np.float32)  # gates and mouths that wait for each other
@@ -165,7 +177,7 @@ class Stream:
         Raises InputError where the sound is not finite or not mono.
         """
         assert not self._flushed, "the stream is flushed"
-        self._hear(_checked(samples))
+        self._hear(checked_sound(samples))
         return (frame for _, frame in self.frames())
 
     def flush(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
@@ -173,16 +185,15 @@ class Stream:
         if not self._flushed:
             self._flushed = True
             with torch.inference_mode():
-                self._know(self._sound)
                 with self.seconds.clocked("features"):
                     features = [self._keep(self._features.push(self._sound)), self._keep(self._features.finish())]
-                self._sound = self._sound[:0]
                 with self.seconds.clocked("faceformers"):
                     mouths = [*(self._mouths.push(f) for f in features), self._mouths.finish()]
-                    if self._gate is not None:
-                        self._gates = np.concatenate([self._gates, self._gate.finish()])
+                    self._know(self._sound, features)
+                    self._finish_gates()
                     for mouth in mouths:
                         self._move(*mouth)
+                self._sound = self._sound[:0]
             assert self._moved == -(-self._received // SAMPLES_PER_FRAME), (self._moved, self._received)
         return (frame for _, frame in self.frames())
 
@@ -211,20 +222,31 @@ class Stream:
         with torch.inference_mode():
             self._received += len(samples)
             self._sound = np.concatenate([self._sound, samples])
-            whole = len(self._sound) // PIECE * PIECE
-            for begin in range(0, whole, PIECE):
-                piece = self._sound[begin : begin + PIECE]
-                self._know(piece)
+            while len(self._sound) >= self._until_piece:
+                piece, self._sound = self._sound[: self._until_piece], self._sound[self._until_piece :]
+                self._until_piece = PIECE
                 with self.seconds.clocked("features"):
                     features = self._keep(self._features.push(piece))
                 with self.seconds.clocked("faceformers"):
+                    self._know(piece, [features])
                     self._move(*self._mouths.push(features))
-            self._sound = self._sound[whole:]
 
-    def _know(self, samples: np.ndarray) -> None:
-        """Gates of the next frames. Only the last piece may hold a part of a frame."""
-        if self._gate is not None and len(samples):
-            self._gates = np.concatenate([self._gates, self._gate.push(frame_rms(samples, SAMPLES_PER_FRAME))])
+    def _know(self, samples: np.ndarray, features: list[torch.Tensor]) -> None:
+        """Gates of the next frames."""
+        if self._gate is None:
+            return
+        self._unmeasured = np.concatenate([self._unmeasured, self._blocker(samples)])
+        whole = len(self._unmeasured) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
+        rms, self._unmeasured = frame_rms(self._unmeasured[:whole], SAMPLES_PER_FRAME), self._unmeasured[whole:]
+        scores = [self._presence.push(f) for f in features] if self._presence is not None else []
+        self._gates = np.concatenate([self._gates, self._gate.push(rms, np.concatenate([*scores, NOTHING]))])
+
+    def _finish_gates(self) -> None:
+        if self._gate is None:
+            return
+        scores = NOTHING if self._presence is None else self._presence.finish()
+        last = self._gate.push(frame_rms(self._unmeasured, SAMPLES_PER_FRAME), scores)  # a part of a frame, if any
+        self._gates = np.concatenate([self._gates, last, self._gate.finish()])
 
     def _keep(self, features: torch.Tensor) -> torch.Tensor:
         if self._heard is not None:
@@ -286,6 +308,20 @@ class Stream:
         return out
 
 
+def _latency_samples(encoder, look_ahead: int, gate: SilenceGate | None, presence: PresenceStream | None) -> int:
+    """How much sound must follow a frame's own, at most, before it is known. What the encoder answers at once, a block, waits for its last row, its
+    look and its margin; a frame, for the features of those that it looks ahead to, which may be the next block's."""
+    window = encoder.window
+    if presence is not None:
+        look_ahead = max(look_ahead, presence.presence.AHEAD)
+    block = max(window.hop * SAMPLES_PER_FEATURE, PIECE)
+    block += PIECE if block % PIECE else 0  # of an encoder whose blocks do not end with pieces
+    motion = block + window.look * SAMPLES_PER_FEATURE + encoder.margin + (look_ahead - 1) * SAMPLES_PER_FRAME
+    if gate is None:
+        return motion
+    return max(motion, gate.config.look_ahead * SAMPLES_PER_FRAME + PIECE - SAMPLES_PER_FRAME + encoder.margin)  # levels come with the pieces
+
+
 def _driving_start(driving: Motion, start: int | None, still: bool) -> int:
     if start is None:
         return still_frame(driving) if still else 0
@@ -302,9 +338,7 @@ def synthesize(
 
     audio: float32 mono at 16 kHz. Raises InputError where it is empty, not finite, not mono, or the avatar cannot speak.
     """
-    audio = _checked(audio)
-    if len(audio) == 0:
-        raise InputError("The sound is empty. Give a file with speech.")
+    audio = _some_sound(audio)
     stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest, still=still, blinks=blinks, seed=seed)
     return (frame for _, frame in _drained(stream, [audio]))
 
@@ -314,10 +348,17 @@ def synthesize_motion(
     still: bool = False, blinks: bool = True, seed: int = 0,
 ) -> Iterator[tuple[int, Motion]]:  # fmt: skip
     """What `synthesize` renders: for each frame the driving frame and the motion of one frame."""
-    audio = _checked(audio)
+    audio = _some_sound(audio)
     stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest, still=still, blinks=blinks, seed=seed)
     for _ in _heard(stream, [audio]):
         yield from stream.motion()
+
+
+def _some_sound(samples) -> Float[np.ndarray, "n"]:
+    samples = checked_sound(samples)
+    if len(samples) == 0:
+        raise InputError("The sound is empty. Give a file with speech.")
+    return samples
 
 
 def _drained(stream: Stream, pieces: Iterable[np.ndarray]) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
@@ -337,18 +378,6 @@ def _heard(stream: Stream, pieces: Iterable[np.ndarray]) -> Iterator[bool]:
             yield False
     stream.flush()
     yield True
-
-
-def _checked(samples) -> Float[np.ndarray, "n"]:
-    samples = np.asarray(samples, np.float32)
-    if samples.ndim != 1:
-        raise InputError(f"The sound has shape {samples.shape}, expected one channel. Mix it down to mono.")
-    if not np.isfinite(samples).all():
-        bad = int((~np.isfinite(samples)).sum())
-        raise InputError(
-            f"The sound has {bad} samples that are not numbers (first at {np.argmin(np.isfinite(samples))}). Repair the file."
-        )
-    return samples
 
 
 # --- a video ------------------------------------------------------------------------------------------------------------------------------
@@ -456,12 +485,12 @@ class _Sound:
     @staticmethod
     def of(audio: Path | str | np.ndarray) -> "_Sound":
         """Heard through once; InputError where it cannot be used."""
-        audio = _checked(audio) if isinstance(audio, np.ndarray) else Path(audio)
+        audio = checked_sound(audio) if isinstance(audio, np.ndarray) else Path(audio)
         name = "The sound" if isinstance(audio, np.ndarray) else str(audio)
-        count, rms, rest = 0, [], np.zeros(0, np.float32)
+        count, rms, rest, blocker = 0, [], np.zeros(0, np.float32), DcBlocker()
         for piece in _Sound(audio, 0, 0.0).pieces(AUDIO_RATE_HZ):
             count += len(piece)
-            piece = np.concatenate([rest, piece])
+            piece = np.concatenate([rest, blocker(piece)])
             whole = len(piece) // SAMPLES_PER_FEATURE * SAMPLES_PER_FEATURE
             rms.append(frame_rms(piece[:whole], SAMPLES_PER_FEATURE))
             rest = piece[whole:]

@@ -1,7 +1,7 @@
 """Driving: which part of the motion comes from speech, and which from the driving video.
 
 Speech moves the mouth and the jaw; head pose, eyes, brows and upper face are the driving track's, since sound does not tell them (blinks
-least of all). In silence the lips rest. t frames at 25 fps; 640 samples of 16 kHz sound a frame.
+least of all). Where nobody speaks the lips rest. t frames at 25 fps; 640 samples of 16 kHz sound a frame.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion
+from hicode.speech.encoder import RunningLevel
 
 
 class MouthDrive(Protocol):
@@ -50,9 +51,14 @@ def resting_mouth(driving: Motion, model: MouthDrive) -> tuple[Float[Tensor, "64
 
 @dataclass(frozen=True)
 class SilenceConfig:
-    """When lips rest. Levels are of a frame's RMS against the speech level, in dB.
+    """When lips rest.
 
-    closed_db, open_db: at and below the first the mouth rests, at and above the second speech has it wholly
+    closed_db, open_db: of a frame's RMS against the speech level: at and below the first the mouth rests, at and above the second speech has it
+                        wholly, where loudness alone must tell
+    heard_closed_db, heard_open_db: likewise where speech is told from other sound by a score: only what is as good as inaudible counts as silence,
+                        so that soft parts of sentences keep their lips
+    closed_score, open_score: likewise of that score, a logit (`speech/presence.py`). Speech's lips at rest are worse than lips that stir in noise:
+                        it takes a probability of 5 % or less to close them wholly
     look_ahead:         frames by which the mouth wakes before the sound: lips move first
     attack, release:    frames from rest to speech and back
     hold:               frames of silence before the release begins, so that the closure of a p, b or m is not taken for one
@@ -60,8 +66,12 @@ class SilenceConfig:
 
     closed_db: float = -34.0
     open_db: float = -24.0
+    heard_closed_db: float = -46.0
+    heard_open_db: float = -38.0
+    closed_score: float = -3.0
+    open_score: float = -1.0
     look_ahead: int = 3
-    attack: int = 3
+    attack: int = 2
     release: int = 6
     hold: int = 4
 
@@ -69,35 +79,43 @@ class SilenceConfig:
 class SilenceGate:
     """How much of each frame's mouth is speech's, in [0, 1]: levels in, gates out `look_ahead` frames later.
 
-    `level` is the speech's RMS; where it is not known, an average of the frames heard so far, from a usual one (-26 dB) on.
+    `level` is the speech's RMS; where it is not known, a running estimate (`RunningLevel`). `heard`: scores of speech come beside the levels; a gate
+    is known when both are.
     """
 
-    USUAL_LEVEL = 0.05
-    FORGET = 0.98  # per frame with sound: a time constant of two seconds
-
-    def __init__(self, level: float | None = None, config: SilenceConfig = SilenceConfig()):
+    def __init__(self, level: float | None = None, config: SilenceConfig = SilenceConfig(), heard: bool = False):
         assert level is None or level > 0, level
-        self.config = config
-        self._known, self._power = level is not None, (level or self.USUAL_LEVEL) ** 2
+        self.config, self._heard = config, heard
+        self._level, self._running = level, RunningLevel(rate_hz=25)
+        self._closed_db, self._open_db = (config.heard_closed_db, config.heard_open_db) if heard else (config.closed_db, config.open_db)
         self._coming: list[float] = []
+        self._speech: list[float] = []
         self._gate, self._quiet = 0.0, 0
 
-    def push(self, rms: Float[np.ndarray, "k"]) -> Float[np.ndarray, "m"]:
-        """Frame RMS of the next frames; the gates that became known."""
+    def push(self, rms: Float[np.ndarray, "k"], scores: Float[np.ndarray, "j"] = ()) -> Float[np.ndarray, "m"]:
+        """Frame RMS of the next frames, and scores of the next frames that have none yet; the gates that became known."""
         c = self.config
         for value in np.asarray(rms, np.float64):
-            db = 10 * np.log10(max(value * value, 1e-18) / self._power)
-            self._coming.append(float(np.clip((db - c.closed_db) / (c.open_db - c.closed_db), 0, 1)))
-            if not self._known and db > c.open_db:
-                self._power = self.FORGET * self._power + (1 - self.FORGET) * value * value
+            level = self._running.level if self._level is None else self._level
+            db = 20 * np.log10(max(value, 1e-9) / level)
+            self._coming.append(_share(db, self._closed_db, self._open_db))
+            if self._level is None:
+                self._running.update([value])
+        self._speech += [_share(score, c.closed_score, c.open_score) for score in scores]
         ready = max(0, len(self._coming) - c.look_ahead)
-        gates = [self._next(max(self._coming[i : i + c.look_ahead + 1])) for i in range(ready)]
-        self._coming = self._coming[ready:]
+        if self._heard:
+            ready = min(ready, len(self._speech))
+        gates = [self._next(self._wanted(i)) for i in range(ready)]
+        self._coming, self._speech = self._coming[ready:], self._speech[ready:]
         return np.array(gates, np.float32)
 
     def finish(self) -> Float[np.ndarray, "m"]:
         """The remaining gates, as if silence followed."""
         return self.push(np.zeros(self.config.look_ahead))
+
+    def _wanted(self, i: int) -> float:
+        loud = max(self._coming[i : i + self.config.look_ahead + 1])
+        return min(loud, self._speech[i]) if self._heard else loud
 
     def _next(self, wanted: float) -> float:
         c = self.config
@@ -108,6 +126,10 @@ class SilenceGate:
             if self._quiet > c.hold:
                 self._gate = max(wanted, self._gate - 1 / c.release)
         return self._gate * self._gate * (3 - 2 * self._gate)  # eased, so that neither end is a jerk
+
+
+def _share(value: float, closed: float, open: float) -> float:
+    return float(np.clip((value - closed) / (open - closed), 0, 1))
 
 
 def frame_rms(samples: Float[np.ndarray, "n"], samples_per_frame: int = 640) -> Float[np.ndarray, "t"]:

@@ -89,6 +89,7 @@ class FitConfig:
     frame_steps: int = 8
     flow_from_step: int = 3  # flow needs the mesh about in place
     window: int = 1000  # frames solved at once; bounds memory
+    outline_mm: float = 20.0  # landmarks farther from the outline than this keep their place in the picture when poses are exchanged
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,10 @@ def refit_expressions(
 ) -> FaceTrack:
     """The track with other poses (`hicode.face.skull`), which stay as they are: expressions, slips and canonical landmarks are found anew under them.
 
+    Slips are larger here than in `fit_track`, a px or two for seconds: not the network's shake, but the face against the skull. Lips rendered without it
+    would be beside where they are seen. So landmarks inside the face are seen where `track`'s are, from which flow has already taken out
+    the shake. Those on the outline lose the slip: they lie on a silhouette, and ears, hair and neck, which follow the skull better, hang on them.
+
     Identity and focal length are the track's. Training and test frames are separate segments, as in `fit_track`.
     """
     found = np.asarray(found, bool) & np.isfinite(np.asarray(points_px)).all((1, 2))
@@ -191,7 +196,20 @@ def refit_expressions(
     segments = np.split(np.arange(len(points)), edges)
     for number, segment in enumerate(segments):
         _fit_segment(problem, state, segment, lambda x, n=number: progress and progress((n + x) / len(segments)))
-    return _track(problem, state)
+    anew = _track(problem, state)
+    view = lambda motion: Camera(track.camera.K.expand(len(track), 3, 3), motion.T_camera_head, problem.width, problem.height)
+    seen = view(track.motion).project(track.motion.landmarks)[0]
+    # The depth is the new one: poses of the two differ by millimetres along the ray, which nobody sees and which would shake the landmarks.
+    seated = view(anew.motion).unproject(seen, view(anew.motion).project(anew.motion.landmarks)[1])
+    inside = _inside_face(problem, state.identity, config.outline_mm * 0.01)
+    return replace(anew, motion=replace(anew.motion, landmarks=torch.lerp(anew.motion.landmarks, seated, inside[:, None])))
+
+
+def _inside_face(problem: "_Problem", identity: np.ndarray, reach: float) -> Float[Tensor, "478"]:
+    """0 on the face's outline, 1 from `reach` (dm) inside it on."""
+    rest = torch.from_numpy(problem.basis.rest + np.tensordot(identity, problem.basis.identity, 1)).float()
+    depth = (torch.cdist(rest, rest[torch.from_numpy(FACE_OVAL)]).amin(1) / reach).clamp(max=1)
+    return depth * depth * (3 - 2 * depth)
 
 
 def fit_person(

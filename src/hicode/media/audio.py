@@ -2,6 +2,9 @@
 
 Samples are float32 "n" in [-1, 1]; sample 0 sounds when the video's first frame shows. Time stamps place the sound: a
 track that starts late is padded with silence, one that starts early is cut, gaps inside it become silence.
+
+Channels are mixed for speech (`mix_weights`): dead ones are left out, so they do not halve the level, and one that is
+wired the wrong way round is turned, so it does not cancel the others.
 """
 
 from collections.abc import Iterator
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from hicode.errors import InputError
 from hicode.files import atomic_path
@@ -25,6 +28,12 @@ _FULL_SCALE = {"u8": 128.0, "s16": 32768.0, "s32": 2147483648.0, "s64": 92233720
 # What speech loses least by: the centre channel carries it, the sides carry rooms and music, the subwoofer nothing.
 _CHANNEL_WEIGHTS = {"FC": 1.0, "FL": 0.7, "FR": 0.7, "LFE": 0.0, "LFE2": 0.0}
 _OTHER_CHANNEL_WEIGHT = 0.35
+# Weaker than the strongest channel by so much is dead: its hiss is no sound, and a share of the mix for it only makes
+# the others quieter.
+_DEAD_DB = -40.0
+# Correlated with the strongest channel like this or more negatively: the same sound, wired the wrong way round.
+# Speech in a room, recorded by microphones apart, correlates positively or hardly at all.
+_INVERTED = -0.7
 
 
 def read_audio(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n"] | None:
@@ -53,12 +62,34 @@ def _resampled(path: Path, rate_hz: int) -> Iterator[np.ndarray]:
     with open_media(path) as container:
         start_s = _first_frame_s(path) if container.streams.video else None
         resampler = None
-        for samples, source_rate_hz in _mono(container, path, start_s):
+        for samples, source_rate_hz in _mono(container, path, start_s, _channel_weights(path)):
             if resampler is None:
                 resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
             yield resampler.resample_chunk(samples, last=False)
         if resampler is not None:
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def mix_weights(
+    covariance: Float[np.ndarray, "c c"], layout: Float[np.ndarray, "c"] | None = None
+) -> Float32[np.ndarray, "c"]:
+    """The share of each channel in a mix that speech survives, from the channels' second moments; magnitudes sum to 1.
+
+    layout: the share by what a channel is (centre, side ...), equal where not given. Channels more than 40 dB weaker than
+    the strongest get none, those that are the strongest turned round a negative one.
+    """
+    power = np.diag(covariance).clip(0)
+    weights = np.ones(len(power)) if layout is None else np.asarray(layout, np.float64)
+    if not (weights * power).any():
+        weights = np.ones(len(power))  # sound in the subwoofer alone, or none at all
+    heard = weights**2 * power
+    strongest = int(heard.argmax())
+    alive = power > power[strongest] * 10 ** (_DEAD_DB / 10)
+    if alive.any():
+        weights = weights * alive
+        correlation = covariance[strongest] / np.sqrt(np.maximum(power * power[strongest], 1e-30))
+        weights = np.where(correlation < _INVERTED, -weights, weights)
+    return (weights / np.abs(weights).sum()).astype(np.float32)
 
 
 def read_speech(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n"]:
@@ -107,7 +138,33 @@ def _first_frame_s(path: Path) -> float | None:
     return None
 
 
-def _mono(container, path: Path, start_s: float | None) -> Iterator[tuple[np.ndarray, int]]:
+def _channel_weights(path: Path) -> np.ndarray | None:
+    """`mix_weights` of the whole first track, heard once through; None where it has one channel."""
+    with open_media(path) as container:
+        stream = container.streams.audio[0]
+        if stream.codec_context.channels == 1:
+            return None
+        moments, layout = None, None
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                continue  # said, where it matters, by the pass that reads the sound
+            for frame in frames:
+                data = _channels(frame).astype(np.float64)
+                if not np.isfinite(data).all():
+                    continue
+                if moments is None:
+                    moments, layout = np.zeros((len(data), len(data))), _layout_weights(frame)
+                if len(data) == len(moments):
+                    data = data - data.mean(1, keepdims=True)
+                    moments += data @ data.T
+    return None if moments is None else mix_weights(moments, layout)
+
+
+def _mono(
+    container, path: Path, start_s: float | None, weights: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, int]]:
     """(samples, source rate), continuous from `start_s` (without one, from the track's own start)."""
     stream = container.streams.audio[0]
     cursor = 0
@@ -132,7 +189,7 @@ def _mono(container, path: Path, start_s: float | None) -> Iterator[tuple[np.nda
                     f"The sound of {path} changes from {rate_hz} to {frame.sample_rate} Hz midway. Export it again "
                     "at one rate."
                 )
-            samples = _to_mono(frame)
+            samples = _to_mono(frame, weights)
             if not np.isfinite(samples).all():
                 at = cursor / rate_hz
                 raise InputError(
@@ -156,18 +213,25 @@ def _mono(container, path: Path, start_s: float | None) -> Iterator[tuple[np.nda
                 yield samples, rate_hz
 
 
-def _to_mono(frame: av.AudioFrame) -> Float32[np.ndarray, "n"]:
+def _to_mono(frame: av.AudioFrame, weights: np.ndarray | None) -> Float32[np.ndarray, "n"]:
+    data = _channels(frame)
+    if len(data) == 1:
+        return np.ascontiguousarray(data[0])
+    if weights is None or len(weights) != len(data):  # a track that changes its channels midway
+        layout = _layout_weights(frame)
+        weights = mix_weights(np.eye(len(data)), layout)
+    return weights @ data
+
+
+def _channels(frame: av.AudioFrame) -> Float32[np.ndarray, "c n"]:
     kind = frame.format.name.removesuffix("p")
     data = frame.to_ndarray()
-    channels = frame.layout.nb_channels
     if not frame.format.is_planar:
-        data = data.reshape(-1, channels).T
+        data = data.reshape(-1, frame.layout.nb_channels).T
     if kind == "u8":
         data = data.astype(np.float32) - 128
-    data = data.astype(np.float32) / np.float32(_FULL_SCALE[kind])
-    if channels == 1:
-        return np.ascontiguousarray(data[0])
-    weights = np.array([_CHANNEL_WEIGHTS.get(c.name, _OTHER_CHANNEL_WEIGHT) for c in frame.layout.channels], np.float32)
-    if weights.sum() == 0:
-        weights = np.ones(channels, np.float32)
-    return weights / weights.sum() @ data
+    return data.astype(np.float32) / np.float32(_FULL_SCALE[kind])
+
+
+def _layout_weights(frame: av.AudioFrame) -> np.ndarray:
+    return np.array([_CHANNEL_WEIGHTS.get(c.name, _OTHER_CHANNEL_WEIGHT) for c in frame.layout.channels], np.float32)

@@ -105,7 +105,9 @@ def pretrain_folders(
     learning = time.perf_counter()
     training = replace(PretrainConfig(), steps=config.steps, seed=config.seed)
     with progress_bar("Learning", progress) as show:
-        models = pretrain(examples + imagined, encoder.name, training, progress=lambda done: show(round(100 * done), 100))
+        models = pretrain(
+            examples + imagined, encoder.name, training, progress=lambda done: show(round(100 * done), 100), window=encoder.window
+        )
     learned = [
         {"speaker": s, "seconds": _seconds(examples, s), "terms": terms[s]} for s in dict.fromkeys(e.speaker for e in examples)
     ]
