@@ -10,11 +10,7 @@ import torch
 from hicode.camera import Camera
 from hicode.errors import InputError
 from hicode.face import fit
-<<<<<<< HEAD
-from hicode.face.fit import FitConfig, Flow, fit_person, fit_report, fit_track, person_offsets, track_flow
-=======
-from hicode.face.fit import FitConfig, Flow, fit_report, fit_track, person_offsets, refit_expressions, track_flow
->>>>>>> main
+from hicode.face.fit import FitConfig, Flow, fit_person, fit_report, fit_track, person_offsets, refit_expressions, track_flow
 from hicode.face.model import HeadModel
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.motion import FACE_OVAL, LIPS, FaceTrack, Motion
