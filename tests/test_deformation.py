@@ -301,6 +301,22 @@ def test_sway_is_linear_in_the_turn_and_nothing_at_the_mean():
     torch.testing.assert_close(large, small * float(torch.tensor(0.2).sin() / torch.tensor(0.1).sin()), atol=1e-5, rtol=1e-3)
 
 
+def test_the_face_does_not_sway_and_what_is_far_from_it_does():
+    deformation = a_deformation(base="none", sway_reach=0.2)
+    torch.nn.init.normal_(deformation.control.sway.weight, std=0.1, generator=G(30))
+    face = torch.cat([a_head(470), torch.zeros(8, 3)])
+    deformation.control.set_statistics(torch.zeros(2, 64), face.expand(2, 478, 3))
+    far = face.clone()
+    far[:, 2] += 5.0
+    query = deformation.control.embed(face)
+    held, free = (deformation.control.sway_field(points, query) for points in (face, far))
+    # cdist goes through a matrix product: distances of zero come out at up to 1e-3 of a head that is 1 dm wide, (1e-3 / 0.2)^2 of the field
+    assert held.abs().max() < 1e-4 * free.abs().max()
+    everywhere = a_deformation(base="none", sway_reach=0.0)
+    everywhere.control.load_state_dict(deformation.control.state_dict())
+    torch.testing.assert_close(free, everywhere.control.sway_field(face, query), atol=1e-7, rtol=1e-5)
+
+
 def test_colours_shift_with_the_motion_and_only_with_shade():
     shifts = [a_deformation(base="none", shade=shade)(a_head(), *signals())[3] for shade in (True, False)]
     assert shifts[0].abs().max() > 0.01 and torch.count_nonzero(shifts[1]) == 0
@@ -308,6 +324,6 @@ def test_colours_shift_with_the_motion_and_only_with_shade():
 
 def test_a_file_from_before_shade_and_sway_still_loads():
     tensors, config = a_deformation(base="none", shade=False, sway=False).state()
-    del config["shade"], config["sway"]
+    del config["shade"], config["sway"], config["sway_reach"]
     again = Deformation.from_state(tensors, config)
-    assert not again.config.shade and not again.config.sway
+    assert not again.config.shade and not again.config.sway and again.config.sway_reach == 0

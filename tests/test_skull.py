@@ -8,7 +8,7 @@ import torch
 
 from hicode.camera import Camera
 from hicode.face import skull
-from hicode.face.skull import Skull, SkullConfig, align_skull, choose_keyframes, corrected_depth
+from hicode.face.skull import Skull, SkullConfig, align_skull, choose_keyframes, corrected_depth, face_origin
 from hicode.geometry import axis_angle_from_rotation, rigid, rotation_from_axis_angle
 from hicode.motion import FaceTrack, Motion
 
@@ -45,6 +45,27 @@ def draw(pose):
     return np.repeat(gray[..., None], 3, 2), z.astype(np.float32)
 
 
+def landmarks():
+    """478 points on the front of the ellipsoid."""
+    rng = np.random.default_rng(2)
+    across = rng.uniform(-0.6, 0.6, (478, 2))
+    front = np.concatenate([across, np.sqrt(1 - (across**2).sum(1, keepdims=True))], 1)
+    return torch.from_numpy(front * RADII).float()
+
+
+def detected(poses):
+    """Where the frames show the landmarks, px "t 478 2"."""
+    camera = Camera.pinhole(FOCAL, SIZE, SIZE)
+    return torch.stack([camera.with_pose(p).project(landmarks())[0] for p in poses])
+
+
+def tracked(poses, fit, seen_at=None, confidence=None):
+    """The track of a landmark fit that took the head's poses for `fit`; its landmarks keep the shape that they have."""
+    motion = Motion(torch.zeros(FRAMES, 64), landmarks().expand(FRAMES, 478, 3), fit)
+    seen = torch.ones(FRAMES) if confidence is None else confidence
+    return FaceTrack(motion, torch.zeros(80), Camera.pinhole(FOCAL, SIZE, SIZE), detected(poses) if seen_at is None else seen_at, seen)
+
+
 @pytest.fixture(scope="module")
 def scene():
     poses = true_poses()
@@ -54,20 +75,18 @@ def scene():
 
 @pytest.fixture
 def aligned(scene, monkeypatch):
-    """Align with the drawn head's depth, `wrong` times as high as it is, in place of the head model's; `fit` are the poses to start from."""
+    """Align with the drawn head's depth, `wrong` times as high as it is and `shift` dm behind, in place of the head model's; `fit` are the poses to
+    start from."""
     poses, images, depths = scene
 
-    def depth_of(wrong):
-        return lambda model, track, t, mask: (4.5 + wrong * (depths[t] - 4.5)).astype(np.float32)
+    def depth_of(wrong, shift):
+        return lambda model, track, t, mask: (4.5 + wrong * (depths[t] - 4.5) + shift).astype(np.float32)
 
     monkeypatch.setattr(skull, "_rigid_region", lambda mask, depth, track, t: (mask > 0).astype(np.uint8) * 255)
 
-    def run(fit, wrong=1.0, images=images, confidence=None, config=CONFIG):
-        monkeypatch.setattr(skull, "head_depth", depth_of(wrong))
-        track = FaceTrack(
-            Motion(torch.zeros(FRAMES, 64), torch.zeros(FRAMES, 478, 3), fit), torch.zeros(80), Camera.pinhole(FOCAL, SIZE, SIZE),
-            torch.zeros(FRAMES, 478, 2), torch.ones(FRAMES) if confidence is None else confidence,
-        )  # fmt: skip
+    def run(fit, wrong=1.0, shift=0.0, images=images, confidence=None, config=CONFIG):
+        monkeypatch.setattr(skull, "head_depth", depth_of(wrong, shift))
+        track = tracked(poses, fit, confidence=confidence)
         mask = lambda t: skull.cv2.erode(np.isfinite(depths[t]).astype(np.uint8) * 255, np.ones((7, 7), np.uint8))
         return align_skull(lambda t: images[t], mask, track, None, TRAIN, config), track
 
@@ -127,6 +146,36 @@ def test_frames_that_show_nothing_to_hold_on_to_keep_their_pose(scene, aligned):
     assert torch.equal(found[22:24], poses[22:24])
     torch.testing.assert_close(found[5], poses[5], atol=1e-5, rtol=0)  # in the adjustment, held by its prior alone
     assert report.unmatched == 3
+
+
+def test_the_origin_goes_to_where_the_face_is(scene):
+    """Poses about another origin than the landmarks': found to rounding; gross errors of a tenth of them do no harm beyond a tenth of a mm."""
+    poses, *_ = scene
+    moved = torch.tensor([0.02, -0.01, 0.05])
+    frames = np.arange(TRAIN.stop)
+    about = poses.clone()
+    about[:, :3, 3] -= poses[:, :3, :3] @ moved
+    track = tracked(poses, poses)
+    np.testing.assert_allclose(face_origin(about.double().numpy(), track, frames), moved, atol=1e-5)
+    wild = track.landmarks_px.clone()
+    wild[::2, ::5] += 30.0
+    assert np.abs(face_origin(about.double().numpy(), replace(track, landmarks_px=wild), frames) - moved.numpy()).max() < 0.02
+    assert not face_origin(about.double().numpy(), track, frames[:0]).any()
+
+
+def test_a_face_that_lies_elsewhere_than_the_mesh_says_is_seen_where_it_was(scene, aligned, monkeypatch):
+    """A mesh 10 mm behind the head: the points' frame goes with it, and its turns would carry the landmarks 1.5 px beside where they were detected."""
+    poses, *_ = scene
+    off = lambda T, track: (track.camera.with_pose(T).project(landmarks().expand(FRAMES, 478, 3))[0] - track.landmarks_px).mean(1).norm(dim=1).mean()
+    (found, points, report), track = aligned(poses, shift=0.1)
+    assert off(found, track) < 0.6 and 4 < report.origin_mm < 10
+    monkeypatch.setattr(skull, "face_origin", lambda *_: np.zeros(3))
+    (kept, kept_points, _), _ = aligned(poses, shift=0.1)
+    assert off(kept, track) > 1.2
+    # it is another name for the same points: they are seen in the same places
+    view = lambda pose, rigid_points: track.camera.with_pose(pose).project(rigid_points.points)[0]
+    for t in (0, 7, 24):
+        torch.testing.assert_close(view(found[t], points), view(kept[t], kept_points), atol=1e-3, rtol=0)
 
 
 def test_keyframes_are_spread_over_the_turns():

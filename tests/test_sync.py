@@ -67,8 +67,16 @@ def test_positive_means_the_mouth_is_later(model, later):
 
 def test_offsets_of_training_clips_are_found_together():
     true = [0, -2, 3, 0, 1]
-    _, offsets = fit_sync([_clip(250, lag, seed) for seed, lag in enumerate(true)], "test", (), anchor=3)
-    assert offsets == pytest.approx(true, abs=0.3)
+    _, found = fit_sync([_clip(250, lag, seed) for seed, lag in enumerate(true)], "test", (), anchor=3)
+    assert [f.offset_frames for f in found] == pytest.approx(true, abs=0.3)
+    assert all(f.reliable and f.frames == 250 for f in found)
+
+
+def test_a_training_clip_with_foreign_sound_is_not_reliable():
+    pairs = [_clip(250, 0, seed) for seed in range(4)]
+    pairs[2] = (_clip(250, 0, 99)[0], pairs[2][1])
+    _, found = fit_sync(pairs, "test", ())
+    assert [f.reliable for f in found] == [True, True, False, True]
 
 
 def test_moving_the_sound_moves_the_offset_as_much(model):

@@ -76,6 +76,7 @@ def _train() -> Callable:
         out: Out,
         preset: Preset = "standard",
         run_folder: Path | None = None,
+        speech_weights: Path | None = None,
         seed: int = 0,
         device: Device = "auto",
     ) -> None:
@@ -88,10 +89,11 @@ def _train() -> Callable:
             out: The avatar, one file; the usual ending is .hicode.
             preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
             run_folder: Where checkpoints, metrics and TensorBoard events go; runs/NAME beside the avatar if not given.
+            speech_weights: What `hicode pretrain` made, instead of the weights that ship.
             seed: Of everything random.
             device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
-        train(clip, out, preset, run=run_folder, seed=seed, device=device)
+        train(clip, out, preset, run=run_folder, seed=seed, device=device, speech_weights=speech_weights)
         print(f"{out}. Next: hicode speak {out} AUDIO -o speech.mp4")
 
     return run
@@ -148,6 +150,7 @@ def _make() -> Callable:
         out: Out,
         preset: Preset = "draft",
         work: Path | None = None,
+        speech_weights: Path | None = None,
         config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),
         device: Device = "auto",
     ) -> None:
@@ -159,11 +162,12 @@ def _make() -> Callable:
             out: The video, ending in .mp4.
             preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
             work: Folder for clip, avatar and run, which are kept; OUT.work beside the video if not given.
+            speech_weights: What `hicode pretrain` made, instead of the weights that ship.
             device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         from hicode.demo import make
 
-        make(video, audio, out, preset, work, config, device)
+        make(video, audio, out, preset, work, config, device, speech_weights=speech_weights)
 
     return run
 
@@ -277,6 +281,47 @@ def _reproduce() -> Callable:
     return run
 
 
+def _pretrain() -> Callable:
+    from hicode.training.pretraining import PretrainingConfig, pretrain_folders
+
+    def run(
+        folders: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER")]],
+        out: Out,
+        cache: Path,
+        sources: Path | None = None,
+        sync_out: Path | None = None,
+        sentences: int = PretrainingConfig.sentences,
+        synthetic_minutes: float = PretrainingConfig.synthetic_minutes,
+        synthetic_speakers: int = PretrainingConfig.synthetic_speakers,
+        steps: int = PretrainingConfig.steps,
+        seed: int = 0,
+    ) -> None:
+        """Learn generic speech weights from your own videos of people who speak; `hicode train --speech-weights` uses them.
+
+        Every video directly in a folder is a speaker of its own, every sub-folder is one speaker with several clips. A run that was stopped goes on
+        where it was when the same command is given again.
+
+        Args:
+            folders: Folders of videos with sound, of two speakers at least.
+            out: The weights, ending in .safetensors; a report is written beside them.
+            cache: Folder for landmarks, head motion and features, which are kept.
+            sources: A manifest of speakers, patterns and terms (docs/weights.md); sources.toml in the folder if there is one.
+            sync_out: Also write the sync model here; the manifest must name an anchor.
+            sentences: Clips of a speaker at most.
+            synthetic_minutes: Of synthesised speech beside them, in fifteen languages; 0 for none.
+            synthetic_speakers: Who say it.
+            steps: Of training each network.
+            seed: Of everything random.
+        """
+        config = PretrainingConfig(sentences, synthetic_minutes, synthetic_speakers, steps, seed)
+        report = pretrain_folders(folders, out, cache, config, manifest=sources, sync_out=sync_out)
+        for left in report["left_out"]:
+            print(f"Left out: {left['speaker']}{', ' + left['clip'] if left['clip'] else ''}: {left['reason']}")
+        print(f"{out}: {len(report['learned_from'])} speakers, {report['seconds']:.0f} s. The report: {out.with_suffix('.md')}")
+
+    return run
+
+
 def _assets() -> Callable:
     from hicode import assets
 
@@ -326,6 +371,7 @@ COMMANDS: dict[str, tuple[Callable[[], Callable], str]] = {
     "make": (_make, "VIDEO AUDIO -o OUT.mp4: prepare, train and speak"),
     "evaluate": (_evaluate, "AVATAR CLIP | --video A --reference B [--json FILE] [--html FILE]: measure it on what it has not seen"),
     "reproduce": (_reproduce, "table1|table2 CLIPS -o OUT [--ray local|ADDRESS]: the paper's tables from a folder of clips"),
+    "pretrain": (_pretrain, "FOLDER... -o WEIGHTS.safetensors --cache CORPUS: speech weights from your own videos of people who speak"),
     "assets": (_assets, "list|pull: the pretrained parts, their sources and licences"),
     "doctor": (_doctor, "is this machine ready?"),
 }

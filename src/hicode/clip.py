@@ -28,6 +28,7 @@ from hicode.camera import Camera
 from hicode.errors import FileFormatError, InputError
 from hicode.files import load_tensors, read_json, save_tensors
 from hicode.motion import FaceTrack, Motion
+from hicode.speech.encoder import AudioEncoder, Window, create_encoder, match_frames
 
 SCHEMA, VERSION = "hicode-clip", 1
 AUDIO_RATE_HZ = 16000
@@ -177,27 +178,40 @@ class Clip:
         assert rate_hz == AUDIO_RATE_HZ, rate_hz
         return shift_audio(samples, self.audio_offset_frames, self.frame_count)
 
-    def speech_features(self, encoder: str = "embedded") -> Float[Tensor, "t d"] | None:
-        """Two rows a frame from the named encoder, made and stored on first use; None for a video without sound."""
+    def speech_features(self, encoder: str = "embedded", window: Window | None = None) -> Float[Tensor, "t d"] | None:
+        """Two rows a frame from the named encoder, made and stored on first use; None for a video without sound. `window`: the encoder's, where it
+        is to be another than its own (speech models from before); such features are not stored.
+        """
         if not self.config["has_audio"]:
             return None
+        made = create_encoder(encoder, window=window)
         file = self.path / f"audio.{encoder}.safetensors"
         if file.exists():
-            tensors, config = load_tensors(file, "hicode-speech-features", 1)
-            if config["offset_frames"] == self.audio_offset_frames and len(tensors["features"]) == 2 * self.frame_count:
+            tensors, config = load_tensors(file, FEATURES_SCHEMA, 1)
+            same = config["offset_frames"] == self.audio_offset_frames and config.get("window") == list(made.window)
+            if same and len(tensors["features"]) == 2 * self.frame_count:
                 return tensors["features"]
-        from hicode.speech.encoder import create_encoder, match_frames
-
-        made = create_encoder(encoder)
-        features = match_frames(made.encode(self.audio()), self.frame_count)
-        config = {
-            "encoder": made.name,
-            "dim": made.dim,
-            "rate_hz": made.rate_hz,
-            "offset_frames": self.audio_offset_frames,
-        }
-        save_tensors(file, {"features": features}, "hicode-speech-features", 1, config)
+        features, config = frame_features(made, self.audio(), self.frame_count, self.audio_offset_frames)
+        if window is None or window == create_encoder(encoder).window:
+            save_tensors(file, {"features": features}, FEATURES_SCHEMA, 1, config)
         return features
+
+
+FEATURES_SCHEMA = "hicode-speech-features"
+
+
+def frame_features(
+    encoder: AudioEncoder, samples: Float32[np.ndarray, "n"], frames: int, offset_frames: float
+) -> tuple[Float[Tensor, "2*t d"], dict]:
+    """What a clip stores of a sound that is moved by `offset_frames` already: features, and how they were made."""
+    config = {
+        "encoder": encoder.name,
+        "dim": encoder.dim,
+        "rate_hz": encoder.rate_hz,
+        "window": list(encoder.window),
+        "offset_frames": offset_frames,
+    }
+    return match_frames(encoder.encode(samples), frames), config
 
 
 class _Pictures:

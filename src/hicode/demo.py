@@ -25,18 +25,21 @@ def make(
     config: PrepareConfig = PrepareConfig(),
     device: Device = "auto",
     progress: bool = True,
+    speech_weights: Path | str | None = None,
 ) -> Path:
     """prepare + train + speak. Clip, avatar and run stay in `work` (default: OUT.work), so a stopped or repeated call
-    does only what is missing.
+    does only what is missing; with other `speech_weights` (see `train`) speech alone is learned anew.
 
     What can be wrong with video, audio and places is found before the long work: InputError, OutputError.
     """
     from hicode.avatar.avatar import Avatar
     from hicode.files import check_writable
     from hicode.media.audio import read_speech
+    from hicode.provenance import sha256
     from hicode.runtime import resolve_device
     from hicode.synthesis import speak
     from hicode.training.run import train
+    from hicode.training.speech import load_generic
 
     out = Path(out)
     if out.suffix.lower() not in (".mp4", ".m4v", ".mov"):
@@ -46,14 +49,19 @@ def make(
     check_writable(out)
     resolve_device(device)
     read_speech(audio)
+    wanted = None
+    if speech_weights is not None:
+        load_generic(speech_weights)  # damaged weights are found before the long work
+        wanted = sha256(speech_weights)
     work = Path(work) if work else out.with_suffix(".work")
     name = Path(video).stem
     clip = prepare(video, work / f"{name}.clip", config, progress)
     stored = work / f"{name}.{preset}.hicode"
+    avatar = None
     if stored.exists() and stored.stat().st_mtime >= (clip.path / "clip.json").stat().st_mtime:
         avatar = Avatar.load(stored)
-    else:
-        avatar = train(clip, stored, preset, device=device, progress=progress)
+    if avatar is None or avatar.info.get("speech_weights") != wanted:
+        avatar = train(clip, stored, preset, device=device, progress=progress, speech_weights=speech_weights)
     print(speak(avatar, audio, out, device=device, progress=progress))
     return out
 

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float, UInt8
 
 from hicode.clip import (
-    AUDIO_RATE_HZ, SAMPLES_PER_FRAME, SCHEMA, VERSION, Clip,
-    load_track, read_png, save_track, shift_audio, split, write_png,
+    AUDIO_RATE_HZ, FEATURES_SCHEMA, SAMPLES_PER_FRAME, SCHEMA, VERSION, Clip,
+    frame_features, load_track, read_png, save_track, shift_audio, split, write_png,
 )  # fmt: skip
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
 from hicode.files import check_free_space, load_tensors, read_json, save_tensors, write_json
@@ -172,17 +172,17 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     fitted = work.step("fit", 1, {}, ("landmarks",), ("fit.safetensors",), lambda: _fit(work, train))
     work.step("masks", 1, {}, ("fit",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
     aligned = ("track.safetensors", "skull.safetensors")
-    work.step("track", 4, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
+    work.step("track", 5, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
     work.step("depth", 2, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
     if sound["usable"]:
         encoder = {"encoder": config.encoder}
-        offset = work.step("offset", 2, {}, ("sound", "track"), (), lambda: _offset(work, train))
+        offset = work.step("offset", 3, {}, ("sound", "track"), (), lambda: _offset(work, train))
         state["audio_offset_frames"] = offset["frames"]
         features = f"audio.{config.encoder}.safetensors"
         work.step(
-            "features", 1, encoder, ("sound", "offset"), (features,), lambda: _features(work, count, offset["frames"])
+            "features", 2, encoder, ("sound", "offset"), (features,), lambda: _features(work, count, offset["frames"])
         )
     else:
         offset = None
@@ -575,6 +575,7 @@ def _align(work: _Work, train: range) -> dict:
         "matches": round(found.matches_per_frame),
         "match_px": found.residual_px,
         "turned_deg": found.turned_deg,
+        "origin_mm": found.origin_mm,
         "unmatched": found.unmatched,
         "jitter_deg": figures.jitter_deg,
         "jitter_px": figures.jitter_px,
@@ -669,18 +670,11 @@ def _offset(work: _Work, train: range) -> dict:
 
 
 def _features(work: _Work, count: int, offset_frames: float) -> dict:
-    from hicode.speech.encoder import create_encoder, match_frames
+    from hicode.speech.encoder import create_encoder
 
     encoder = create_encoder(work.config.encoder)
-    features = match_frames(encoder.encode(shift_audio(_read_sound(work), offset_frames, count)), count)
-    config = {"encoder": encoder.name, "dim": encoder.dim, "rate_hz": encoder.rate_hz, "offset_frames": offset_frames}
-    save_tensors(
-        work.folder / f"audio.{work.config.encoder}.safetensors",
-        {"features": features},
-        "hicode-speech-features",
-        1,
-        config,
-    )
+    features, config = frame_features(encoder, shift_audio(_read_sound(work), offset_frames, count), count, offset_frames)
+    save_tensors(work.folder / f"audio.{work.config.encoder}.safetensors", {"features": features}, FEATURES_SCHEMA, 1, config)
     return {"dim": encoder.dim}
 
 

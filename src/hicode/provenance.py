@@ -134,5 +134,9 @@ def _described(name: str) -> tuple[str, dict]:
     file = Path(name)
     if not file.is_file():
         raise AssetError(f"{name} is neither an asset nor a file. Assets are: {', '.join(assets.ASSETS)}.")
+    return file.name, {"package": None, "sha256": sha256(file)}
+
+
+def sha256(file: Path | str) -> str:
     with open(file, "rb") as f:
-        return file.name, {"package": None, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+        return hashlib.file_digest(f, "sha256").hexdigest()

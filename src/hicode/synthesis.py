@@ -38,7 +38,6 @@ from hicode.speech.encoder import (
     SAMPLES_PER_FEATURE,
     DcBlocker,
     checked_sound,
-    create_encoder,
     level_of_frames,
     speech_level,
 )
@@ -138,7 +137,7 @@ class Stream:
         if avatar.speech is None:
             raise InputError("The avatar has no speech models: its clip had no sound. Train it on a clip with sound.")
         if encoder is None:
-            encoder = create_encoder(avatar.speech.encoder)
+            encoder = avatar.speech.encoder_for()
         if encoder.name != avatar.speech.encoder:
             raise InputError(
                 f"The avatar's speech models take features of the {avatar.speech.encoder} encoder, not {encoder.name}. Leave the encoder out."

@@ -61,6 +61,9 @@ class DeformationConfig:
     """whether the control also shifts colours (not in Eq. 7): a mouth darkens as it opens, skin folds shade; off: the paper"""
     sway: bool = True
     """whether positions also follow the head's turn (not in Eq. 7), each by a linear map of its own: loose hair hangs, the neck stays; off: the paper"""
+    sway_reach: float = 0.2
+    """head units (dm): the face does not sway, what is farther than this from it does. There a map learned in the training clip's turns goes wrong
+    beyond them: lips 0.6 px beside their place on a clip whose test part turns 16 degrees further. 0: all sways alike"""
     max_offset: float = 0.1
     """head units (dm): Δl per unit of network output, so that the output layer learns at the pace of the others"""
 
@@ -181,9 +184,13 @@ class HierarchicalControl(nn.Module):
         self.landmark_mean.copy_(landmarks.mean(0))
         self.landmark_std.copy_((landmarks - landmarks.mean(0)).std(correction=0).clamp_min(1e-3))
 
-    def sway_field(self, query: Float[Tensor, "m c"]) -> Float[Tensor, "m 3 3"]:
-        """How each point's position follows the turn."""
-        return SWAY_UNIT * self.sway(query).view(-1, 3, 3)
+    def sway_field(self, points: Float[Tensor, "m 3"], query: Float[Tensor, "m c"]) -> Float[Tensor, "m 3 3"]:
+        """How each point's position follows the turn: not at all on the landmarks, wholly far from them."""
+        field = SWAY_UNIT * self.sway(query).view(-1, 3, 3)
+        if not self.config.sway_reach:
+            return field
+        distance = torch.cdist(points, self.landmark_mean).amin(1)
+        return field * -torch.expm1(-((distance / self.config.sway_reach) ** 2))[:, None, None]
 
     def turned(self, turn: Float[Tensor, "3 3"]) -> Float[Tensor, "3"]:
         """How far a head's rotation is from the clip's mean one: sine times axis, over TURN_UNIT."""
@@ -242,7 +249,7 @@ class HierarchicalControl(nn.Module):
         delta = self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
         if self.config.sway and turn is not None:
             # Linear, so that a turn beyond the training clip's goes on as the ones before it did.
-            delta = delta + F.pad(self.sway_field(q) @ self.turned(turn), (0, delta.shape[1] - 3))
+            delta = delta + F.pad(self.sway_field(points, q) @ self.turned(turn), (0, delta.shape[1] - 3))
         return delta
 
 
@@ -531,8 +538,8 @@ class Deformation(nn.Module):
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Deformation":
-        # Files from before shade and sway have neither.
-        cfg = DeformationConfig(**({"shade": False, "sway": False} | config))
+        # Files from before shade and sway have neither; for a while faces swayed too.
+        cfg = DeformationConfig(**({"shade": False, "sway": False, "sway_reach": 0.0} | config))
         net = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         carrier = None
         if cfg.base == "mesh":

@@ -43,9 +43,10 @@ class FrameDeformer:
         assert self.supports(deformation), deformation.config
         self.deformation, self.gaussians = deformation, gaussians
         control, anchors, n = deformation.control, deformation.anchors, len(gaussians)
-        query = control.embed(gaussians.means if anchors is None else anchors.points)
+        points = gaussians.means if anchors is None else anchors.points
+        query = control.embed(points)
         self._normal = _array(normalize_over_points(query))
-        self._sway = control.sway_field(query) if control.config.sway else None
+        self._sway = control.sway_field(points, query) if control.config.sway else None
         self._query = query * query.shape[1] ** -0.5
         self._query_norm = float(self._query.norm(dim=1).max())
         if anchors is None:

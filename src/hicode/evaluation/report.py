@@ -50,6 +50,7 @@ from hicode.motion import Motion
 from hicode.progress import progress_bar
 from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device
+from hicode.speech.encoder import AudioEncoder, Window
 
 if TYPE_CHECKING:
     from hicode.face.landmarks import FaceLandmarker
@@ -65,6 +66,9 @@ class Speaker(Protocol):
     """The part of `SpeechModels` that is used here."""
 
     encoder: str
+    window: Window | None
+
+    def encoder_for(self) -> AudioEncoder: ...
 
     def predict(self, features: Float[Tensor, "2*t d"]) -> tuple[Float[Tensor, "t 64"], Float[Tensor, "t 478 3"]]: ...
 
@@ -201,13 +205,13 @@ class _Work:
         from hicode.speech.encoder import speech_level
 
         first, end = self.test[0], self.test[-1] + 1
-        features = self.clip.speech_features(speech.encoder)[2 * first : 2 * end]
+        features = self.clip.speech_features(speech.encoder, speech.window)[2 * first : 2 * end]
         started = time.perf_counter()
         with torch.inference_mode():
             expression, landmarks = speech.predict(features)
         predicting = time.perf_counter() - started
         heard = sound[first * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME]
-        self.speech_seconds = (predicting + self._encoding_seconds(speech.encoder, heard)) / len(self.test)
+        self.speech_seconds = (predicting + self._encoding_seconds(speech, heard)) / len(self.test)
         gate = SilenceGate(speech_level(heard))
         share = torch.from_numpy(np.concatenate([gate.push(frame_rms(heard, SAMPLES_PER_FRAME)), gate.finish()]))
         rest_expression, rest_landmarks = resting_mouth(self.avatar.driving, self.avatar)
@@ -217,14 +221,12 @@ class _Work:
         self.predicted_opening = opening(motion.landmarks.numpy())
         return motion
 
-    def _encoding_seconds(self, name: str, heard: np.ndarray) -> float:
-        from hicode.speech.encoder import create_encoder
-
+    def _encoding_seconds(self, speech: Speaker, heard: np.ndarray) -> float:
         try:
-            encoder = create_encoder(name)
+            encoder = speech.encoder_for()
         except (HicodeError, OSError, ImportError) as error:
             # A hub's model that is not here: its features came with the clip, only its time is unknown.
-            self.findings.notes.append(f"fps leaves the {name} encoder out: it is not here ({error}).")
+            self.findings.notes.append(f"fps leaves the {speech.encoder} encoder out: it is not here ({error}).")
             return 0.0
         started = time.perf_counter()
         encoder.encode(heard)

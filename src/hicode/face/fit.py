@@ -89,6 +89,7 @@ class FitConfig:
     frame_steps: int = 8
     flow_from_step: int = 3  # flow needs the mesh about in place
     window: int = 1000  # frames solved at once; bounds memory
+    outline_mm: float = 20.0  # landmarks farther from the outline than this keep their place in the picture when poses are exchanged
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,14 @@ class FitReport:
     missing: int  # frames without a face
 
 
+@dataclass(frozen=True)
+class Person:
+    """What stays the same over a person's clips by one camera: identity of the 3DMM, focal length in px."""
+
+    identity: Float[np.ndarray, "80"]
+    focal_px: float
+
+
 def fit_track(
     points_px: Float[Tensor, "t 478 3"] | np.ndarray,
     found: Bool[Tensor, "t"] | np.ndarray,
@@ -115,12 +124,13 @@ def fit_track(
     progress: Callable[[float], None] | None = None,
     config: FitConfig = FitConfig(),
     flow: "Flow | None" = None,
+    person: Person | None = None,
 ) -> FaceTrack:
     """Fit a clip. Landmarks in px (pixel centres at +0.5; z in px, smaller is nearer), `found` where a face was seen.
 
     `train` (a slice or range from frame 0; default all) are the frames that identity, focal length and landmark offsets may see. Frames
     without a face are interpolated and carry confidence 0. `flow` (of the same frames, see `track_flow`) steadies the poses several times over.
-    `progress` is called with the fraction done. Raises InputError
+    A known `person` (`fit_person`) is taken as given. `progress` is called with the fraction done. Raises InputError
     where fewer than two training frames have a face.
     """
     points = np.asarray(points_px, np.float64)
@@ -137,10 +147,12 @@ def fit_track(
 
     assert flow is None or len(flow.start_px) == count - 1, (len(flow.start_px), count)
     problem = _Problem.of(points, found, width, height, model, config, flow)
-    state = _initial_state(problem, config.focal_px * width / 512)
-
-    chosen = usable[np.linspace(0, len(usable) - 1, min(config.identity_frames, len(usable))).round().astype(int)]
-    _fit_identity(problem, state, np.unique(chosen), lambda x: progress and progress(0.3 * x))
+    state = _initial_state(problem, person.focal_px if person else config.focal_px * width / 512)
+    if person:
+        state.identity = np.asarray(person.identity, np.float64)
+    else:
+        chosen = usable[np.linspace(0, len(usable) - 1, min(config.identity_frames, len(usable))).round().astype(int)]
+        _fit_identity(problem, state, np.unique(chosen), lambda x: progress and progress(0.3 * x))
 
     edges = np.flatnonzero(np.diff(in_train)) + 1
     segments = np.split(np.arange(count), edges)
@@ -161,6 +173,10 @@ def refit_expressions(
 ) -> FaceTrack:
     """The track with other poses (`hicode.face.skull`), which stay as they are: expressions, slips and canonical landmarks are found anew under them.
 
+    Slips are larger here than in `fit_track`, a px or two for seconds: not the network's shake, but the face against the skull. Lips rendered without it
+    would be beside where they are seen. So landmarks inside the face are seen where `track`'s are, from which flow has already taken out
+    the shake. Those on the outline lose the slip: they lie on a silhouette, and ears, hair and neck, which follow the skull better, hang on them.
+
     Identity and focal length are the track's. Training and test frames are separate segments, as in `fit_track`.
     """
     found = np.asarray(found, bool) & np.isfinite(np.asarray(points_px)).all((1, 2))
@@ -180,18 +196,44 @@ def refit_expressions(
     segments = np.split(np.arange(len(points)), edges)
     for number, segment in enumerate(segments):
         _fit_segment(problem, state, segment, lambda x, n=number: progress and progress((n + x) / len(segments)))
-    return _track(problem, state)
+    anew = _track(problem, state)
+    view = lambda motion: Camera(track.camera.K.expand(len(track), 3, 3), motion.T_camera_head, problem.width, problem.height)
+    seen = view(track.motion).project(track.motion.landmarks)[0]
+    # The depth is the new one: poses of the two differ by millimetres along the ray, which nobody sees and which would shake the landmarks.
+    seated = view(anew.motion).unproject(seen, view(anew.motion).project(anew.motion.landmarks)[1])
+    inside = _inside_face(problem, state.identity, config.outline_mm * 0.01)
+    return replace(anew, motion=replace(anew.motion, landmarks=torch.lerp(anew.motion.landmarks, seated, inside[:, None])))
+
+
+def _inside_face(problem: "_Problem", identity: np.ndarray, reach: float) -> Float[Tensor, "478"]:
+    """0 on the face's outline, 1 from `reach` (dm) inside it on."""
+    rest = torch.from_numpy(problem.basis.rest + np.tensordot(identity, problem.basis.identity, 1)).float()
+    depth = (torch.cdist(rest, rest[torch.from_numpy(FACE_OVAL)]).amin(1) / reach).clamp(max=1)
+    return depth * depth * (3 - 2 * depth)
+
+
+def fit_person(
+    points_px: Float[np.ndarray, "t 478 3"], width: int, height: int, model: HeadModel, config: FitConfig = FitConfig()
+) -> Person:
+    """Identity and focal length that frames with a face agree on; they may come from several clips by one camera, in any order."""
+    state = _person_state(points_px, width, height, model, config)
+    return Person(state.identity, state.focal)
 
 
 def person_offsets(
     points_px: Float[np.ndarray, "t 478 3"], width: int, height: int, model: HeadModel, config: FitConfig = FitConfig()
 ) -> tuple[Float[np.ndarray, "478 3"], Float[Tensor, "80"]]:
     """(constant offset (dm, head frame) of each landmark from where the model has it, identity) for some frames of one person."""
+    state = _person_state(points_px, width, height, model, config)
+    return state.offset, torch.from_numpy(state.identity).float()
+
+
+def _person_state(points_px: np.ndarray, width: int, height: int, model: HeadModel, config: FitConfig) -> "_State":
     points = np.asarray(points_px, np.float64)
     problem = _Problem.of(points, np.ones(len(points), bool), width, height, model, config)
     state = _initial_state(problem, config.focal_px * width / 512)
     _fit_identity(problem, state, np.arange(len(points)), lambda done: None)
-    return state.offset, torch.from_numpy(state.identity).float()
+    return state
 
 
 def fit_report(track: FaceTrack, model: HeadModel) -> FitReport:

@@ -8,7 +8,11 @@ frames tell it. So points are tracked from some training frames, the *keyframes*
 
 t frames, k keyframes, p points. T "4 4" takes head to camera; a twist ξ = (w, v) "6" moves it to T exp(ξ), w in rad and v in dm about the head's
 own axes. A point is a pixel of its keyframe and a depth d along that ray; ρ is Cauchy's, which lets swinging hair and moving skin go. ξ = 0 and
-d⁰ are the landmark fit's poses and the depth of its mesh: they fix what points cannot know (where the origin is, how large the head).
+d⁰ are the landmark fit's poses and the depth of its mesh: they fix what points cannot know (how large the head is).
+
+The head frame itself is free by a fixed motion G: T_t G and G⁻¹ X show the same, and the priors settle it by means: where the mesh has hair and ears
+too near or too far on the whole, the frame goes with them, and the face, some 3-5 mm off its place on real clips, is carried 2-4 px aside in a wide
+turn. So the frame then moves, by one translation for the clip, to where the landmarks, held fast in it, are seen where they were detected.
 
 Structure (keyframes' poses and depths) comes from training frames alone; every other frame is then posed by itself against it, so nothing of a
 test frame reaches a training frame. Depths are eliminated by Schur's complement (Triggs et al. 2000, "Bundle Adjustment").
@@ -59,6 +63,7 @@ class SkullReport:
     residual_px: float  # median over matches
     turned_deg: float  # mean change of the poses
     moved_mm: float
+    origin_mm: float  # how far the head frame's origin went to have the face where the landmarks are
     unmatched: int  # frames left as they were
 
 
@@ -119,7 +124,7 @@ def align_skull(
         out[structure], depths, sigma = _adjust(views, structure, found, tracked, out[structure], depths, focal, centre, config)
 
     placed = [_head_points(view, d, out[view.t], focal, centre)[0] for view, d in zip(views, depths)]
-    residuals, counts, unmatched = [], [], 0
+    residuals, counts, matched = [], [], np.zeros(len(track), bool)
     for t in range(len(track)):
         gray = None if t in found or not seen[t] else _gray(image(t))
         for _ in range(1 if t in found else config.rounds):
@@ -128,12 +133,14 @@ def align_skull(
             px = np.concatenate([m.pixels for m in own]) if own else np.zeros((0, 2))
             if t not in found and len(x) >= config.least_points:
                 out[t] = _resect(tracked[t], out[t], x, px, focal, centre, config)
-        if len(x) < config.least_points:
-            unmatched += 1
-        else:
+        if len(x) >= config.least_points:
+            matched[t] = True
             residuals.append(np.median(np.linalg.norm(_project(out[t], x, focal, centre) - px, axis=1)))
             counts.append(len(x))
         progress((done + config.rounds * (t + 1)) / work)
+    origin = face_origin(out, track, structure[matched[structure]])
+    out[matched, :3, 3] += out[matched, :3, :3] @ origin
+    placed = [x - origin for x in placed]
     delta = np.linalg.inv(tracked) @ out
     turned = np.degrees([_angle(np.eye(4), d) for d in delta])
     report = SkullReport(
@@ -143,13 +150,38 @@ def align_skull(
         float(np.median(residuals)) if residuals else float("nan"),
         float(turned.mean()),
         float(np.linalg.norm(delta[:, :3, 3], axis=1).mean() * 100),
-        unmatched,
+        float(np.linalg.norm(origin) * 100),
+        int((~matched).sum()),
     )
     owner = np.concatenate([np.full(len(v.pixels), v.t) for v in views])
     skull = Skull(
         torch.from_numpy(np.concatenate(placed)).float(), torch.from_numpy(np.concatenate(sigma)).float(), torch.from_numpy(owner)
     )
     return torch.from_numpy(out).float(), skull, report
+
+
+_LANDMARK_PX = 4.0  # residuals of landmarks beyond this count less
+
+
+def face_origin(poses: Float[np.ndarray, "t 4 4"], track: FaceTrack, frames: Int[np.ndarray, "m"]) -> Float[np.ndarray, "3"]:
+    """The translation in the head frame (dm) after which the track's landmarks, under `poses`, are seen where they were detected, over all of `frames`.
+
+    Gauss-Newton with Huber's weights: size in the image and parallax of turns tell it. Zero without frames.
+    """
+    origin = np.zeros(3)
+    if not len(frames):
+        return origin
+    focal, centre = float(track.camera.K[0, 0]), track.camera.K[:2, 2].double().numpy()
+    for _ in range(6):
+        A, g = np.zeros((3, 3)), np.zeros(3)
+        for t in frames:
+            x = track.motion.landmarks[t].double().numpy() + origin
+            r, by_x, _ = _residual(poses[t], x, track.landmarks_px[t].double().numpy(), focal, centre)
+            weight = 1 / np.maximum(1.0, np.linalg.norm(r, axis=1) / _LANDMARK_PX)
+            A += np.einsum("pai,paj,p->ij", by_x, by_x, weight)
+            g += np.einsum("pai,pa,p->i", by_x, r, weight)
+        origin -= np.linalg.solve(A, g)
+    return origin
 
 
 def choose_keyframes(poses: Float[np.ndarray, "t 4 4"], frames: np.ndarray, config: SkullConfig) -> np.ndarray:

@@ -4,7 +4,7 @@ Sound and mouth are turned into the same DIRECTIONS numbers a frame: the mouth b
 measures (opening, width, lip height, jaw), the sound by the ridge regression that predicts them from six frames of
 speech features. The filters are those that sound predicts best, so they see how a mouth moves, not only how it stands:
 what makes two seconds tell one lag from the next. The lag at which both correlate best is the offset. It ships with
-weights learned from speakers that are in no evaluation clip (tools/pretrain_speech.py says which), so it also serves as
+weights learned from speakers that are in no evaluation clip (docs/weights.md says which), so it also serves as
 a score; it is not SyncNet, and is never called AVConf. Every score has a control: the same features rotated in time.
 `python -m benchmarks.sync` measures it on speakers that it has not seen.
 
@@ -120,11 +120,11 @@ def fit_sync(
     learned_from: tuple[str, ...],
     anchor: int | None = None,
     ridge: float = 3.0,
-) -> tuple[SyncModel, list[float]]:
+) -> tuple[SyncModel, list[SyncResult]]:
     """Filters over clips (a pair each, best one a speaker), and each clip's offset, found together in four rounds from
     none.
 
-    In each round a clip's offset comes from a model of the other clips, so a clip cannot vouch for itself. Offsets are
+    In each round a clip's offset and margin come from a model of the other clips, so a clip cannot vouch for itself. Offsets are
     only relative: the clip number `anchor` is in sync by definition; without one, the median clip is. A clip weighs as
     the square root of its length, since speakers teach more than minutes do. Features are reduced to their PRINCIPAL
     strongest directions, which costs no accuracy and makes each of the many small regressions cheap; the model folds
@@ -136,13 +136,14 @@ def fit_sync(
     directions = vectors[:, -min(PRINCIPAL, frames.shape[1]) :]  # "d p"
     inputs = [in_context(((f.double() - mean) / std) @ directions) for f, _ in pairs]
     targets = [_beside(_standardised(mouth_measures(points)).double(), MOUTH_FRAMES) for _, points in pairs]
-    offsets = [0.0] * len(pairs)
+    offsets, curves = [0.0] * len(pairs), [torch.zeros(2 * MAX_LAG_FRAMES + 1)] * len(pairs)
     for _ in range(4 if len(pairs) > 1 else 0):
         moments = [_Moments.of(*_lagged(x, y, round(offset))) for x, y, offset in zip(inputs, targets, offsets)]
-        found = []
+        curves = []
         for k, (x, y) in enumerate(zip(inputs, targets)):
             weight, mouth = _solve(moments[:k] + moments[k + 1 :], ridge)
-            found.append(_peak(lag_curve(x @ weight, y @ mouth)))
+            curves.append(lag_curve(x @ weight, y @ mouth))
+        found = [_peak(curve) for curve in curves]
         zero = round(found[anchor]) if anchor is not None else round(float(np.median(found)))
         offsets = [offset - zero for offset in found]
     weight, mouth = _solve(
@@ -153,7 +154,11 @@ def fit_sync(
     model = SyncModel(
         encoder, mean.repeat(n).float(), std.repeat(n).float(), weight.float(), mouth.float(), learned_from
     )
-    return model, offsets
+    found = [
+        SyncResult(offset, float(c.max() - c.median()), float(c.max()), len(y))
+        for offset, c, y in zip(offsets, curves, targets)
+    ]
+    return model, found
 
 
 class _Moments(NamedTuple):

@@ -19,13 +19,13 @@ from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar, Images
 from hicode.avatar.compositor import Compositor, background_plate
 from hicode.avatar.deformation import Deformation
 from hicode.clip import Clip
-from hicode.errors import FileFormatError
+from hicode.errors import FileFormatError, InputError
 from hicode.face.model import HeadModel
 from hicode.files import check_writable, load_tensors, read_json, save_tensors, write_json
 from hicode.gaussians import Gaussians
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.progress import progress_bar
-from hicode.provenance import provenance
+from hicode.provenance import provenance, sha256
 from hicode.runtime import (
     Device,
     available_memory,
@@ -37,7 +37,7 @@ from hicode.runtime import (
 from hicode.speech.faceformer import SpeechModels
 from hicode.training.avatar import HeadState, deform, train_head, training_split
 from hicode.training.compositor import compositor_preset, train_compositor
-from hicode.training.speech import adapt
+from hicode.training.speech import adapt, load_generic
 from hicode.training.stages import HeadConfig, Preset, head_preset
 
 RUN_SCHEMA, RUN_VERSION = "hicode-run", 1
@@ -60,17 +60,20 @@ def train(
     compose: bool = True,
     device: Device = "auto",
     progress: bool = True,
+    speech_weights: Path | str | None = None,
 ) -> Avatar:
     """Learn an avatar from a clip and write it to `out`.
 
     `head` overrides the preset's head configuration; `run` is the run's folder (default: `runs/NAME` beside `out`); `compose=False` keeps the plain
-    composite. A clip without sound trains the renderer alone; its speech models carry the clip's statistics only.
+    composite. A clip without sound trains the renderer alone; its speech models carry the clip's statistics only. `speech_weights`: generic speech
+    weights that `hicode pretrain` made, instead of those that ship; in a run that is otherwise the same only speech is learned anew.
     """
     tune_allocator()
     place = resolve_device(device)
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     out = Path(out)
     check_writable(out)
+    generic = _generic(speech_weights)
     config = head or replace(head_preset(preset), seed=seed)
     _require_memory(clip)
     folder = Path(run) if run else out.parent / "runs" / out.stem
@@ -81,7 +84,7 @@ def train(
     report = _Report(folder, progress)
     try:
         with report.stage("speech"):
-            speech = _speech(clip, folder, report)
+            speech = _speech(clip, folder, report, generic, speech_weights)
         with report.stage("head"):
             gaussians, deformation, poses = _head(clip, model, config, folder, report, place)
         with report.stage("compositor"):
@@ -94,7 +97,8 @@ def train(
             "seconds": report.seconds,
             "peak_memory_mb": round(peak_memory_mb()),
             "config": description["config"],
-            "provenance": provenance(seed=seed, assets=PARTS),
+            "speech_weights": speech_weights and sha256(speech_weights),
+            "provenance": provenance(seed=seed, assets=(*PARTS, *([str(speech_weights)] if speech_weights else []))),
         }
         avatar.save(out)
     finally:
@@ -105,14 +109,29 @@ def train(
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _speech(clip: Clip, folder: Path, report: "_Report") -> SpeechModels:
-    stored = folder / "speech.safetensors"
+def _generic(weights: Path | str | None) -> SpeechModels | None:
+    """The user's weights; None for those that ship. InputError where they hear by another encoder than avatars do."""
+    if weights is None:
+        return None
+    models, shipped = load_generic(weights), load_generic()
+    if (models.encoder, models.feature_dim) != (shipped.encoder, shipped.feature_dim):
+        raise InputError(
+            f"{weights} hears by {models.encoder} ({models.feature_dim} features), avatars by {shipped.encoder} ({shipped.feature_dim}). "
+            "Make it anew: hicode pretrain."
+        )
+    return models
+
+
+def _speech(clip: Clip, folder: Path, report: "_Report", generic: SpeechModels | None, weights: Path | str | None) -> SpeechModels:
+    stored, made_of = folder / "speech.safetensors", weights and sha256(weights)
     if stored.exists():
-        return SpeechModels.from_state(*load_tensors(stored, "hicode-speech", 1))
+        tensors, config = load_tensors(stored, "hicode-speech", 1)
+        if config.get("generic") == made_of:
+            return SpeechModels.from_state(tensors, config)
     with progress_bar("Adapting speech", report.visible) as show:
-        speech = adapt(clip, progress=lambda done: show(round(100 * done), 100))
+        speech = adapt(clip, progress=lambda done: show(round(100 * done), 100), generic=generic)
     tensors, config = speech.state()
-    save_tensors(stored, tensors, "hicode-speech", 1, config)
+    save_tensors(stored, tensors, "hicode-speech", 1, config | {"generic": made_of})
     return speech
 
 

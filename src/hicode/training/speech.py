@@ -22,12 +22,18 @@ from torch import Tensor
 
 from hicode.errors import TrainingError
 from hicode.files import load_tensors, save_tensors
-from hicode.motion import EXPRESSION_DIM, LOWER_LIP_INNER, N_LANDMARKS, UPPER_LIP_INNER
-from hicode.speech.faceformer import IDENTITY_FRAMES, Faceformer, FaceformerConfig, SpeechModels
+from hicode.motion import EXPRESSION_DIM, N_LANDMARKS
+from hicode.speech.encoder import Window
+from hicode.speech.faceformer import IDENTITY_FRAMES, Faceformer, FaceformerConfig, LipClosure, SpeechModels, lip_gap
 from hicode.training.losses import check_finite
 
 SCHEMA, VERSION = "hicode-speech", 1
 GENERIC = Path(__file__).parent.parent / "weights" / "speech.safetensors"
+
+# Lips count as closed below this gap, dm: 2 % of a usual face's eye distance, EVALUATION.md's closure.
+CLOSED_GAP = 0.016
+# Speakers whose names begin so are synthetic: their looks are a rule's opinion, so they weigh less and do not shape the basis.
+SYNTHETIC = "espeak-"
 
 # What outputs that speech does not drive weigh against the mouth's: enough that they are defined, too little to be learned from.
 _REST_WEIGHT = 0.02
@@ -155,6 +161,10 @@ class PretrainConfig:
     # came out better each time, as they did with 300 steps instead of 800.
     feature_noise: float = 1.0
     longest_speaker_s: float = 40.0  # a speaker with more speech than this counts as one with this much: variety beats minutes
+    synthetic_weight: float = 0.3  # of all synthetic speakers together, of the real ones'
+    linear_share: float = 0.5  # of the linear answer
+    linear_ridge: float = 100.0
+    closure_synthetic_weight: float = 0.05  # of a synthetic frame where closures are learned, of a real one
     passes: int = 2  # times the model's own output is fed back before the pass that learns
     style_dropout: float = 0.5  # sequences that are told nothing of the speaker
     seed: int = 0
@@ -263,23 +273,25 @@ def pretrain(
     config: PretrainConfig = PretrainConfig(),
     shape: FaceformerConfig | None = None,
     progress: Callable[[float], None] | None = None,
+    window: Window | None = None,
 ) -> SpeechModels:
-    """A generic pair from recordings of several speakers; its templates are the speakers' mean.
+    """A generic pair from recordings of several speakers; its templates are the real speakers' mean.
 
-    `shape` is the expression model's; the landmark model differs in its outputs and its style input only.
+    `window` is of the encoder that made the features. `shape` is the expression model's; the landmark model differs in its outputs and its style input only.
     """
-    shape = shape or FaceformerConfig()
+    shape = replace(shape or FaceformerConfig(), linear_share=config.linear_share)
     speakers = sorted({e.speaker for e in examples})
+    people = [s for s in speakers if not s.startswith(SYNTHETIC)]
     template = {}
     for s in speakers:
         own = [e for e in examples if e.speaker == s]
         template[s] = Template.of(*(torch.cat([getattr(e, k) for e in own]) for k in ("expression", "landmarks", "speaking")))
     metrics = mouth_metrics()
-    features = torch.cat([e.features[0] for e in examples])
-    closed = [_lip_gap(e.landmarks) < 0.015 for e in examples]  # dm: 1.5 mm
-    weights = [torch.where(c, config.closed_weight, 1.0) for c in closed]
+    features = torch.cat([e.features[0] for e in examples if e.speaker in people])
+    weights = [torch.where(lip_gap(e.landmarks) < CLOSED_GAP, config.closed_weight, 1.0) for e in examples]
+    share = _shares(examples, config)
     dim = features.shape[1]
-    styles = min(6, len(speakers) - 1)
+    styles = min(6, len(people) - 1)
     shapes = (
         replace(shape, feature_dim=dim, outputs=EXPRESSION_DIM, style_components=0),
         replace(shape, feature_dim=dim, outputs=3 * N_LANDMARKS, style_components=styles),
@@ -295,27 +307,153 @@ def pretrain(
         # Everyone is scaled to the typical speaker's amplitude, which is easily measured for a new one: how much somebody moves is no secret
         # of their sound.
         own = {s: amplitude(torch.cat([d[e.speaking] for d, e in zip(moved, examples) if e.speaker == s]), metric) for s in speakers}
-        model.amplitude.fill_(float(np.median(list(own.values()))))
+        model.amplitude.fill_(float(np.median([own[s] for s in people])))
         moved = [d * (float(model.amplitude) / max(own[e.speaker], 1e-6)) for d, e in zip(moved, examples)]
-        by_speaker = [torch.cat([d[e.speaking] for d, e in zip(moved, examples) if e.speaker == s]) for s in speakers]
+        by_speaker = [torch.cat([d[e.speaking] for d, e in zip(moved, examples) if e.speaker == s]) for s in people]
         model.basis.copy_(fit_basis(by_speaker, model_shape.components, metric))
         style = {s: None for s in speakers}
         if styles:
-            _fit_style(model, [template[s].identity_frames for s in speakers])
+            _fit_style(model, [template[s].identity_frames for s in people])
             style = {s: model.project_identity(template[s].identity_frames) for s in speakers} if part else style
-        share = {s: min(1.0, 25 * config.longest_speaker_s / sum(len(e) for e in examples if e.speaker == s)) for s in speakers}
         tasks = [
             _Task(e.features, to_coefficients(d, model.basis, metric), w, style[e.speaker], share[e.speaker])
             for e, d, w in zip(examples, moved, weights)
         ]
         train_faceformer(model, tasks, metric, config, (lambda x, p=part: progress((p + x) / 2)) if progress else None)
+        if config.linear_share:
+            fit_linear(model, tasks, config.linear_ridge)
         models.append(model)
     mean = Template(
-        torch.stack([template[s].expression for s in speakers]).mean(0),
-        torch.stack([template[s].landmarks for s in speakers]).mean(0),
-        torch.stack([template[s].identity_frames for s in speakers]).mean(0),
+        torch.stack([template[s].expression for s in people]).mean(0),
+        torch.stack([template[s].landmarks for s in people]).mean(0),
+        torch.stack([template[s].identity_frames for s in people]).mean(0),
     )
-    return SpeechModels(*models, encoder, mean.expression, mean.landmarks, mean.identity_frames)
+    closure = fit_closure(models[0], examples, config) if config.linear_share else None
+    return SpeechModels(*models, encoder, mean.expression, mean.landmarks, mean.identity_frames, closure=closure, window=window)
+
+
+def _shares(examples: list[SpeechExample], config: PretrainConfig) -> dict[str, float]:
+    """How much a frame of each speaker counts: long ones are drawn less often, synthetic ones together `synthetic_weight` of the real."""
+    frames: dict[str, int] = {}
+    for e in examples:
+        frames[e.speaker] = frames.get(e.speaker, 0) + len(e)
+    share = {s: min(1.0, 25 * config.longest_speaker_s / n) for s, n in frames.items()}
+    real, synthetic = (sum(share[s] * n for s, n in frames.items() if s.startswith(SYNTHETIC) == k) for k in (False, True))
+    return {s: x * (config.synthetic_weight * real / synthetic if s.startswith(SYNTHETIC) and real else 1.0) for s, x in share.items()}
+
+
+# --- closed forms ------------------------------------------------------------------------------------------------------------------------
+
+PRINCIPAL = 160  # directions of features that the linear parts hear: more did not help unseen speakers
+
+
+class _Directions:
+    """Principal directions of standardised frame features, and a frame's surroundings in them."""
+
+    def __init__(self, model: Faceformer, features: list[Float[Tensor, "s d"]], back: int, ahead: int):
+        self.model, self.back, self.ahead = model, back, ahead
+        rows = torch.cat([self._frames(f) for f in features])
+        _, vectors = torch.linalg.eigh(torch.cov(rows.T))
+        self.vectors = vectors[:, -min(PRINCIPAL, vectors.shape[1]) :]  # "d p"
+
+    def _frames(self, features: Float[Tensor, "s d"]) -> Float[Tensor, "t d"]:
+        return self.model.frame_features(features[None])[0].double()
+
+    def __call__(self, features: Float[Tensor, "2*t d"]) -> Float[Tensor, "t c"]:
+        """Every frame's `back + 1 + ahead` neighbours, zeros outside the sound, and a one."""
+        rows = torch.nn.functional.pad(self._frames(features) @ self.vectors, (0, 0, self.back, self.ahead))
+        context = rows.unfold(0, self.back + 1 + self.ahead, 1).flatten(1)  # "t p*c": p major
+        return torch.cat([context, torch.ones(len(context), 1, dtype=context.dtype)], 1)
+
+    def kernel(self, weight: Float[Tensor, "c k"]) -> tuple[Float[Tensor, "k d w"], Float[Tensor, "k"]]:
+        """The convolution over frame features that does the same."""
+        inner = weight[:-1].unflatten(0, (self.vectors.shape[1], -1))  # "p w k"
+        return torch.einsum("dp,pwk->kdw", self.vectors, inner).float(), weight[-1].float()
+
+
+@torch.no_grad()
+def fit_linear(model: Faceformer, tasks: list["_Task"], ridge: float) -> None:
+    """The model's linear answer: ridge regression of the coefficients, examples weighed as in training; what it answered before is the prior."""
+    c = model.config
+    hear = _Directions(model, [t.features[0] for t in tasks], c.linear_back, c.look_ahead)
+    gram = moment = total = 0
+    for task in tasks:
+        x, weight = hear(task.features[0]), (task.weight * task.share).double()
+        gram = gram + (x * weight[:, None]).T @ x
+        heard = torch.nn.functional.pad(model.frame_features(task.features[:1]), (0, 0, c.linear_back, c.look_ahead))
+        moment = moment + (x * weight[:, None]).T @ (task.target - model.linear_answer(heard)[0]).double()
+        total = total + float(weight.sum())
+    solved = torch.linalg.solve(gram + ridge * total**0.5 * torch.eye(len(gram), dtype=gram.dtype), moment)
+    weight, bias = hear.kernel(solved)
+    model.linear.weight.data += weight
+    model.linear.bias.data += bias
+
+
+def fit_closure(model: Faceformer, examples: list[SpeechExample], config: PretrainConfig, ridge: float = 30.0) -> LipClosure:
+    """When lips are closed, by a logistic regression (Newton's method, ridge prior) on what `model` hears; and how people close them.
+
+    A real frame is closed where its gap is within .8 mm of the speaker's least (their third percentile), or under CLOSED_GAP; a synthetic one, where
+    phones or a pause say so. What is no speech is closed throughout: noise does not open a mouth.
+    """
+    c = model.config
+    closure = LipClosure(c.feature_dim, c.linear_back, c.look_ahead)
+    hear = _Directions(model, [e.features[0] for e in examples], c.linear_back, c.look_ahead)
+    share = {s: min(x, 1.0) for s, x in _shares(examples, replace(config, synthetic_weight=0.0)).items()}
+    rows, closed, weights = [], [], []
+    for e in examples:
+        gap = lip_gap(e.landmarks)
+        real = not e.speaker.startswith(SYNTHETIC)
+        least = closed_gap(e) + 0.008 if real else 0.0
+        rows.append(hear(e.features[0]))
+        closed.append(gap < max(least, CLOSED_GAP))
+        weights.append(torch.full((len(e),), share[e.speaker] if real else config.closure_synthetic_weight, dtype=torch.float64))
+    x, y, w = torch.cat(rows), torch.cat(closed).double(), torch.cat(weights)
+    solved = torch.zeros(x.shape[1], dtype=torch.float64)
+    prior = 0.25 * ridge * float(w.sum()) ** 0.5 * torch.eye(len(solved), dtype=torch.float64)
+    for _ in range(6):  # Newton: converged to 1e-3 by then
+        odds = torch.sigmoid(x @ solved)
+        bend = (odds * (1 - odds)).clamp(min=1e-3) * w
+        solved = torch.linalg.solve((x * bend[:, None]).T @ x + prior, x.T @ (bend * (x @ solved) + w * (y - odds)))
+    weight, bias = hear.kernel(solved[:, None])
+    closure.weight.copy_(weight)
+    closure.bias.copy_(bias)
+    direction = closing_direction([e for e in examples if not e.speaker.startswith(SYNTHETIC)], config.longest_speaker_s)
+    closure.expression.copy_(direction[0])
+    closure.landmarks.copy_(direction[1])
+    return closure
+
+
+def closed_gap(example: SpeechExample) -> float:
+    """What tracking sees of a speaker's closed lips, dm: the third percentile of the gap where they speak, at most CLOSED_GAP."""
+    used = example.speaking if example.speaking.sum() >= 12 else torch.ones_like(example.speaking)
+    return float(lip_gap(example.landmarks)[used].quantile(0.03).clamp(0.0, CLOSED_GAP))
+
+
+def closing_direction(examples: list[SpeechExample], longest_s: float) -> tuple[Float[Tensor, "64"], Float[Tensor, "478 3"]]:
+    """Expression, and landmarks by the head model, per dm of lip gap: the regression of people's expressions on their gap while it is small.
+
+    In the mouth's actions only. Among the many that close a mouth it is the mixture that tracking sees, so avatars have learned from it.
+    """
+    from hicode.face.model import HeadModel
+
+    head = HeadModel.load()
+    moment = torch.zeros(EXPRESSION_DIM)
+    for e in examples:
+        gap = lip_gap(e.landmarks)
+        used = e.speaking & (gap <= gap[e.speaking].quantile(0.6)) if e.speaking.sum() >= 12 else e.speaking
+        if used.sum() < 12:
+            continue
+        centred = gap[used] - gap[used].mean()
+        moment += min(1.0, 25 * longest_s / len(e)) * (centred[:, None] * (e.expression[used] - e.expression[used].mean(0))).sum(0)
+    expression = torch.where(head.mouth_expression, moment, 0.0)
+    landmarks = torch.einsum("e,elc->lc", expression, head.landmarks(head.expression_basis)) * head.mouth_landmark_weight[:, None]
+    opened = float(lip_gap(landmarks))
+    if opened <= 1e-9:  # nobody moves their lips: then the jaw's own action
+        expression = torch.zeros(EXPRESSION_DIM)
+        expression[head.expression_names.index("jawOpen")] = 1.0
+        landmarks = head.landmarks(head.expression_basis[head.expression_names.index("jawOpen")][None])[0] * head.mouth_landmark_weight[:, None]
+        opened = float(lip_gap(landmarks))
+    return expression / opened, landmarks / opened
 
 
 def _fit_style(model: Faceformer, faces: list[Float[Tensor, "20 478 3"]]) -> None:
@@ -331,10 +469,6 @@ def _fit_style(model: Faceformer, faces: list[Float[Tensor, "20 478 3"]]) -> Non
 
 def _displacements(example: SpeechExample, template: Template) -> tuple[Float[Tensor, "t 64"], Float[Tensor, "t 1434"]]:
     return example.expression - template.expression, (example.landmarks - template.landmarks).flatten(1)
-
-
-def _lip_gap(landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t"]:
-    return (landmarks[:, UPPER_LIP_INNER] - landmarks[:, LOWER_LIP_INNER]).norm(dim=-1)
 
 
 def save_generic(models: SpeechModels, learned_from: list[dict], path: Path | str = GENERIC) -> None:
@@ -431,7 +565,7 @@ def adapt_example(
         pair, nothing = (generic.expression, generic.landmarks), (float("nan"),) * 2
         moved = _displacements(example, template)
         gains = tuple(usual_gain(m, d, example.speaking, metric) for m, d, metric in zip(pair, moved, mouth_metrics()))
-        return SpeechModels(*pair, generic.encoder, *own, *gains), AdaptReport(0.0, gains, nothing, nothing, nothing, (False, False))
+        return _own(generic, *pair, *own, *gains, example), AdaptReport(0.0, gains, nothing, nothing, nothing, (False, False))
     assert generic.encoder == config.encoder and generic.feature_dim == example.features.shape[-1], (generic.encoder, config.encoder)
 
     parts = []
@@ -441,7 +575,14 @@ def adapt_example(
             progress((k + 1) / 2)
     models, gains, *errors = zip(*parts)
     report = AdaptReport(speech_s, gains, *errors, (models[0] is not generic.expression, models[1] is not generic.landmarks))
-    return SpeechModels(*models, generic.encoder, *own, *gains), report
+    return _own(generic, *models, *own, *gains, example), report
+
+
+def _own(generic: SpeechModels, expression, landmarks, template, face, frames, expression_gain, landmark_gain, example) -> SpeechModels:
+    return SpeechModels(
+        expression, landmarks, generic.encoder, template, face, frames, expression_gain, landmark_gain,
+        generic.closure, closed_gap(example), generic.window,
+    )  # fmt: skip
 
 
 def _adapt_part(
@@ -494,13 +635,15 @@ def fine_tune(
     """A copy trained on one subject for a few steps at a low rate; how few is what keeps it near the generic one."""
     copy = Faceformer(model.config)
     copy.load_state_dict(model.state_dict())
-    weight = torch.where(_lip_gap(example.landmarks) < 0.015, 2.5, 1.0)
+    weight = torch.where(lip_gap(example.landmarks) < CLOSED_GAP, 2.5, 1.0)
     projected = None
     if model.config.style_components:
         projected = copy.project_identity(Template.of(example.expression, example.landmarks, example.speaking, config.seed).identity_frames)
     task = _Task(example.features, to_coefficients(target, copy.basis, metric), weight, projected)
     schedule = PretrainConfig(steps=config.steps, batch=8, learning_rate=config.learning_rate, style_dropout=0.0, seed=config.seed)
     train_faceformer(copy, [task], metric, schedule, progress)
+    if model.config.linear_share:
+        fit_linear(copy, [task], schedule.linear_ridge)
     return copy
 
 
@@ -509,4 +652,4 @@ def predict_displacement(
     model: Faceformer, features: Float[Tensor, "2*t d"], identity_frames: Float[Tensor, "20 478 3"] | None = None
 ) -> Float[Tensor, "t n"]:
     """Free-running prediction of one sound, without template and gain."""
-    return model.rollout(model.memory(features[None]), model.identity_style(identity_frames))[0] @ model.basis
+    return model.predict(features[None], model.identity_style(identity_frames))[0] @ model.basis
