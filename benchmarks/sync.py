@@ -91,7 +91,7 @@ def load_corpus(folder: Path, skip: tuple[str, ...], most: int) -> Corpus:
     paths = sorted((folder / "examples").glob("*.safetensors"))
     if not paths:
         raise SystemExit(
-            f"{folder / 'examples'} holds no examples. Make them: python tools/pretrain_speech.py track --data FOLDER --cache {folder}, then build."
+            f"{folder / 'examples'} holds no examples. Make them: hicode pretrain FOLDER -o WEIGHTS.safetensors --cache {folder}"
         )
     corpus: Corpus = {}
     for path in (paths[i] for i in np.random.default_rng(0).permutation(len(paths))):
@@ -276,7 +276,7 @@ def print_lines(lines: list[tuple[str, ...]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="the corpus of tools/pretrain_speech.py")
+    parser.add_argument("--cache", type=Path, required=True, help="the corpus of hicode pretrain")
     parser.add_argument("--data", type=Path, help="folder of the corpus's clips, for the rows that need their sound")
     parser.add_argument(
         "--not-learned", nargs="*", default=["german"], help="speakers that are scored only: their terms allow no more"

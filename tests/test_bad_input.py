@@ -128,6 +128,21 @@ CASES = {
     "a clip from the future": ("train {s}/newer.clip -o {o}", "version 99"),
     "a clip without frames": ("train {s}/frameless.clip -o {o}", "lacks frames"),
     "a damaged clip": ("train {s}/mangled.clip -o {o}", "not readable JSON"),
+    # speech weights
+    "no folder to learn speech from": ("pretrain {s}/absent -o {o}.safetensors --cache {o}", "absent is not there"),
+    "a video as folder to learn speech from": ("pretrain {s}/face.mp4 -o {o}.safetensors --cache {o}", "not a folder"),
+    "a folder without videos": ("pretrain {s}/folder.mp4 -o {o}.safetensors --cache {o}", "No video in"),
+    "weights of an unknown kind": ("pretrain {s} -o {o}.pth --cache {o}", ".safetensors"),
+    "a manifest that is none": ("pretrain {s} -o {o}.safetensors --cache {o} --sources {s}/text.wav", "is not TOML"),
+    "a sync model without an anchor": ("pretrain {s} -o {o}.safetensors --cache {o} --sync-out {o}.sync", "names an anchor"),
+    "less than no steps": ("pretrain {s} -o {o}.safetensors --cache {o} --steps 0", "steps is 0"),
+    "a corpus under a file": ("pretrain {s} -o {o}.safetensors --cache {s}/text.wav/c", "Cannot write"),
+    "no such speech weights": ("train {s}/good.clip -o {o} --speech-weights {s}/absent.safetensors", "does not exist"),
+    "foreign speech weights": ("train {s}/good.clip -o {o} --speech-weights {s}/foreign.hicode", "is not a hicode-speech file"),
+    "foreign speech weights to make with": (
+        "make {s}/face.mp4 {s}/speech.wav -o {o}.mp4 --speech-weights {s}/foreign.hicode",
+        "is not a hicode-speech file",
+    ),
     # avatars
     "no such avatar": ("speak {s}/absent.hicode {s}/speech.wav -o {o}.mp4", "does not exist"),
     "a text as avatar": ("speak {s}/text.hicode {s}/speech.wav -o {o}.mp4", "text.hicode is damaged or not"),

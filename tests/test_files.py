@@ -121,3 +121,12 @@ def test_json_of_another_kind_is_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([1, 2]))
     with pytest.raises(FileFormatError, match="not a thing"):
         read_json(tmp_path / "a.json", "thing", 1)
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.zeros(2, dtype=torch.bool)}
+    for k in range(8):  # the library's own order of three entries is the same by chance in one of six
+        save_tensors(tmp_path / str(k), tensors, "s", 1, {"é": "ü\n\\"})
+    assert len({(tmp_path / str(k)).read_bytes() for k in range(8)}) == 1
+    loaded, config = load_tensors(tmp_path / "0", "s", 1)
+    assert config == {"é": "ü\n\\"} and torch.equal(loaded["b"], tensors["b"]) and torch.equal(loaded["a"], tensors["a"])

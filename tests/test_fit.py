@@ -10,7 +10,11 @@ import torch
 from hicode.camera import Camera
 from hicode.errors import InputError
 from hicode.face import fit
+<<<<<<< HEAD
+from hicode.face.fit import FitConfig, Flow, fit_person, fit_report, fit_track, person_offsets, track_flow
+=======
 from hicode.face.fit import FitConfig, Flow, fit_report, fit_track, person_offsets, refit_expressions, track_flow
+>>>>>>> main
 from hicode.face.model import HeadModel
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.motion import FACE_OVAL, LIPS, FaceTrack, Motion
@@ -67,6 +71,17 @@ def test_the_jacobian_is_the_finite_difference_of_the_residuals(model):
         np.testing.assert_allclose(at.by_frame[:, :, d], numeric, atol=2e-3 * max(1, np.abs(numeric).max()))  # float32 Jacobian
     low, high = (fit._linearise(problem, replace(state, focal=state.focal * np.exp(s * step)), frames).residual for s in (-1, 1))
     np.testing.assert_allclose(at.by_focal, (high - low) / (2 * step), atol=1e-3 * np.abs(at.by_focal).max())
+
+
+def test_a_person_fitted_once_serves_a_clip_as_if_it_were_fitted_with_it(model):
+    _, points = true_track(model, 16)
+    seen = np.ones(16, bool)
+    person = fit_person(points, 512, 512, model, FAST)
+    known, own = fit_track(points[:8], seen[:8], 512, 512, model, config=FAST, person=person), fit_track(points, seen, 512, 512, model, config=FAST)
+    np.testing.assert_array_equal(known.identity, np.float32(person.identity))
+    assert float(known.camera.K[0, 0]) == pytest.approx(person.focal_px)
+    # The clip's own fit starts its frames from where the identity's fit left them, so both end near each other, not in the same place.
+    assert (known.motion.landmarks - own.motion.landmarks[:8]).norm(dim=-1).mean() < 0.01  # dm: 1 mm
 
 
 def test_the_flow_jacobian_is_the_finite_difference_of_the_projection():

@@ -241,5 +241,5 @@ def test_the_benchmark_keeps_scored_only_speakers_out_of_every_model(corpus):
 
 
 def test_without_a_corpus_the_benchmark_says_how_to_make_one(tmp_path):
-    with pytest.raises(SystemExit, match="pretrain_speech.py track"):
+    with pytest.raises(SystemExit, match="hicode pretrain FOLDER"):
         benchmark.load_corpus(tmp_path, (), 60)

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,13 +105,27 @@ def read_json(path: Path | str, schema: str | None = None, version: int | None =
 def save_tensors(
     path: Path | str, tensors: dict[str, Tensor | np.ndarray], schema: str, version: int, config: dict | None = None
 ) -> None:
-    """One safetensors file whose header says what it is."""
+    """One safetensors file whose header says what it is. The same contents give the same bytes."""
     from safetensors.torch import save_file
 
     header = {"schema": schema, "version": str(version), "config": json.dumps(config or {}, sort_keys=True)}
     out = {k: torch.as_tensor(v).detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(out, str(temporary), metadata=header)
+        _order_header(temporary)
+
+
+def _order_header(path: Path) -> None:
+    """Sort the entries of the header's metadata in place: the library writes them in an order of its own each time, and then files that hold the
+    same would differ by their hashes."""
+    with open(path, "rb+") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length, (len(text), length)  # a reordering is as long as what it reorders
+        f.seek(8)
+        f.write(text)
 
 
 def load_tensors(path: Path | str, schema: str, version: int) -> tuple[dict[str, Tensor], dict]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hicode.clip import shift_audio
 from hicode.errors import FileFormatError, InputError
-from hicode.face.fit import Person, fit_person, fit_track
+from hicode.face.fit import FitConfig, Person, fit_person, fit_track
 from hicode.face.model import HeadModel
 from hicode.files import load_tensors, read_json, save_tensors, write_json
 from hicode.media.audio import level_db, read_audio
@@ -72,6 +72,7 @@ class BuildConfig:
     shortest: int = 25  # frames of a clip
     found: float = 0.95  # share of a clip's frames that must have a face
     person_frames: int = 240  # frames, spread over a speaker's clips, that identity and camera are fitted to
+    fit: FitConfig = FitConfig()
     variants: tuple[Variant, ...] = VARIANTS
     seed: int = 0  # of the variants' noise
 
@@ -287,13 +288,14 @@ class _Builder:
                 person, key = self._person(source, digests)
                 for name in source.clips:
                     file = self._file("motion", source, name)
-                    if _header(file, MOTION) == {"points": digests[name], "person": key}:
+                    made_of = {"points": digests[name], "person": key}
+                    if _header(file, MOTION) == made_of:
                         step.kept += 1
                     else:
                         points, found = self._points(source, name)
                         train = range(source.learned_frames(len(points)) or len(points))
-                        fitted = fit_track(points, found, CANVAS, CANVAS, self.head, train, person=person)
-                        save_tensors(file, fitted.motion.tensors(), MOTION, 1, {"points": digests[name], "person": key})
+                        fitted = fit_track(points, found, CANVAS, CANVAS, self.head, train, config=self.config.fit, person=person)
+                        save_tensors(file, fitted.motion.tensors(), MOTION, 1, made_of)
                         step.made += 1
                     done += 1
                     report(done, total)
@@ -303,10 +305,8 @@ class _Builder:
         they were fitted to has changed are they found anew, since canonical landmarks of two identities cannot be compared."""
         file = self.cache / "heads" / f"{source.speaker}.safetensors"
         tensors, config = _stored(file, HEADS)
-        fitted_to = config.get("points", {})
-        if config and all(digests.get(name, digest) == digest for name, digest in fitted_to.items()):
-            if not tensors:
-                raise FileFormatError(f"{file} holds no head. Delete it and run the command again.")
+        fitted_to, settings = config.get("points", {}), [asdict(self.config.fit), self.config.person_frames]
+        if config and config.get("settings") in (settings, None) and all(digests.get(name, digest) == digest for name, digest in fitted_to.items()):
             person = Person(tensors["identity"].numpy(), config["focal_px"]) if config["focal_px"] else None
             adopted = [_header(self._file("motion", source, n), MOTION) == {"points": d, "person": "adopted"} for n, d in digests.items()]
             if person or all(adopted):
@@ -318,12 +318,12 @@ class _Builder:
             frames.append(used[found[: len(used)]])
         frames = np.concatenate(frames)
         chosen = np.unique(np.linspace(0, len(frames) - 1, min(self.config.person_frames, len(frames))).round().astype(int))
-        person = fit_person(frames[chosen], CANVAS, CANVAS, self.head)
-        save_tensors(file, {"identity": person.identity}, HEADS, 1, {"points": digests, "focal_px": person.focal_px})
+        person = fit_person(frames[chosen], CANVAS, CANVAS, self.head, self.config.fit)
+        save_tensors(file, {"identity": person.identity}, HEADS, 1, {"points": digests, "focal_px": person.focal_px, "settings": settings})
         return person, _digest(file)
 
     def _adopt(self, source: Source, digests: dict[str, str]) -> None:
-        """Take over a fit of all of a speaker's clips as one, as the tool that this command replaced made them."""
+        """Take over a fit of all of a speaker's clips as one, as the tool that this command replaced made them: it kept no identity and no camera."""
         head, old = self.cache / "heads" / f"{source.speaker}.safetensors", self.cache / "motion" / f"{source.speaker}.safetensors"
         if head.exists() or not old.exists():
             return
@@ -338,7 +338,7 @@ class _Builder:
             start, length = parts[name]
             own = {k: v[start : start + length] for k, v in tensors.items()}
             save_tensors(self._file("motion", source, name), own, MOTION, 1, {"points": digests[name], "person": "adopted"})
-        save_tensors(head, {"identity": torch.zeros(80)}, HEADS, 1, {"points": digests, "focal_px": None})
+        save_tensors(head, {"identity": torch.zeros(0)}, HEADS, 1, {"points": digests, "focal_px": None, "settings": None})
 
     # --- offsets -------------------------------------------------------------------------------------------------------------------------
 

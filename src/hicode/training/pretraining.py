@@ -67,6 +67,7 @@ def pretrain_folders(
     *,
     manifest: Path | str | None = None,
     sync_out: Path | str | None = None,
+    corpus: BuildConfig = BuildConfig(),
     encoder: AudioEncoder | None = None,
     sync: SyncModel | None = None,
     tracker: Tracker | None = None,
@@ -74,8 +75,8 @@ def pretrain_folders(
 ) -> dict:
     """Learn weights from the folders and write them to `out`; the report, which also lies beside it as JSON and Markdown.
 
-    `manifest` as `find_sources` has it. `sync_out`: also write the sync model, which needs a manifest with an anchor. `encoder`, `sync` and `tracker`
-    as `build` has them. InputError where there are fewer than two usable speakers, or an option does not make sense.
+    `manifest` as `find_sources` has it. `sync_out`: also write the sync model, which needs a manifest with an anchor. `corpus`, `encoder`, `sync` and
+    `tracker` as `build` has them. InputError where there are fewer than two usable speakers, or an option does not make sense.
     """
     tune_allocator()
     out, cache, started = Path(out), Path(cache), time.perf_counter()
@@ -83,13 +84,12 @@ def pretrain_folders(
         raise InputError(f"{out} does not end in .safetensors, as weights do. Choose such a name with -o.")
     sources = find_sources(folders, manifest)
     if sync_out is not None and sources.anchor is None:
-        raise InputError("A sync model is learned only from a manifest that names an anchor. Add it, or leave --sync-out out.")
+        raise InputError("A sync model is learned only from a manifest that names an anchor. Name one there, or leave --sync-out out.")
     for file in filter(None, (out, sync_out, cache / "corpus.json")):
         check_writable(file)
     encoder = encoder or create_encoder()
-    built = build(
-        sources, cache, BuildConfig(clips=config.sentences), encoder=encoder, sync=sync, tracker=tracker, progress=progress
-    )
+    corpus = replace(corpus, clips=config.sentences)
+    built = build(sources, cache, corpus, encoder=encoder, sync=sync, tracker=tracker, progress=progress)
     steps = dict(built.steps)
     examples = learnable(cache)
     terms = {t.speaker: t.terms for t in built.taken}
@@ -99,7 +99,7 @@ def pretrain_folders(
         print(note)
     elif config.synthetic_minutes:
         wanted = synthetic.CorpusConfig(minutes=config.synthetic_minutes, speakers=config.synthetic_speakers, seed=config.seed)
-        steps["synthesise"] = synthesise(cache, wanted, encoder=encoder, progress=progress)
+        steps["synthesise"] = synthesise(cache, wanted, encoder=encoder, variants=corpus.variants, progress=progress)
         imagined = [item.example for item in load_synthetic(cache)]
 
     learning = time.perf_counter()
@@ -132,7 +132,7 @@ def pretrain_folders(
         "seconds": round(time.perf_counter() - started, 1),
         "sha256": {f.name: sha256(f) for f in map(Path, filter(None, (out, sync_out)))},
         "provenance": provenance(
-            {"pretraining": config, "training": training, "encoder": encoder.name, "window": list(encoder.window)},
+            {"pretraining": config, "training": training, "corpus": corpus, "encoder": encoder.name, "window": list(encoder.window)},
             config.seed,
             ("face_landmarks", "face_detection", "head_model", "speech_encoder"),
         ),

@@ -97,7 +97,7 @@ def read_manifest(file: Path | str, folders: Sequence[Path]) -> Sources:
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}). Check the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not TOML ({error}). Mend that line.") from error
+        raise InputError(f"{file} is not TOML ({error}). Repair that line.") from error
     unknown = sorted(table.keys() - {"anchor", "source"})
     if unknown:
         raise InputError(f"{file} has {unknown[0]!r}, which means nothing here. There are: anchor, [[source]].")

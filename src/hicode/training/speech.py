@@ -4,7 +4,7 @@ t frames, n outputs (64 expression parameters, or 478 x 3 landmark coordinates),
 template, the mean over the frames in which they speak. Speech says nothing of brows, gaze or pose, so errors are measured in a *metric* that
 weighs an output by how much of mouth and jaw it moves (Deviation from Eqs 13-14, which weigh all alike).
 
-The generic pair ships with the package; tools/pretrain_speech.py made it, and the file says from which clips. Adapting never looks at a clip's
+The generic pair ships with the package; `hicode pretrain` made it, and the file says from which clips. Adapting never looks at a clip's
 test part, and validates as a user sees it: free-running, on the last part of the training part.
 """
 
