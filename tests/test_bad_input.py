@@ -51,6 +51,10 @@ def shelf(tmp_path_factory):
     soundfile.write(str(folder / "zero.wav"), np.zeros(0), 16000)
     soundfile.write(str(folder / "silent.wav"), np.zeros(32000), 16000)
     soundfile.write(str(folder / "nan.wav"), np.full(32000, np.nan), 16000, subtype="FLOAT")
+    soundfile.write(str(folder / "inf.wav"), np.full(32000, np.inf), 16000, subtype="FLOAT")
+    soundfile.write(str(folder / "offset.wav"), np.full(32000, 0.5), 16000)
+    soundfile.write(str(folder / "one.wav"), np.full(1, 0.5), 16000)
+    (folder / "cut.wav").write_bytes((folder / "speech.wav").read_bytes()[:30])
     (folder / "text.wav").write_text("not a sound")
     (folder / "empty.wav").touch()
     write_clip(folder / "good.clip", t=40, size=32)
@@ -156,6 +160,10 @@ CASES = {
     "a sound of no length": ("make {s}/face.mp4 {s}/zero.wav -o {o}.mp4", "zero.wav"),
     "a silent sound": ("make {s}/face.mp4 {s}/silent.wav -o {o}.mp4", "is silent"),
     "a sound of NaN": ("make {s}/face.mp4 {s}/nan.wav -o {o}.mp4", "not numbers"),
+    "an infinite sound": ("make {s}/face.mp4 {s}/inf.wav -o {o}.mp4", "not numbers"),
+    "a sound that is an offset": ("make {s}/face.mp4 {s}/offset.wav -o {o}.mp4", "is silent"),
+    "a sound of one sample": ("make {s}/face.mp4 {s}/one.wav -o {o}.mp4", "one.wav"),
+    "a sound cut off in its header": ("make {s}/face.mp4 {s}/cut.wav -o {o}.mp4", "cut.wav"),
     "a text as sound": ("make {s}/face.mp4 {s}/text.wav -o {o}.mp4", "not a readable"),
     "a video without sound as sound": ("make {s}/face.mp4 {s}/no\\ face.mp4 -o {o}.mp4", "no sound track"),
 }

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hicode.errors import InputError
 from hicode.evaluation.lips import CLOSED, Closure, closure
-from hicode.motion import LEFT_EYE_OUTER, LOWER_LIP_INNER, RIGHT_EYE_OUTER, UPPER_LIP_INNER
+from hicode.motion import LEFT_EYE_OUTER, RIGHT_EYE_OUTER
+from hicode.speech.faceformer import lip_gap
 from hicode.speech.phones import BILABIAL, CLASSES, Phone, frame_classes, shapes_in_time
 
 SHORTEST_CLOSURE_S = 0.05  # shorter ones (a b in passing) may come between two frames
@@ -108,8 +109,9 @@ def measure_languages(
 
 
 def landmark_gap(landmarks: Float[Tensor, "t 478 3"]) -> Float[np.ndarray, "t"]:
-    """Gap of the inner lips over the outer-eye distance, in space: of landmarks in the head frame, which no picture has foreshortened."""
-    gap = (landmarks[:, UPPER_LIP_INNER] - landmarks[:, LOWER_LIP_INNER]).norm(dim=-1)
+    """Height between the inner lips over the outer-eye distance: of landmarks in the head frame, which no picture has foreshortened. In the frontal
+    plane, since lips that touch lie at different depths."""
+    gap = lip_gap(landmarks).clamp(min=0)
     return (gap / (landmarks[:, LEFT_EYE_OUTER] - landmarks[:, RIGHT_EYE_OUTER]).norm(dim=-1)).numpy()
 
 

@@ -160,7 +160,7 @@ def recorded(utterance: Utterance, rng: np.random.Generator) -> tuple[Float32[np
         before += (0.12 * level * _breath(len(before), rng)).astype(np.float32)
     samples = np.concatenate([before, utterance.samples, np.zeros(round(after_s * RATE_HZ), np.float32)])
     samples = np.pad(samples, (0, -len(samples) % SAMPLES_PER_FRAME))
-    samples += (level * 10 ** rng.uniform(-3.0, -1.6) * _pink(len(samples), rng)).astype(np.float32)
+    samples += (level * 10 ** rng.uniform(-3.0, -1.6) * pink_noise(len(samples), rng)).astype(np.float32)
     samples *= np.float32(10 ** rng.uniform(-1.6, -0.9) / level)
     shift = len(before) / RATE_HZ
     return samples.clip(-1, 1), tuple(Phone(p.start_s + shift, p.end_s + shift, p.ipa) for p in utterance.phones)
@@ -209,11 +209,11 @@ def negative(kind: str, n: int, rng: np.random.Generator) -> Float32[np.ndarray,
     if kind == "white":
         sound = rng.standard_normal(n)
     elif kind == "pink":
-        sound = _pink(n, rng)
+        sound = pink_noise(n, rng)
     elif kind == "hum":
         mains = rng.choice([50.0, 60.0, rng.uniform(80, 200)])
         sound = sum(rng.uniform(0, 1) / k * np.sin(2 * np.pi * (mains * k * time + rng.random())) for k in range(1, 12))
-        sound = sound + 0.1 * _pink(n, rng)
+        sound = sound + 0.1 * pink_noise(n, rng)
     elif kind == "breath":
         sound = _breath(n, rng)
     elif kind == "chords":
@@ -228,7 +228,7 @@ def negative(kind: str, n: int, rng: np.random.Generator) -> Float32[np.ndarray,
     return (sound * 10 ** rng.uniform(-2.2, -0.9) / rms).clip(-1, 1).astype(np.float32)
 
 
-def _pink(n: int, rng: np.random.Generator) -> Float[np.ndarray, "n"]:
+def pink_noise(n: int, rng: np.random.Generator) -> Float[np.ndarray, "n"]:
     """Noise whose power falls as 1/f, of unit variance."""
     spectrum = np.fft.rfft(rng.standard_normal(n + n % 2))
     spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
