@@ -322,7 +322,7 @@ def test_memory_does_not_grow_with_the_sound():
         def push(self, features):
             return torch.zeros(len(features) // 2, 64), torch.zeros(len(features) // 2, 478, 3)
 
-    stream, second, kept = Stream(FakeAvatar(speech=Speechless()), still=True), speechlike(1.0), []
+    stream, second, kept = Stream(FakeAvatar(speech=Speechless()), still=True, encoder=create_encoder("logmel")), speechlike(1.0), []
     tracemalloc.start()
     try:
         for s in range(180):
@@ -456,9 +456,9 @@ def test_bad_sound_is_spoken_or_refused_in_one_line(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["with an offset", "with a dead channel", "with a channel turned round", "beyond full scale", "of 6 channels"])
 def test_bad_sound_moves_the_mouth_as_good_sound_does(tmp_path, name):
-    from hicode.media.audio import read_audio
-
     import soundfile
+
+    from hicode.media.audio import read_audio
 
     samples, rate, subtype = bad_sounds()[name]
     soundfile.write(tmp_path / "bad.wav", samples, rate, subtype=subtype)
