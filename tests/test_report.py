@@ -95,7 +95,12 @@ def write_clip(path, sound=True, test=None, sha256="abc"):
 
 
 class FakeSpeech:
-    encoder = "embedded"
+    encoder, window = "embedded", None
+
+    def encoder_for(self):
+        from hicode.speech.encoder import create_encoder
+
+        return create_encoder(self.encoder)
 
     def __init__(self):
         self.heard = None

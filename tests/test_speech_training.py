@@ -173,7 +173,7 @@ class _FakeClip:
         noise = np.random.default_rng(0).standard_normal(640 * self.frame_count).astype(np.float32)
         return 0.1 * noise if self._sound else 0 * noise
 
-    def speech_features(self, encoder="embedded"):
+    def speech_features(self, encoder="embedded", window=None):
         return self._features if self._sound is not None else None
 
 

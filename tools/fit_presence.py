@@ -1,11 +1,7 @@
 """Make src/hicode/weights/presence.safetensors, the score of speech against other sound: `python tools/fit_presence.py --data ../shared/data`.
 
-<<<<<<< HEAD
-It learns from tools/speech_sources.toml but for the anchor, GRID (which measures it), from espeak-ng's voices in fifteen languages, and from sounds that are none.
-=======
 It learns from the sources of the manifest but for its anchor (GRID measures it), from espeak-ng's voices in fifteen languages, and from sounds that
 are no speech.
->>>>>>> sound
 """
 
 from pathlib import Path
@@ -19,11 +15,7 @@ from hicode.speech.presence import WEIGHTS
 from hicode.training.presence import PresenceConfig, fit_presence, rows_by_level, synthetic_speech
 from hicode.training.sources import find_sources
 
-<<<<<<< HEAD
-MANIFEST = Path(__file__).parent / "speech_sources.toml"
-=======
 MANIFEST = Path(__file__).with_name("speech_sources.toml")
->>>>>>> sound
 
 
 def main(
@@ -31,12 +23,8 @@ def main(
 ) -> None:
     """
     Args:
-<<<<<<< HEAD
-        data: folder with the clips that tools/speech_sources.toml names.
-=======
         data: folder with the clips that the manifest names.
         manifest: whom to learn from.
->>>>>>> sound
         out: where the weights go.
         speakers: synthetic ones.
         sentences: that each of them says.
@@ -44,21 +32,12 @@ def main(
     """
     sources = find_sources([data], manifest)
     sounds, terms = [], {}
-<<<<<<< HEAD
-    sources = find_sources([data], MANIFEST)
-=======
->>>>>>> sound
     for source in sources.speakers:
         for path in source.clips.values() if source.learn and source.speaker != sources.anchor else ():
             samples = read_audio(path)
             samples = samples[: 640 * source.learned_frames(len(samples) // 640)]
             sounds.append((samples, rows_by_level(samples)))
             terms[source.speaker] = source.terms
-<<<<<<< HEAD
-    if not sounds:
-        raise InputError(f"No clip of {MANIFEST.name} is under {data}. Give the folder that holds them.")
-=======
->>>>>>> sound
     sounds += synthetic_speech(speakers, sentences, config.seed)
     terms["espeak"] = f"{speakers} synthetic voices (espeak-ng), and synthetic noises"
     presence = fit_presence(sounds, create_encoder("embedded"), config, lambda x: print(f"\r{100 * x:3.0f} %", end="", flush=True))

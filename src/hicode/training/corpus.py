@@ -207,8 +207,10 @@ class _Builder:
     def _leave_out(self, source: Source, clip: str, reason: str) -> None:
         """All of a speaker's clips where `clip` is empty."""
         self.left_out.append(LeftOut(source.speaker, clip, reason))
-        kept = {} if not clip else {k: v for k, v in source.clips.items() if k != clip}
-        self.sources = [replace(s, clips=kept) if s.speaker == source.speaker else s for s in self.sources]
+        # Of what is left by now: `source` may be from before others of its clips went.
+        self.sources = [
+            replace(s, clips={k: v for k, v in s.clips.items() if clip and k != clip}) if s.speaker == source.speaker else s for s in self.sources
+        ]
         self.sources = [s for s in self.sources if s.clips]
 
     def _require_two_speakers(self) -> None:

@@ -527,10 +527,11 @@ def adapt(
     clip, progress: Callable[[float], None] | None = None, config: AdaptConfig = AdaptConfig(), generic: SpeechModels | None = None
 ) -> SpeechModels:
     """The subject's speech models, from a `Clip`'s training part only; `adapt_example` says how it went."""
-    return adapt_example(example_of(clip, config.encoder), progress, config, generic)[0]
+    generic = generic or load_generic()
+    return adapt_example(example_of(clip, config.encoder, generic.window), progress, config, generic)[0]
 
 
-def example_of(clip, encoder: str = "embedded") -> SpeechExample:
+def example_of(clip, encoder: str = "embedded", window: Window | None = None) -> SpeechExample:
     """The training part of a clip. A clip without sound, or with silence, gives features of no length."""
     train = slice(clip.train.start, clip.train.stop)
     motion = clip.track.motion[train]
@@ -539,7 +540,7 @@ def example_of(clip, encoder: str = "embedded") -> SpeechExample:
         speaking = torch.zeros(len(motion), dtype=torch.bool)
     else:
         speaking = speaking_frames(samples[: 640 * clip.train.stop], clip.train.stop)[train]
-    features = clip.speech_features(encoder) if speaking.any() else None
+    features = clip.speech_features(encoder, window) if speaking.any() else None
     features = torch.zeros(0, 0) if features is None else features[2 * train.start : 2 * train.stop]
     return SpeechExample("subject", features[None], motion.expression, motion.landmarks, speaking)
 
