@@ -359,6 +359,14 @@ def test_what_cannot_be_used_is_left_out_and_named(alone, judge, tmp_path):
     assert alone.looks == [] and again.left_out == built.left_out, "a video that failed is not tried again"
 
 
+def test_of_one_speaker_several_clips_may_be_left_out(alone, judge, tmp_path):
+    alone.film("eve/good.mp4", 7)
+    alone.film("eve/turned.mp4", 8, later=None), alone.film("eve/away.mp4", 9, later=None), alone.film("eve/brief.mp4", 10, frames=12)
+    built = made(alone, tmp_path / "c", sync=judge)
+    assert sorted(left.clip for left in built.left_out) == ["away", "brief", "turned"]
+    assert [t.clip for t in built.taken if t.speaker == "eve"] == ["good"]
+
+
 def test_a_speaker_out_of_step_with_the_anchored_others_is_left_out(stage, copy):
     stage.film("dan.mp4", 8, mouth=9)
     try:

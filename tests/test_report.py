@@ -24,6 +24,7 @@ from hicode.evaluation.show import mouth_windows, print_table, worst_first
 from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.motion import LIPS, N_LANDMARKS, FaceTrack, Motion
+from hicode.speech.encoder import EmbeddedEncoder
 
 pytestmark = pytest.mark.skipif(
     not assets.is_cached("perceptual"),
@@ -79,7 +80,7 @@ def write_clip(path, sound=True, test=None, sha256="abc"):
     if sound:
         write_audio(path / "audio.wav", 0.3 * np.sin(np.arange(640 * FRAMES) / 9).astype(np.float32), 16000)
         features = torch.arange(2 * FRAMES)[:, None].repeat(1, 3).float()
-        config = {"encoder": "embedded", "dim": 3, "rate_hz": 50, "offset_frames": 0.0}
+        config = {"encoder": "embedded", "dim": 3, "rate_hz": 50, "offset_frames": 0.0, "window": list(EmbeddedEncoder.window)}
         save_tensors(path / "audio.embedded.safetensors", {"features": features}, "hicode-speech-features", 1, config)
     write_json(
         path / "clip.json",
