@@ -1,10 +1,13 @@
 """Faceformers: decoding in a stream equals decoding at once, for any length; untrained they are still; files give them back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hicode.errors import FileFormatError
-from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels, periodic_positions
+from hicode.speech.encoder import Window
+from hicode.speech.faceformer import Faceformer, FaceformerConfig, LipClosure, SpeechModels, lip_gap, periodic_positions
 
 CONFIG = FaceformerConfig(feature_dim=12, outputs=64, components=8, width=16, window=30, look_ahead=3, look_back=2)
 
@@ -144,3 +147,81 @@ def test_damaged_state_is_refused():
     tensors.pop("expression.output.weight")
     with pytest.raises(FileFormatError, match="speech models are damaged"):
         SpeechModels.from_state(tensors, config)
+
+
+# --- the linear answer and the closure ----------------------------------------------------------------------------------------------------
+
+
+def _closing_pair() -> SpeechModels:
+    """A pair that is half linear, and closes its lips at times."""
+    pair, made = _pair(), []
+    for k, model in enumerate((pair.expression, pair.landmarks)):
+        other = _model(replace(model.config, linear_share=0.5, linear_back=2), seed=3 + k)
+        with torch.no_grad():
+            other.linear.weight.normal_(std=0.3)
+            if k:
+                other.style_basis.copy_(model.style_basis)
+        made.append(other)
+    closure = LipClosure(12, back=3, ahead=2)
+    closure.weight.normal_(std=0.3)
+    closure.landmarks[13, 1], closure.landmarks[14, 1], closure.landmarks[17, 1] = 0.3, -0.7, -0.6
+    closure.expression[5] = 0.4
+    return SpeechModels(*made, "embedded", pair.expression_template, pair.landmark_template, pair.identity_frames, 1.1, 0.9, closure, 0.01, Window(8, 2, 2))
+
+
+def test_with_linear_answer_and_closure_pieces_still_equal_the_whole():
+    pair, features = _closing_pair(), torch.randn(161, 12)
+    expression, landmarks = pair.predict(features)
+    assert len(expression) == 81
+    stream, parts = pair.stream(), []
+    for piece in (*features.split(7), None):
+        parts.append(stream.finish() if piece is None else stream.push(piece))
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]), expression, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), landmarks, atol=1e-5, rtol=1e-4)
+
+
+def test_a_whole_sound_is_the_mean_of_both_answers():
+    model = _model(replace(CONFIG, linear_share=0.5, linear_back=2))
+    with torch.no_grad():
+        model.linear.weight.normal_()
+        model.linear.bias.normal_()
+        model.feature_mean.normal_()
+        features, style = torch.randn(1, 24, 12), model.identity_style(None)
+        frames = (features - model.feature_mean).unflatten(1, (12, 2)).mean(2)[0]
+        padded = torch.cat([torch.zeros(2, 12), frames, torch.zeros(3, 12)])  # silence is zeros
+        by_hand = torch.stack([torch.einsum("wd,kdw->k", padded[i : i + 6], model.linear.weight) for i in range(12)]) + model.linear.bias
+        decoded = model.rollout(model.memory(features), style)[0]
+        torch.testing.assert_close(model.predict(features, style)[0], (by_hand + decoded) / 2, atol=1e-5, rtol=1e-4)
+
+
+def test_a_sure_closure_closes_and_nothing_ever_opens():
+    closure = _closing_pair().closure
+    landmarks = 0.1 * torch.randn(40, 478, 3)
+    expression, gap = torch.zeros(40, 64), lip_gap(landmarks)
+    moved, shut = closure.command(torch.ones(40), expression, landmarks, 0.01)
+    torch.testing.assert_close(lip_gap(shut), gap.clamp(max=0.01))
+    torch.testing.assert_close(moved[:, 5], 0.4 * (0.01 - gap).clamp(max=0))  # both heads by the same amount
+    half = closure.command(torch.full((40,), (closure.from_odds + closure.to_odds) / 2), expression, landmarks, 0.01)[1]
+    torch.testing.assert_close(lip_gap(half), torch.where(gap > 0.01, (gap + 0.01) / 2, gap))
+    same = closure.command(torch.full((40,), closure.from_odds), expression, landmarks, 0.01)
+    assert torch.equal(same[0], expression) and torch.equal(same[1], landmarks)
+
+
+def test_the_gap_is_what_is_seen_from_the_front():
+    points = torch.zeros(1, 478, 3)
+    points[0, 13], points[0, 14] = torch.tensor([0.02, 0.05, 0.3]), torch.tensor([0.0, 0.02, 0.1])
+    assert abs(float(lip_gap(points)) - 0.03) < 1e-7
+
+
+def test_state_keeps_closure_and_window_and_files_from_before_have_neither():
+    pair = _closing_pair()
+    tensors, config = pair.state()
+    again = SpeechModels.from_state(tensors, config)
+    features = torch.randn(40, 12)
+    for a, b in zip(pair.predict(features), again.predict(features), strict=True):
+        assert torch.equal(a, b)
+    assert again.window == Window(8, 2, 2) and again.closed_gap == 0.01 and again.look_ahead == pair.look_ahead
+    tensors, config = _pair().state()
+    del config["window"]
+    before = SpeechModels.from_state(tensors, config)
+    assert before.closure is None and before.window == Window(88, 4, 8), "the only window that there was"

@@ -1,5 +1,6 @@
 """Learning speech → motion: on a made-up world where sound does determine the mouth, on clips that give nothing to learn, and the shipped pair."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 from hicode.errors import AssetError, TrainingError
+from hicode.face.model import HeadModel
 from hicode.motion import Motion
-from hicode.speech.faceformer import FaceformerConfig, SpeechModels, lip_gap
+from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels, lip_gap
 from hicode.training import speech
 from hicode.training.speech import (
+    CLOSED_GAP,
     GENERIC,
     AdaptConfig,
     Metric,
@@ -288,3 +291,72 @@ def test_the_shipped_pair_is_small_and_moves_the_mouth_with_a_voice():
     assert torch.corrcoef(torch.stack([gap, loudness]))[0, 1] > 0.3
     silent = lip_gap(models.predict(encoder.encode(np.zeros(32000, np.float32)))[1])
     assert silent.mean() < gap.mean() and silent[25:].std() < 0.5 * gap.std()
+
+
+# --- closed forms ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_linear_answer_is_ridge_regression_and_adds_to_what_was():
+    """Against numpy's least squares with the ridge as extra rows, on a world of as many features as it keeps."""
+    rng = torch.Generator().manual_seed(0)
+    model = Faceformer(replace(SHAPE, feature_dim=4, outputs=64, linear_share=0.5, linear_back=1))
+    features = torch.randn(1, 120, 4, generator=rng)
+    target, weight = torch.randn(60, 4, generator=rng), torch.rand(60, generator=rng)
+    task = speech._Task(features, target, weight, None, 0.5)
+    speech.fit_linear(model, [task], ridge=2.0)
+    with torch.no_grad():
+        frames = torch.nn.functional.pad(model.frame_features(features), (0, 0, 1, 1))
+        answered = model.linear_answer(frames)[0]
+        rows = torch.cat([frames[0].unfold(0, 3, 1).flatten(1), torch.ones(60, 1)], 1).double().numpy()
+    root = (0.5 * weight).sqrt().double().numpy()[:, None]
+    prior = np.sqrt(2.0 * float((0.5 * weight).sum()) ** 0.5) * np.eye(rows.shape[1])
+    solved = np.linalg.lstsq(np.concatenate([root * rows, prior]), np.concatenate([root * target.numpy(), np.zeros((len(prior), 4))]), rcond=None)[0]
+    np.testing.assert_allclose(answered.numpy(), rows @ solved, atol=1e-5)
+    before = answered.clone()
+    speech.fit_linear(model, [task], ridge=1e9)  # all prior: what was answered stays
+    with torch.no_grad():
+        torch.testing.assert_close(model.linear_answer(frames)[0], before, atol=1e-4, rtol=1e-3)
+
+
+def test_closures_are_heard_and_their_way_is_the_speakers_own(world):
+    """A speaker whose lips meet where one feature is high: found on sound that was not learned from; in noise that is labelled so, closed."""
+    head = HeadModel.load()
+    jaw = head.expression_names.index("jawOpen")
+
+    def closing(name: str, seed: int) -> SpeechExample:
+        rng = np.random.default_rng(seed)
+        shut = np.convolve(rng.random(300) < 0.04, np.ones(4), "same") > 0
+        expression = torch.zeros(300, 64)
+        expression[:, jaw] = torch.from_numpy(np.where(shut, 0.0, 0.25 + 0.1 * rng.random(300))).float()
+        landmarks = head.landmarks(head.mean) + torch.einsum("te,elc->tlc", expression, head.landmarks(head.expression_basis))
+        features = rng.standard_normal((600, DIM))
+        features[:, 2] += np.repeat(6.0 * shut, 2)
+        return SpeechExample(name, torch.from_numpy(features).float()[None], expression, landmarks, torch.ones(300, dtype=torch.bool))
+
+    model = Faceformer(replace(SHAPE, feature_dim=DIM, outputs=64, linear_share=0.5))
+    closure = speech.fit_closure(model, [closing("a", 1), closing("b", 2)], PretrainConfig())
+    unseen = closing("c", 3)
+    frames = torch.nn.functional.pad(model.frame_features(unseen.features)[0], (0, 0, closure.back, closure.ahead))
+    odds, shut = closure.odds(frames), lip_gap(unseen.landmarks) < CLOSED_GAP
+    assert odds[shut].mean() > 0.75 and odds[~shut].mean() < 0.15
+    assert float(closure.expression[jaw]) == pytest.approx(float(closure.expression.abs().sum()), rel=1e-3), "only the jaw moved"
+    assert float(lip_gap(closure.landmarks)) == pytest.approx(1, abs=1e-4)
+    opened = unseen.expression + 0.3 * torch.nn.functional.one_hot(torch.tensor(jaw), 64)
+    points = head.landmarks(head.mean) + torch.einsum("te,elc->tlc", opened, head.landmarks(head.expression_basis))
+    closed = closure.command(torch.ones(300), opened, points, 0.01)
+    shaped = head.landmarks(head.mean) + torch.einsum("te,elc->tlc", closed[0], head.landmarks(head.expression_basis))
+    # Expression and landmarks close to the same gap: both heads stay one mouth.
+    torch.testing.assert_close(lip_gap(shaped), lip_gap(closed[1]), atol=2e-3, rtol=0)
+
+
+def test_a_synthetic_speaker_weighs_less_and_leaves_the_basis_alone(world):
+    people = [world(name, 150, seed) for seed, name in enumerate("abc")]
+    imagined = [replace(world(f"espeak-{k}", 300, 10 + k, size=5.0), speaker=f"espeak-{k}") for k in range(2)]
+    share = speech._shares(people + imagined, PretrainConfig(longest_speaker_s=1e9, synthetic_weight=0.3))
+    real = sum(share[e.speaker] * len(e) for e in people)
+    assert sum(share[e.speaker] * len(e) for e in imagined) == pytest.approx(0.3 * real)
+    config = PretrainConfig(steps=2, batch=4, frames=30)
+    with_them, without = pretrain(people + imagined, "embedded", config, SHAPE), pretrain(people, "embedded", config, SHAPE)
+    assert torch.allclose(with_them.landmarks.basis, without.landmarks.basis)
+    assert float(with_them.landmarks.amplitude) == pytest.approx(float(without.landmarks.amplitude))
+    torch.testing.assert_close(with_them.landmark_template, without.landmark_template)
