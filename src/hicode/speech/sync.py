@@ -144,7 +144,8 @@ def fit_sync(
             weight, mouth = _solve(moments[:k] + moments[k + 1 :], ridge)
             curves.append(lag_curve(x @ weight, y @ mouth))
         found = [_peak(curve) for curve in curves]
-        zero = round(found[anchor]) if anchor is not None else round(float(np.median(found)))
+        # Unrounded: an anchor at half a frame would move everyone by a whole one, or not, as chance has it.
+        zero = found[anchor] if anchor is not None else float(np.median(found))
         offsets = [offset - zero for offset in found]
     weight, mouth = _solve(
         [_Moments.of(*_lagged(x, y, round(offset))) for x, y, offset in zip(inputs, targets, offsets)], ridge
