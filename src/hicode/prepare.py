@@ -178,7 +178,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
     if sound["usable"]:
         encoder = {"encoder": config.encoder}
-        offset = work.step("offset", 3, {}, ("sound", "track"), (), lambda: _offset(work, train))
+        offset = work.step("offset", 4, {}, ("sound", "track"), (), lambda: _offset(work, train))
         state["audio_offset_frames"] = offset["frames"]
         features = f"audio.{config.encoder}.safetensors"
         work.step(
