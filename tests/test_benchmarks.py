@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from conftest import REPOSITORY
@@ -61,3 +62,70 @@ def test_the_committed_baseline_knows_every_part():
     cost = json.loads((REPOSITORY / "benchmarks" / "baseline.json").read_text())["cost"]
     for name in ("raster both", "control 4096 both", "loss L1+SSIM", "loss VGG crop", "step draft", "speak all", "prepare"):
         assert cost[name]["units"] > 0
+
+
+# --- lips and sheets ---------------------------------------------------------------------------------------------------------------------
+
+
+def _speech(frames: int, seed: int):
+    import torch
+
+    from hicode.face.model import HeadModel
+    from hicode.training.speech import SpeechExample
+
+    head, rng = HeadModel.load(), np.random.default_rng(seed)
+    expression = torch.zeros(frames, 64)
+    expression[:, head.expression_names.index("jawOpen")] = torch.from_numpy(0.2 + 0.2 * rng.random(frames)).float()
+    expression[:, head.expression_names.index("mouthPucker")] = torch.from_numpy(0.3 * rng.random(frames)).float()
+    landmarks = head.landmarks(head.mean) + torch.einsum("te,elc->tlc", expression, head.landmarks(head.expression_basis))
+    return head, SpeechExample("a", torch.zeros(1, 2 * frames, 4), expression, landmarks, torch.arange(frames) % 40 < 30)
+
+
+def test_lips_rate_the_truth_perfect_and_a_still_mouth_as_nothing():
+    from benchmarks import lips
+
+    head, example = _speech(120, 0)
+    template = lips.template_of([example])
+    truth = lips.figures(example.expression, example.landmarks, example, template, head)
+    assert all(abs(truth[k] - 1) < 1e-5 for k in ("opening", "width", "jaw", "x opening", "amplitude"))
+    assert truth["error"] == 0 and truth["less"] == 100 and truth["all 478"] == 0 and truth["apart"] < 1e-4
+    assert (truth["closed"], truth["falsely"]) == (100, 0)
+    still = template.expression.expand(120, 64), template.landmarks.expand(120, 478, 3)
+    nothing = lips.figures(*still, example, template, head)
+    assert abs(nothing["less"]) < 1e-6 and nothing["amplitude"] < 1e-5 and abs(nothing["expression less"]) < 1e-4
+    backwards = lips.figures(2 * template.expression - example.expression, 2 * template.landmarks - example.landmarks, example, template, head)
+    assert backwards["opening"] < -0.99 and backwards["less"] < -99
+
+
+def test_speakers_left_out_together_are_dealt_by_length():
+    from benchmarks import lips
+    from hicode.training.corpus import Taken
+
+    def taken(speaker: str, frames: int) -> Taken:
+        return Taken(speaker, "clip", "own", frames, frames, False, 0.0, 1.0)
+
+    data = lips.Data([taken(s, n) for s, n in zip("abcdefgh", (10, 20, 30, 40, 50, 60, 70, 80))] + [taken("many", 5)] * 3, [], [], {})
+    assert lips.many(data) == "many"
+    dealt = lips.groups(data, "many")
+    assert sorted(sum(dealt, [])) == list("abcdefgh") and all(len(g) == 2 for g in dealt) and dealt[0] == ["h", "d"]
+
+
+def test_silent_lips_are_slower_than_speaking_ones():
+    from benchmarks import lips
+
+    speaking = np.repeat([True, False], 20)
+    assert lips.quiet(np.where(speaking, np.arange(40) % 2, 0.0) * 1.0, speaking) < 0.1
+    assert np.isnan(lips.quiet(np.zeros(3), speaking[:3]))
+
+
+def test_lip_shapes_are_recognised_from_what_tells_them():
+    import torch
+
+    from benchmarks.sheets import Shapes
+    from hicode.speech.phones import CLASSES
+
+    rng = torch.Generator().manual_seed(0)
+    classes = torch.randint(len(CLASSES), (40,), generator=rng).repeat_interleave(10)
+    features = torch.randn(800, 24, generator=rng) + 4 * torch.nn.functional.one_hot(classes, 24).repeat_interleave(2, 0)
+    shapes = Shapes([features[:600]], [classes[:300]])
+    assert (shapes(features[600:]) == classes[300:]).double().mean() > 0.85
