@@ -101,8 +101,8 @@ def test_memory_of_a_stream_does_not_grow():
         expression, landmarks = stream.push(torch.randn(20, 12))
         assert expression.isfinite().all() and landmarks.isfinite().all()
     for part in (stream._expression, stream._landmarks):
-        assert part.state.keys.shape[2] == CONFIG.window
-        assert part._heard.shape[1] <= 2 * (part.model.config.look_back + part.model.config.look_ahead + 1)
+        assert part._decoding._keys.shape[1] == part._decoding._values.shape[1] == 2 * CONFIG.window
+        assert len(part._heard) <= 2 * (part.config.look_back + part.config.look_ahead + 1) and part._heard.base is None
 
 
 def test_a_frame_hears_its_look_ahead_and_no_further():
@@ -178,6 +178,42 @@ def test_with_linear_answer_and_closure_pieces_still_equal_the_whole():
         parts.append(stream.finish() if piece is None else stream.push(piece))
     torch.testing.assert_close(torch.cat([p[0] for p in parts]), expression, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.cat([p[1] for p in parts]), landmarks, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 700])
+def test_a_stream_says_what_the_models_say(size):
+    """Numpy's folded weights against the torch modules, over more than eight windows: 250 frames. What is not a model's own, the closure and the
+    subject's gains, is applied by hand. Tolerance: 1e-4 of the motion's spread, since every frame's rounding enters the next one."""
+    pair, features = _closing_pair(), torch.randn(500, 12)
+    for model in (pair.expression, pair.landmarks):
+        for name, value in model.named_parameters():  # biases and gains begin as zeros and ones, which would hide what forgets them
+            if "bias" in name or "norm" in name:
+                torch.nn.init.normal_(value, mean=float(value.detach().mean()), std=0.2)
+        model.feature_mean.normal_()
+        model.feature_std.uniform_(0.5, 2)
+    with torch.no_grad():
+        frames = torch.nn.functional.pad(pair.expression.frame_features(features[None])[0], (0, 0, pair.closure.back, pair.closure.ahead))
+        expression, landmarks = (
+            (model.predict(features[None], model.identity_style(faces)) @ model.basis)[0]
+            for model, faces in ((pair.expression, None), (pair.landmarks, pair.identity_frames))
+        )
+        expected = pair.closure.command(
+            pair.closure.odds(frames), pair.expression_template + pair.expression_gain * expression,
+            pair.landmark_template + pair.landmark_gain * landmarks.unflatten(1, (478, 3)), pair.closed_gap,
+        )  # fmt: skip
+        stream = pair.stream()
+        parts = [*(stream.push(piece) for piece in features.split(size)), stream.finish()]
+    for k, moved in enumerate((expression, landmarks)):
+        torch.testing.assert_close(torch.cat([p[k] for p in parts]), expected[k], atol=1e-4 * float(moved.std()), rtol=0)
+
+
+def test_a_stream_keeps_the_weights_that_it_began_with():
+    pair, features = _closing_pair(), torch.randn(40, 12)
+    stream, expected = pair.stream(), pair.predict(features)[0]
+    with torch.no_grad():
+        for value in (*pair.expression.parameters(), pair.expression.basis):
+            value.zero_()
+    assert torch.equal(torch.cat([stream.push(features)[0], stream.finish()[0]]), expected)
 
 
 def test_a_whole_sound_is_the_mean_of_both_answers():

@@ -343,22 +343,28 @@ class EmbeddedEncoder(_WindowedEncoder):
         self._positions = w[prefix + "embed_positions.weight"][: self.window.rows]
         self._layers = []
         # The graph's exporter numbered the matrices; queries, keys, values, output, and the feed-forward pair.
-        for layer, numbers in enumerate([(17, 25, 32, 75, 79, 88), (92, 100, 107, 148, 152, 161)]):
+        for index, numbers in enumerate([(17, 25, 32, 75, 79, 88), (92, 100, 107, 148, 152, 161)]):
             matrices = dict(zip(("q", "k", "v", "out", "up", "down"), (w[f"val_{n}"] for n in numbers)))
-            p = f"{prefix}layers.{layer}."
+            p = f"{prefix}layers.{index}."
             vectors = {
                 "q_bias": "self_attn.q_proj.bias", "v_bias": "self_attn.v_proj.bias", "out_bias": "self_attn.out_proj.bias",
                 "up_bias": "fc1.bias", "down_bias": "fc2.bias",
                 "norm1": "self_attn_layer_norm.weight", "norm1_bias": "self_attn_layer_norm.bias",
                 "norm2": "final_layer_norm.weight", "norm2_bias": "final_layer_norm.bias",
             }  # fmt: skip
-            self._layers.append(matrices | {k: w[p + v] for k, v in vectors.items()})
+            layer = matrices | {k: w[p + v] for k, v in vectors.items()}
+            # Queries, keys (which have no bias) and values come out of one product.
+            layer["qkv"] = torch.cat([layer.pop(name) for name in ("q", "k", "v")], 1)
+            layer["qkv_bias"] = torch.cat([layer["q_bias"], torch.zeros_like(layer.pop("q_bias")), layer.pop("v_bias")])
+            _, k, v = layer["qkv"].unflatten(-1, (3, self.HEADS, -1)).unbind(1)
+            layer["k_heads"], layer["v_heads"] = k.permute(1, 2, 0).contiguous(), v.transpose(0, 1).contiguous()  # h c d, h d c
+            self._layers.append(layer)
 
     @torch.no_grad()
     def _local(self, audio: Tensor) -> Tensor:
         # Row t is conv2's output centred on mel frame 2t; mel frame m is centred on sample 160 (m + 1), the middle of a 20 ms span.
         h = F.gelu(F.conv1d(self._mel(audio)[None], *self._conv1))
-        return F.gelu(F.conv1d(h, *self._conv2, stride=2))[0].T
+        return F.gelu(F.conv1d(h, *self._conv2, stride=2))[0].T.contiguous()
 
     @torch.no_grad()
     def _contextual(self, rows: Tensor) -> Tensor:
@@ -370,15 +376,25 @@ class EmbeddedEncoder(_WindowedEncoder):
     def _layer(self, h: Float[Tensor, "b w d"], p: dict[str, Tensor], read: slice) -> Float[Tensor, "b r d"]:
         """One pre-norm transformer layer, computed at the rows `read` only."""
 
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
-
         z = F.layer_norm(h, h.shape[-1:], p["norm1"], p["norm1_bias"])
-        q, k, v = heads(z[:, read] @ p["q"] + p["q_bias"]), heads(z @ p["k"]), heads(z @ p["v"] + p["v_bias"])
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = h[:, read] + attended @ p["out"] + p["out_bias"]
+        attended = self._attend(z, p) if read == slice(None) else self._attend_few(z, p, read)
+        h = h[:, read] + F.linear(attended, p["out"].T, p["out_bias"])
         z = F.layer_norm(h, h.shape[-1:], p["norm2"], p["norm2_bias"])
-        return h + F.gelu(z @ p["up"] + p["up_bias"]) @ p["down"] + p["down_bias"]
+        return h + F.linear(F.gelu(F.linear(z, p["up"].T, p["up_bias"])), p["down"].T, p["down_bias"])
+
+    def _attend(self, z: Float[Tensor, "b w d"], p: dict[str, Tensor]) -> Float[Tensor, "b w d"]:
+        """Self-attention of all rows, before the output's matrix."""
+        q, k, v = (x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2) for x in F.linear(z, p["qkv"].T, p["qkv_bias"]).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def _attend_few(self, z: Float[Tensor, "b w d"], p: dict[str, Tensor], read: slice) -> Float[Tensor, "b r d"]:
+        """The same of a few rows, without keys and values: q . (Wk z) = (Wk^T q) . z, and a mean of Wv z is Wv times a mean of z."""
+        d = z.shape[-1]
+        q = F.linear(z[:, read], p["qkv"][:, :d].T, p["qkv_bias"][:d]).unflatten(-1, (self.HEADS, -1)).transpose(1, 2)  # b h r c
+        asked = (q @ p["k_heads"]).flatten(1, 2)  # b h*r d
+        mean = (asked @ z.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1) @ z
+        values = mean.unflatten(1, (self.HEADS, -1)) @ p["v_heads"]
+        return values.transpose(1, 2).flatten(2) + p["qkv_bias"][2 * d :]
 
 
 def _onnx_weights(path: Path) -> dict[str, Tensor]:

@@ -23,9 +23,11 @@ frame, how surely the lips are closed, and where it is sure it commands the gap 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor, nn
 
 from hicode.errors import FileFormatError
@@ -215,78 +217,195 @@ def periodic_positions(period: int, width: int) -> Float[Tensor, "period width"]
     return torch.stack([torch.sin(frame * frequency), torch.cos(frame * frequency)], -1).flatten(1)
 
 
+class _Decoding:
+    """`Faceformer.step` for one sequence in plain numpy, weights folded: a frame of so narrow a network is the overhead of its operations.
+
+    Attention over the two rows m0, m1 of a frame's sound depends on their difference alone: softmax of two is a sigmoid of the difference of scores, and
+
+        out = Wo (Wv m1 + bv) + bo + sum over heads h of sigmoid((Wq_h x + bq_h) . Wk_h (m0 - m1) / sqrt(c)) Wo_h Wv_h (m0 - m1)
+
+    so `frames` makes, of all frames at once, a vector that x is multiplied with, an offset and a direction for each head, and `step` is left with
+    two small products. Keys and values of the window lie in a ring that is written twice, so that the window is always one piece, oldest first.
+    """
+
+    def __init__(self, model: Faceformer, style: Float[Tensor, "w"]):
+        c = model.config
+        self.config, self.frame = c, 0
+        w = _weights(model)
+        size = c.width // c.heads
+        heads = (c.heads, size, c.width)
+        # What is said next to what it adds to the next frame's input: one product. Before the first frame, nothing was said.
+        self._say = np.concatenate([w["output.weight"], w["remember.weight"] @ w["output.weight"]])
+        self._say_bias = np.concatenate([w["output.bias"], w["remember.weight"] @ w["output.bias"]])
+        self._said = np.zeros(c.width, np.float32)
+        self._tokens = model.positions.cpu().numpy() + _array(style) + w["remember.bias"]
+        share = np.repeat(np.float32([size**-0.5, 1, 1]), c.width)
+        self._qkv, self._qkv_bias = w["self_qkv.weight"] * share[:, None], w["self_qkv.bias"] * share
+        self._self_out, self._self_out_bias = w["self_out.weight"], w["self_out.bias"]
+        self._norms = [(w[f"norm{i}.weight"], w[f"norm{i}.bias"]) for i in (1, 2, 3)]
+        self._up, self._up_bias, self._down, self._down_bias = w["up.weight"], w["up.bias"], w["down.weight"], w["down.bias"]
+
+        q, q_bias = w["cross_q.weight"].reshape(heads), w["cross_q.bias"].reshape(heads[:2])
+        k, v = w["cross_kv.weight"].reshape(2, *heads)
+        out = w["cross_out.weight"].reshape(c.width, *heads[:2]).transpose(1, 0, 2)
+        v_bias = w["cross_kv.bias"][c.width :]  # the keys' takes no part: it is the same in both
+        questions = np.einsum("hcx,hcm->hxm", q, k).reshape(-1, c.width), np.einsum("hc,hcm->hm", q_bias, k)
+        self._ask = np.ascontiguousarray(np.concatenate(questions).T) * np.float32(size**-0.5)
+        self._directions = np.ascontiguousarray((out @ v).reshape(-1, c.width).T)
+        self._offset = np.ascontiguousarray((w["cross_out.weight"] @ w["cross_kv.weight"][c.width :]).T)
+        self._offset_bias = w["cross_out.weight"] @ v_bias + w["cross_out.bias"]
+
+        age = np.arange(c.window - 1, -1, -1)
+        self._bias = (-model.slopes.cpu().numpy()[:, None] * (age // c.period)).astype(np.float32)
+        self._keys = np.zeros((c.heads, 2 * c.window, size), np.float32)
+        self._values = np.zeros_like(self._keys)
+
+    def frames(self, memory: Float[np.ndarray, "2*t w"]) -> Float[np.ndarray, "t k"]:
+        """Coefficients of the next frames."""
+        c, t = self.config, len(memory) // 2
+        difference, second = memory[0::2] - memory[1::2], memory[1::2]
+        asked = difference @ self._ask
+        questions = asked[:, : c.heads * c.width].reshape(t, c.heads, c.width)
+        constants = asked[:, c.heads * c.width :]
+        directions = (difference @ self._directions).reshape(t, c.heads, c.width)
+        offsets = second @ self._offset + self._offset_bias
+        out = np.empty((t, c.components), np.float32)
+        for i in range(t):
+            x = self._attend(self._said + self._tokens[self.frame % c.period])
+            share = 0.5 + 0.5 * np.tanh(0.5 * (questions[i] @ x + constants[i]))  # a sigmoid that does not overflow
+            x = _norm(x + offsets[i] + share @ directions[i], *self._norms[1])
+            hidden = self._up @ x + self._up_bias
+            x = _norm(x + self._down @ np.maximum(hidden, 0, out=hidden) + self._down_bias, *self._norms[2])
+            said = self._say @ x + self._say_bias
+            out[i], self._said = said[: c.components], said[c.components :]
+            self.frame += 1
+        return out
+
+    def _attend(self, x: Float[np.ndarray, "w"]) -> Float[np.ndarray, "w"]:
+        """Self-attention over the window, which this frame enters."""
+        c = self.config
+        q, key, value = (self._qkv @ x + self._qkv_bias).reshape(3, c.heads, -1)
+        at, count = self.frame % c.window, min(self.frame + 1, c.window)
+        for ring, new in ((self._keys, key), (self._values, value)):
+            ring[:, at] = new
+            ring[:, at + c.window] = new
+        end = at + 1 if count <= at + 1 else at + 1 + c.window
+        scores = (self._keys[:, end - count : end] @ q[:, :, None])[:, :, 0] + self._bias[:, c.window - count :]
+        scores -= np.maximum.reduce(scores, 1, keepdims=True)
+        np.exp(scores, out=scores)
+        heads = (scores[:, None] @ self._values[:, end - count : end])[:, 0] / np.add.reduce(scores, 1, keepdims=True)
+        return _norm(x + self._self_out @ heads.reshape(-1) + self._self_out_bias, *self._norms[0])
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """The tensor's own memory, where it is float32 in main memory."""
+    return x.detach().cpu().float().numpy()
+
+
+def _weights(model: nn.Module) -> dict[str, np.ndarray]:
+    """Copies: training may go on while a stream lasts."""
+    return {name: _array(value).copy() for name, value in model.state_dict().items()}
+
+
+def _norm(x: Float[np.ndarray, "*n w"], gain: Float[np.ndarray, "w"], bias: Float[np.ndarray, "w"]) -> Float[np.ndarray, "*n w"]:
+    """Layer normalisation with torch's epsilon."""
+    x = x - np.add.reduce(x, -1, keepdims=True) / np.float32(x.shape[-1])
+    variance = np.add.reduce(x * x, -1, keepdims=True) / np.float32(x.shape[-1])
+    return x * (gain / np.sqrt(variance + np.float32(1e-5))) + bias
+
+
+def _gelu(x: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n w"]:
+    return F.gelu(torch.from_numpy(x)).numpy()
+
+
 class _Context:
-    """Frame features as they come, with what lies `back` frames before and `ahead` after the frames that are complete; silence is zeros."""
+    """Frame features as they come, with what lies `back` frames before and `ahead` after the frames that are complete; silence is zeros.
 
-    def __init__(self, model: Faceformer, back: int, ahead: int):
-        self.model, self.back, self.ahead = model, back, ahead
-        dim = model.config.feature_dim
-        self._half = torch.zeros(1, 0, dim)  # a feature whose frame is not complete
-        self._frames = torch.zeros(1, back, dim)
+    `answer` is a convolution over them, one matrix a frame of its reach."""
 
-    def push(self, features: Float[Tensor, "1 s d"]) -> None:
-        self._half = torch.cat([self._half, features], 1)
-        whole = self._half.shape[1] // 2 * 2
-        self._frames = torch.cat([self._frames, self.model.frame_features(self._half[:, :whole])], 1)
-        self._half = self._half[:, whole:]
+    def __init__(self, model: Faceformer, weight: Float[Tensor, "k d l+1+a"], bias: Float[Tensor, "k"], back: int, ahead: int):
+        self.back, self.ahead = back, ahead
+        self._mean, self._std, self._bias = (_array(x).copy() for x in (model.feature_mean, model.feature_std, bias))
+        self._weight = _array(weight).transpose(2, 1, 0).copy()
+        self._half = np.zeros((0, len(self._mean)), np.float32)  # a feature whose frame is not complete
+        self._frames = np.zeros((back, len(self._mean)), np.float32)
+
+    def push(self, features: Float[np.ndarray, "s d"]) -> None:
+        self._half = np.concatenate([self._half, features])
+        whole = len(self._half) // 2 * 2
+        frames = ((self._half[0:whole:2] + self._half[1:whole:2]) * np.float32(0.5) - self._mean) / self._std
+        self._frames, self._half = np.concatenate([self._frames, frames]), self._half[whole:]
 
     def finish(self) -> None:
-        self._frames = F.pad(self._frames, (0, 0, 0, self.ahead))
+        self._frames = np.pad(self._frames, ((0, self.ahead), (0, 0)))
 
     @property
     def ready(self) -> int:
-        return max(self._frames.shape[1] - self.back - self.ahead, 0)
+        return max(len(self._frames) - self.back - self.ahead, 0)
 
-    def take(self, frames: int) -> Float[Tensor, "1 l+frames+a d"]:
-        """The next frames, with their surroundings."""
-        taken = self._frames[:, : self.back + frames + self.ahead]
-        self._frames = self._frames[:, frames:]
-        return taken
+    def answer(self, frames: int) -> Float[np.ndarray, "frames k"]:
+        """What the convolution says of the next frames, which are then taken."""
+        out = sum(self._frames[i : i + frames] @ tap for i, tap in enumerate(self._weight)) + self._bias
+        self._frames = self._frames[frames:]
+        return out
 
 
 class FaceformerStream:
-    """Features in pieces of any size, displacements out as soon as `look_ahead` frames of sound have followed."""
+    """Features in pieces of any size, displacements out as soon as `look_ahead` frames of sound have followed.
+
+    In numpy, from the model's weights as they are when the stream begins; `Faceformer.predict` says in torch what comes out."""
+
+    AT_ONCE = 500  # features: bounds the memory in between
 
     def __init__(self, model: Faceformer, style: Float[Tensor, "w"]):
-        self.model, self.style = model, style
-        self.state = DecoderState(model, 1)
-        c = model.config
-        self._heard = torch.zeros(1, 2 * c.look_back, c.width)
-        self._context = _Context(model, c.linear_back, c.look_ahead) if c.linear_share else None
+        c = self.config = model.config
+        self._decoding = _Decoding(model, style)
+        w = _weights(model)
+        hear = w["hear.weight"] / w["feature_std"]
+        self._hear, self._hear_bias = np.ascontiguousarray(hear.T), w["hear.bias"] - hear @ w["feature_mean"]
+        self._hear_norm = w["hear_norm.weight"], w["hear_norm.bias"]
+        self._mix, self._mix_bias = np.ascontiguousarray(w["context.weight"].transpose(2, 1, 0).reshape(-1, c.width)), w["context.bias"]
+        self._mix_norm = w["context_norm.weight"], w["context_norm.bias"]
+        self._basis = w["basis"]
+        self._heard = np.zeros((2 * c.look_back, c.width), np.float32)
+        self._linear = _Context(model, model.linear.weight, model.linear.bias, c.linear_back, c.look_ahead) if c.linear_share else None
         self._finished = False
 
-    @torch.no_grad()
     def push(self, features: Float[Tensor, "s d"]) -> Float[Tensor, "m n"]:
         """Displacements from the template of the frames that became complete."""
         assert not self._finished, "the stream is finished"
-        features = features[None]
-        if self._context:
-            self._context.push(features)
-        return self._advance(self.model.listen(features))
+        features = _array(features)
+        out = [self._listen(features[at : at + self.AT_ONCE]) for at in range(0, max(len(features), 1), self.AT_ONCE)]
+        return torch.from_numpy(np.concatenate(out))
 
-    @torch.no_grad()
     def finish(self) -> Float[Tensor, "m n"]:
         """The remaining frames, as if nothing more were heard."""
         assert not self._finished, "the stream is finished"
         self._finished = True
-        c = self.model.config
-        if self._context:
-            self._context.finish()
-        return self._advance(torch.zeros(1, 2 * c.look_ahead, c.width))
+        if self._linear:
+            self._linear.finish()
+        return torch.from_numpy(self._advance(np.zeros((2 * self.config.look_ahead, self.config.width), np.float32)))
 
-    def _advance(self, heard: Float[Tensor, "1 s w"]) -> Float[Tensor, "m n"]:
-        c = self.model.config
-        self._heard = torch.cat([self._heard, heard], 1)
-        frames = max(self._heard.shape[1] - 2 * (c.look_back + c.look_ahead), 0) // 2
+    def _listen(self, features: Float[np.ndarray, "s d"]) -> Float[np.ndarray, "m n"]:
+        if self._linear:
+            self._linear.push(features)
+        return self._advance(_norm(_gelu(features @ self._hear + self._hear_bias), *self._hear_norm))
+
+    def _advance(self, heard: Float[np.ndarray, "s w"]) -> Float[np.ndarray, "m n"]:
+        c = self.config
+        around = 2 * (c.look_back + c.look_ahead)
+        heard = np.concatenate([self._heard, heard])
+        frames = max(len(heard) - around, 0) // 2
+        self._heard = heard[2 * frames :].copy()  # a view would keep all of a long piece
         if frames == 0:
-            return self.model.basis.new_zeros(0, c.outputs)
-        memory = self.model._contextual(self._heard[:, : 2 * (frames + c.look_back + c.look_ahead)])
-        self._heard = self._heard[:, 2 * frames :]
-        coefficients = [self.model.step(memory[:, 2 * i : 2 * i + 2], self.style, self.state) for i in range(frames)]
-        coefficients = torch.cat(coefficients)
-        if self._context:
-            coefficients = torch.lerp(coefficients, self.model.linear_answer(self._context.take(frames))[0], c.linear_share)
-        return coefficients @ self.model.basis
+            return np.zeros((0, c.outputs), np.float32)
+        # Row i is rows i to i + around side by side, so that the context's convolution is one product.
+        rows = as_strided(heard, (2 * frames, (around + 1) * c.width), (c.width * 4, 4), writeable=False)
+        mixed = _gelu(rows @ self._mix + self._mix_bias)
+        coefficients = self._decoding.frames(_norm(heard[2 * c.look_back :][: 2 * frames] + mixed, *self._mix_norm))
+        if self._linear:
+            coefficients += np.float32(c.linear_share) * (self._linear.answer(frames) - coefficients)
+        return coefficients @ self._basis
 
 
 class LipClosure(nn.Module):
@@ -439,7 +558,8 @@ class SpeechStream:
         style = models.landmarks.identity_style(models.identity_frames).detach()
         self._expression = FaceformerStream(models.expression, models.expression.identity_style(None).detach())
         self._landmarks = FaceformerStream(models.landmarks, style)
-        self._closure = _Context(models.expression, models.closure.back, models.closure.ahead) if models.closure else None
+        closure = models.closure
+        self._closure = _Context(models.expression, closure.weight, closure.bias, closure.back, closure.ahead) if closure else None
         self._waiting = (torch.zeros(0, EXPRESSION_DIM), torch.zeros(0, 3 * N_LANDMARKS), torch.zeros(0))
         self._last: Tensor | None = None
         self._received = 0
@@ -469,14 +589,13 @@ class SpeechStream:
 
     def _hear(self, features: Float[Tensor, "s d"]) -> Float[Tensor, "m"]:
         if self._closure:
-            self._closure.push(features[None])
+            self._closure.push(_array(features))
         return self._closed()
 
-    @torch.no_grad()
     def _closed(self) -> Float[Tensor, "m"]:
         if not self._closure or not self._closure.ready:
             return torch.zeros(0)
-        return self.models.closure.odds(self._closure.take(self._closure.ready)[0])
+        return torch.from_numpy(self._closure.answer(self._closure.ready)[:, 0]).sigmoid()
 
     def _together(self, expression: Tensor, landmarks: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
         coming = [torch.cat(pair) for pair in zip(self._waiting, (expression, landmarks, odds))]
