@@ -378,11 +378,13 @@ def fit_linear(model: Faceformer, tasks: list["_Task"], ridge: float) -> None:
     hear = _Directions(model, [t.features[0] for t in tasks], c.linear_back, c.look_ahead)
     gram = moment = total = 0
     for task in tasks:
-        x, weight = hear(task.features[0]), (task.weight * task.share).double()
-        gram = gram + (x * weight[:, None]).T @ x
-        heard = torch.nn.functional.pad(model.frame_features(task.features[:1]), (0, 0, c.linear_back, c.look_ahead))
-        moment = moment + (x * weight[:, None]).T @ (task.target - model.linear_answer(heard)[0]).double()
-        total = total + float(weight.sum())
+        weight = (task.weight * task.share).double() / len(task.features)
+        for features in task.features:  # every variant of the sound
+            x = hear(features)
+            gram = gram + (x * weight[:, None]).T @ x
+            heard = torch.nn.functional.pad(model.frame_features(features[None]), (0, 0, c.linear_back, c.look_ahead))
+            moment = moment + (x * weight[:, None]).T @ (task.target - model.linear_answer(heard)[0]).double()
+            total = total + float(weight.sum())
     solved = torch.linalg.solve(gram + ridge * total**0.5 * torch.eye(len(gram), dtype=gram.dtype), moment)
     weight, bias = hear.kernel(solved)
     model.linear.weight.data += weight
@@ -404,16 +406,23 @@ def fit_closure(model: Faceformer, examples: list[SpeechExample], config: Pretra
         gap = lip_gap(e.landmarks)
         real = not e.speaker.startswith(SYNTHETIC)
         least = closed_gap(e) + 0.008 if real else 0.0
-        rows.append(hear(e.features[0]))
-        closed.append(gap < max(least, CLOSED_GAP))
-        weights.append(torch.full((len(e),), share[e.speaker] if real else config.closure_synthetic_weight, dtype=torch.float64))
-    x, y, w = torch.cat(rows), torch.cat(closed).double(), torch.cat(weights)
-    solved = torch.zeros(x.shape[1], dtype=torch.float64)
-    prior = 0.25 * ridge * float(w.sum()) ** 0.5 * torch.eye(len(solved), dtype=torch.float64)
+        heard = e.features[[0, -1]] if len(e.features) > 1 else e.features  # as it is, and as it is farthest from that
+        weight = (share[e.speaker] if real else config.closure_synthetic_weight) / len(heard)
+        for features in heard:
+            rows.append(hear(features).float())
+            closed.append((gap < max(least, CLOSED_GAP)).double())
+            weights.append(torch.full((len(e),), weight, dtype=torch.float64))
+    solved = torch.zeros(rows[0].shape[1], dtype=torch.float64)
+    prior = 0.25 * ridge * float(sum(w.sum() for w in weights)) ** 0.5 * torch.eye(len(solved), dtype=torch.float64)
     for _ in range(6):  # Newton: converged to 1e-3 by then
-        odds = torch.sigmoid(x @ solved)
-        bend = (odds * (1 - odds)).clamp(min=1e-3) * w
-        solved = torch.linalg.solve((x * bend[:, None]).T @ x + prior, x.T @ (bend * (x @ solved) + w * (y - odds)))
+        gram, moment = prior.clone(), torch.zeros_like(solved)
+        for x, y, w in zip(rows, closed, weights):
+            x = x.double()
+            odds = torch.sigmoid(x @ solved)
+            bend = (odds * (1 - odds)).clamp(min=1e-3) * w
+            gram += (x * bend[:, None]).T @ x
+            moment += x.T @ (bend * (x @ solved) + w * (y - odds))
+        solved = torch.linalg.solve(gram, moment)
     weight, bias = hear.kernel(solved[:, None])
     closure.weight.copy_(weight)
     closure.bias.copy_(bias)
