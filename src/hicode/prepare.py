@@ -187,7 +187,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     else:
         offset = None
     report = work.step(
-        "report", 2, {"min_face": config.min_face}, ("track", "masks", "sound"), (),
+        "report", 2, {"min_face": config.min_face}, ("track", "masks", "sound", *(("offset",) if offset else ())), (),
         lambda: _report(work, info, faces, crop, found, fitted, sound, offset),
     )  # fmt: skip
     state.update(report=report, complete=True)
