@@ -173,7 +173,9 @@ def figures(expression: Tensor, landmarks: Tensor, truth: SpeechExample, templat
 def quiet(gap: np.ndarray, speaking: np.ndarray) -> float:
     speed = np.abs(np.diff(gap))
     silent = ~speaking[1:] & ~speaking[:-1]
-    return float(speed[silent].mean() / speed[~silent].mean()) if silent.sum() >= 5 and (~silent).sum() >= 5 else float("nan")
+    if silent.sum() < 5 or (~silent).sum() < 5 or not speed[~silent].any():
+        return float("nan")
+    return float(speed[silent].mean() / speed[~silent].mean())
 
 
 # --- a recipe ----------------------------------------------------------------------------------------------------------------------------

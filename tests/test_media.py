@@ -326,7 +326,9 @@ def test_a_cut_off_video_is_refused(tmp_path):
 
 def test_level():
     assert level_db(np.zeros(1000, np.float32)) == -120
-    assert level_db(np.full(1000, 0.1, np.float32)) == pytest.approx(-20, abs=0.01)
+    square = np.where(np.arange(1000) % 20 < 10, 0.1, -0.1).astype(np.float32)
+    assert level_db(square) == pytest.approx(-20, abs=0.01)
+    assert level_db(0.3 + square) == pytest.approx(-20, abs=0.01) and level_db(np.full(1000, 0.1, np.float32)) == -120, "an offset is no sound"
 
 
 # --- channels and sample formats ----------------------------------------------------------------------------------------------------------------

@@ -110,11 +110,11 @@ def read_speech(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "
 
 
 def level_db(samples: Float32[np.ndarray, "n"], window: int = 320) -> float:
-    """Level of the loudest window in dB below full scale; -120 for digital silence."""
+    """Level of the loudest window in dB below full scale, each about its own mean, since an offset is no sound; -120 for digital silence."""
     if len(samples) == 0:
         return -120.0
-    padded = np.pad(samples, (0, -len(samples) % window)).reshape(-1, window)
-    return float(10 * np.log10(max((padded.astype(np.float64) ** 2).mean(1).max(), 1e-12)))
+    padded = np.pad(samples, (0, -len(samples) % window), mode="edge").reshape(-1, window)
+    return float(10 * np.log10(max(padded.astype(np.float64).var(1).max(), 1e-12)))
 
 
 def write_audio(path: Path | str, samples: Float32[np.ndarray, "n"], rate_hz: int) -> None:
