@@ -28,7 +28,7 @@ from hicode.camera import Camera
 from hicode.errors import FileFormatError, InputError
 from hicode.files import load_tensors, read_json, save_tensors
 from hicode.motion import FaceTrack, Motion
-from hicode.speech.encoder import AudioEncoder, Window, create_encoder, match_frames
+from hicode.speech.encoder import AudioEncoder, Window, create_encoder, match_frames, usual_window
 
 SCHEMA, VERSION = "hicode-clip", 1
 AUDIO_RATE_HZ = 16000
@@ -184,15 +184,17 @@ class Clip:
         """
         if not self.config["has_audio"]:
             return None
-        made = create_encoder(encoder, window=window)
+        usual = usual_window(encoder)
+        window = window or usual
         file = self.path / f"audio.{encoder}.safetensors"
         if file.exists():
             tensors, config = load_tensors(file, FEATURES_SCHEMA, 1)
-            same = config["offset_frames"] == self.audio_offset_frames and config.get("window") == list(made.window)
+            same = config["offset_frames"] == self.audio_offset_frames and config.get("window") == list(window)
             if same and len(tensors["features"]) == 2 * self.frame_count:
                 return tensors["features"]
+        made = create_encoder(encoder, window=window)
         features, config = frame_features(made, self.audio(), self.frame_count, self.audio_offset_frames)
-        if window is None or window == create_encoder(encoder).window:
+        if window == usual:
             save_tensors(file, {"features": features}, FEATURES_SCHEMA, 1, config)
         return features
 

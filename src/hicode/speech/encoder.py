@@ -74,7 +74,19 @@ def create_encoder(name: EncoderName = "embedded", path: str | Path | None = Non
         return HubertEncoder(path or "facebook/hubert-base-ls960")
     if name == "logmel":
         return LogMelEncoder()
-    raise InputError(f"No speech encoder is called {name!r}. There are: embedded, hubert, logmel.")
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> InputError:
+    return InputError(f"No speech encoder is called {name!r}. There are: embedded, hubert, logmel.")
+
+
+def usual_window(name: EncoderName) -> Window:
+    """The window of an encoder by that name, without loading it."""
+    encoders = {"embedded": EmbeddedEncoder, "hubert": HubertEncoder, "logmel": LogMelEncoder}
+    if name not in encoders:
+        raise _unknown(name)
+    return encoders[name].window
 
 
 def match_frames(features: Float[Tensor, "t d"], frames: int) -> Float[Tensor, "2*frames d"]:
