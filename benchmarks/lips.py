@@ -323,6 +323,24 @@ def adaptation(data: Data, trained, seconds: tuple[float, ...] = (6, 8, 10, 15))
     return rows
 
 
+def minutes_of_own_speech(data: Data, generic: SpeechModels) -> tuple[float, dict[str, dict[str, float]]]:
+    """(minutes learned from, figures on the held-out sentences) of the speaker of many sentences, whom `generic` has not seen: as they come, and
+    adapted to others of their sentences."""
+    head, index = HeadModel.load(), data.of(many(data))
+    known = [data.clips[i] for k, i in enumerate(index) if not held_out(k)][:80]  # some four minutes, as a patient user may record
+    whole = SpeechExample(
+        known[0].speaker, torch.cat([e.features[:1] for e in known], 1),
+        *(torch.cat([getattr(e, k) for e in known]) for k in ("expression", "landmarks", "speaking")),
+    )  # fmt: skip
+    template = template_of(known)
+    pairs = {"unseen": own(generic, known, template), "adapted": adapt_example(whole, generic=generic)[0]}
+    out = {}
+    for name, models in pairs.items():
+        unseen_ones = [data.clips[i] for k, i in enumerate(index) if held_out(k)]
+        out[name] = mean([figures(*models.predict(e.features[0]), e, template, head) for e in unseen_ones])
+    return len(whole) / 1500, out
+
+
 # --- tables ------------------------------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("opening", "width", "lips", "jaw", "x opening", "x width", "x jaw", "error", "less", "all 478", "expression less", "amplitude", "apart",
@@ -428,6 +446,10 @@ def main() -> int:
         rows = adaptation(data, trained)
         for name, s, a, b in rows:
             say(f"| {name} | {s:g} | {a['opening']:.3f} | {b['opening']:.3f} | {a['error']:.2f} | {b['error']:.2f} |")
+        alone = train(data, options.cache, [grid], config, "embedded", stored, stored_synthetic, window, True)
+        minutes, rows = minutes_of_own_speech(data, alone)
+        say("", f"Held-out sentences of {grid} by weights that have not seen them, and adapted to {minutes:.1f} minutes of their speech", "")
+        say(*table(rows))
     if options.markdown:
         options.markdown.write_text("\n".join(out) + "\n")
     got = unseen(results["hicode"]) if "hicode" in results else None

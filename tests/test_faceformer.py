@@ -162,7 +162,7 @@ def _closing_pair() -> SpeechModels:
             if k:
                 other.style_basis.copy_(model.style_basis)
         made.append(other)
-    closure = LipClosure(12, back=3, ahead=2)
+    closure = LipClosure(12, back=3, ahead=2, from_odds=0.3, to_odds=0.8, narrow=(0.5, 3.0))
     closure.weight.normal_(std=0.3)
     closure.landmarks[13, 1], closure.landmarks[14, 1], closure.landmarks[17, 1] = 0.3, -0.7, -0.6
     closure.expression[5] = 0.4
@@ -199,7 +199,7 @@ def test_a_stream_says_what_the_models_say(size):
         )
         expected = pair.closure.command(
             pair.closure.odds(frames), pair.expression_template + pair.expression_gain * expression,
-            pair.landmark_template + pair.landmark_gain * landmarks.unflatten(1, (478, 3)), pair.closed_gap,
+            pair.landmark_template + pair.landmark_gain * landmarks.unflatten(1, (478, 3)), pair.closed_gap, pair.usual_gap,
         )  # fmt: skip
         stream = pair.stream()
         parts = [*(stream.push(piece) for piece in features.split(size)), stream.finish()]
@@ -232,15 +232,28 @@ def test_a_whole_sound_is_the_mean_of_both_answers():
 
 def test_a_sure_closure_closes_and_nothing_ever_opens():
     closure = _closing_pair().closure
+    closure.narrow = None
     landmarks = 0.1 * torch.randn(40, 478, 3)
     expression, gap = torch.zeros(40, 64), lip_gap(landmarks)
-    moved, shut = closure.command(torch.ones(40), expression, landmarks, 0.01)
+    moved, shut = closure.command(torch.ones(40), expression, landmarks, 0.01, 0.1)
     torch.testing.assert_close(lip_gap(shut), gap.clamp(max=0.01))
     torch.testing.assert_close(moved[:, 5], 0.4 * (0.01 - gap).clamp(max=0))  # both heads by the same amount
-    half = closure.command(torch.full((40,), (closure.from_odds + closure.to_odds) / 2), expression, landmarks, 0.01)[1]
+    half = closure.command(torch.full((40,), (closure.from_odds + closure.to_odds) / 2), expression, landmarks, 0.01, 0.1)[1]
     torch.testing.assert_close(lip_gap(half), torch.where(gap > 0.01, (gap + 0.01) / 2, gap))
-    same = closure.command(torch.full((40,), closure.from_odds), expression, landmarks, 0.01)
+    same = closure.command(torch.full((40,), closure.from_odds), expression, landmarks, 0.01, 0.1)
     assert torch.equal(same[0], expression) and torch.equal(same[1], landmarks)
+
+
+def test_only_lips_that_are_nearly_closed_are_told_to_close():
+    """Half the usual gap and less: closed; three times: as it was; between, in between. Where hardly anything is usual, a floor stands in for it."""
+    closure = _closing_pair().closure
+    landmarks = torch.zeros(4, 478, 3)
+    landmarks[:, 13, 1] = torch.tensor([0.02, 0.05, 0.175, 0.31])
+    moved = closure.command(torch.ones(4), torch.zeros(4, 64), landmarks, 0.01, 0.1)[1]
+    torch.testing.assert_close(lip_gap(moved), torch.tensor([0.01, 0.01, 0.0925, 0.31]))
+    moved = closure.command(torch.ones(4), torch.zeros(4, 64), landmarks, 0.01, -0.1)[1]
+    torch.testing.assert_close(lip_gap(moved)[2:], torch.tensor([0.175, 0.31]))
+    assert lip_gap(moved).isfinite().all()
 
 
 def test_the_gap_is_what_is_seen_from_the_front():
@@ -257,6 +270,10 @@ def test_state_keeps_closure_and_window_and_files_from_before_have_neither():
     for a, b in zip(pair.predict(features), again.predict(features), strict=True):
         assert torch.equal(a, b)
     assert again.window == Window(8, 2, 2) and again.closed_gap == 0.01 and again.look_ahead == pair.look_ahead
+    assert (again.closure.from_odds, again.closure.to_odds, again.closure.narrow) == (0.3, 0.8, (0.5, 3.0))
+    config["closure"] = {"back": 3, "ahead": 2}  # as files were before they said when to close
+    old = SpeechModels.from_state(tensors, config).closure
+    assert (old.from_odds, old.to_odds, old.narrow) == (0.25, 0.55, None), "what the code said then"
     tensors, config = _pair().state()
     del config["window"]
     before = SpeechModels.from_state(tensors, config)

@@ -414,30 +414,54 @@ class LipClosure(nn.Module):
     expression  "64"     what closing changes, per dm of gap: how people close, from tracked speech. Moves the inner lips (13, 14) apart by one
     landmarks   "478 3"  dm a unit, in the frontal plane; the landmarks' is the expression's through the head model, so that both stay one mouth
 
-    A command is absent below the odds `from_odds` and full from `to_odds` on.
+    A command is absent below the odds `from_odds` and full from `to_odds` on; and of lips that the Faceformers hold apart: full where their gap is
+    under the first of `narrow`, absent from the second on, shares of the speaker's usual gap (None: whatever it is). Both look for closures in the
+    same sound with different errors, and a mouth that is wrongly shut in an open vowel is what is seen. A file records all three; files from before
+    have these defaults.
     """
 
-    from_odds: float = 0.25
-    to_odds: float = 0.55
+    LEAST_USUAL_GAP = 0.02  # dm, so that `narrow` means something to who hardly opens the mouth
 
-    def __init__(self, feature_dim: int, back: int, ahead: int):
+    def __init__(
+        self,
+        feature_dim: int,
+        back: int,
+        ahead: int,
+        from_odds: float = 0.25,
+        to_odds: float = 0.55,
+        narrow: tuple[float, float] | None = None,
+    ):
         super().__init__()
-        self.back, self.ahead = back, ahead
+        self.back, self.ahead, self.from_odds, self.to_odds = back, ahead, from_odds, to_odds
+        self.narrow = tuple(narrow) if narrow else None
         self.register_buffer("weight", torch.zeros(1, feature_dim, back + 1 + ahead))
         self.register_buffer("bias", torch.zeros(1))
         self.register_buffer("expression", torch.zeros(EXPRESSION_DIM))
         self.register_buffer("landmarks", torch.zeros(N_LANDMARKS, 3))
+
+    @property
+    def config(self) -> dict:
+        """What a file records beside the tensors."""
+        return {"back": self.back, "ahead": self.ahead, "from_odds": self.from_odds, "to_odds": self.to_odds, "narrow": self.narrow}
 
     def odds(self, frames: Float[Tensor, "l+t+a d"]) -> Float[Tensor, "t"]:
         """Probability of closed lips in t frames, from `Faceformer.frame_features` with `back` frames before and `ahead` after them."""
         return torch.sigmoid(F.conv1d(frames.T[None], self.weight, self.bias)[0, 0])
 
     def command(
-        self, odds: Float[Tensor, "t"], expression: Float[Tensor, "t 64"], landmarks: Float[Tensor, "t 478 3"], closed_gap: float
+        self,
+        odds: Float[Tensor, "t"],
+        expression: Float[Tensor, "t 64"],
+        landmarks: Float[Tensor, "t 478 3"],
+        closed_gap: float,
+        usual_gap: float,
     ) -> tuple[Float[Tensor, "t 64"], Float[Tensor, "t 478 3"]]:
-        """The same motion with its gap drawn to `closed_gap` (dm) where the lips are to be closed; nothing ever opens."""
+        """The same motion with its gap drawn to `closed_gap` (dm) where the lips are to be closed; nothing ever opens. `usual_gap`: the speaker's, dm."""
         x = ((odds - self.from_odds) / (self.to_odds - self.from_odds)).clamp(0, 1)
         gap = lip_gap(landmarks)
+        if self.narrow:
+            full, none = (share * max(usual_gap, self.LEAST_USUAL_GAP) for share in self.narrow)
+            x = x * ((none - gap) / (none - full)).clamp(0, 1)
         change = (x * x * (3 - 2 * x) * (closed_gap - gap)).clamp(max=0)
         return expression + change[:, None] * self.expression, landmarks + change[:, None, None] * self.landmarks
 
@@ -492,6 +516,11 @@ class SpeechModels:
         ahead = self.closure.ahead if self.closure else 0
         return max(self.expression.config.look_ahead, self.landmarks.config.look_ahead, ahead)
 
+    @property
+    def usual_gap(self) -> float:
+        """Between the lips of the subject's mean face, dm."""
+        return float(lip_gap(self.landmark_template))
+
     def encoder_for(self, path: str | Path | None = None) -> AudioEncoder:
         """The encoder whose features the pair takes, in the window that it learned from."""
         return create_encoder(self.encoder, path, self.window)
@@ -524,7 +553,7 @@ class SpeechModels:
         }
         if self.closure is not None:
             tensors |= {f"closure.{k}": v for k, v in self.closure.state_dict().items()}
-            config |= {"closure": {"back": self.closure.back, "ahead": self.closure.ahead}, "closed_gap": float(self.closed_gap)}
+            config |= {"closure": self.closure.config, "closed_gap": float(self.closed_gap)}
         return tensors, config
 
     @staticmethod
@@ -607,4 +636,4 @@ class SpeechStream:
         landmarks = m.landmark_template + m.landmark_gain * landmarks.unflatten(1, (N_LANDMARKS, 3))
         if m.closure is None:
             return expression, landmarks
-        return m.closure.command(odds, expression, landmarks, m.closed_gap)
+        return m.closure.command(odds, expression, landmarks, m.closed_gap, m.usual_gap)

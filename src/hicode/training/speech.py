@@ -156,15 +156,18 @@ class PretrainConfig:
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     velocity_weight: float = 1.0  # of differences of successive frames
-    closed_weight: float = 2.5  # of frames with closed lips: rare and conspicuous
     # In standard deviations, fresh each feature, and half as much for whole sequences. Large: of .2, .4, .7 and 1 unseen speakers' mouths
     # came out better each time, as they did with 300 steps instead of 800.
     feature_noise: float = 1.0
     longest_speaker_s: float = 40.0  # a speaker with more speech than this counts as one with this much: variety beats minutes
     synthetic_weight: float = 0.3  # of all synthetic speakers together, of the real ones'
     linear_share: float = 0.5  # of the linear answer
-    linear_ridge: float = 100.0
+    linear_ridge: float = 50.0
     closure_synthetic_weight: float = 0.05  # of a synthetic frame where closures are learned, of a real one
+    # Lips are commanded to close from the first odds on, wholly from the second; wholly where they are apart by less than the first share of the
+    # speaker's usual gap, not at all beyond the second.
+    closure_odds: tuple[float, float] = (0.3, 0.6)
+    closure_narrow: tuple[float, float] = (0.4, 0.9)
     passes: int = 2  # times the model's own output is fed back before the pass that learns
     style_dropout: float = 0.5  # sequences that are told nothing of the speaker
     seed: int = 0
@@ -176,9 +179,12 @@ class _Task:
 
     features: Float[Tensor, "v s d"]
     target: Float[Tensor, "t k"]
-    weight: Float[Tensor, "t"]
     style: Float[Tensor, "s"] | None
     share: float = 1.0  # how often a frame of it is drawn
+    voice: Float[Tensor, "v d"] | None = None  # what the speaker's mean features are beside the mean voice's; it is taken out
+
+    def heard(self, variant: int) -> Float[Tensor, "s d"]:
+        return self.features[variant] if self.voice is None else self.features[variant] - self.voice[variant]
 
 
 @contextmanager
@@ -253,10 +259,9 @@ def _crop(task: _Task, frames: int, rng: np.random.Generator) -> tuple[Tensor, T
     length = len(task.target)
     start = int(rng.integers(0, max(length - frames, 0) + 1))
     index = torch.arange(start, start + frames)
-    weight = torch.where(index < length, task.weight[index.clamp(max=length - 1)], 0.0)
+    weight = (index < length).float()
     index = index.clamp(max=length - 1)
-    variant = task.features[int(rng.integers(len(task.features)))]
-    return variant.unflatten(0, (-1, 2))[index].flatten(0, 1), task.target[index], weight, task.style
+    return task.heard(int(rng.integers(len(task.features)))).unflatten(0, (-1, 2))[index].flatten(0, 1), task.target[index], weight, task.style
 
 
 # --- the generic pair --------------------------------------------------------------------------------------------------------------------
@@ -277,6 +282,10 @@ def pretrain(
 ) -> SpeechModels:
     """A generic pair from recordings of several speakers; its templates are the real speakers' mean.
 
+    Learned *within* speakers: features are taken relative to the speaker's own mean, as displacements are. Whose voice it is says nothing of how
+    lips move about a speaker's template, yet with a dozen speakers it passes for a cause (docs/log.md has what that cost). What was learned is
+    relative to the mean voice, the models' `feature_mean`, so nothing needs to be known of a new one.
+
     `window` is of the encoder that made the features. `shape` is the expression model's; the landmark model differs in its outputs and its style input only.
     """
     shape = replace(shape or FaceformerConfig(), linear_share=config.linear_share)
@@ -287,8 +296,8 @@ def pretrain(
         own = [e for e in examples if e.speaker == s]
         template[s] = Template.of(*(torch.cat([getattr(e, k) for e in own]) for k in ("expression", "landmarks", "speaking")))
     metrics = mouth_metrics()
-    features = torch.cat([e.features[0] for e in examples if e.speaker in people])
-    weights = [torch.where(lip_gap(e.landmarks) < CLOSED_GAP, config.closed_weight, 1.0) for e in examples]
+    heard = _voices(examples)
+    features = torch.cat([e.features[0] - heard[e.speaker][0] for e in examples if e.speaker in people])
     share = _shares(examples, config)
     dim = features.shape[1]
     styles = min(6, len(people) - 1)
@@ -300,7 +309,7 @@ def pretrain(
     for part, (model_shape, metric) in enumerate(zip(shapes, metrics)):
         torch.manual_seed(config.seed)
         model = Faceformer(model_shape)
-        model.feature_mean.copy_(features.mean(0))
+        model.feature_mean.copy_(torch.stack([heard[s][0] for s in people]).mean(0))  # every voice counts alike
         model.feature_std.copy_(features.std(0) + 1e-3)
 
         moved = [_displacements(e, template[e.speaker])[part] for e in examples]
@@ -316,8 +325,10 @@ def pretrain(
             _fit_style(model, [template[s].identity_frames for s in people])
             style = {s: model.project_identity(template[s].identity_frames) for s in speakers} if part else style
         tasks = [
-            _Task(e.features, to_coefficients(d, model.basis, metric), w, style[e.speaker], share[e.speaker])
-            for e, d, w in zip(examples, moved, weights)
+            _Task(
+                e.features, to_coefficients(d, model.basis, metric), style[e.speaker], share[e.speaker], heard[e.speaker] - model.feature_mean
+            )
+            for e, d in zip(examples, moved)
         ]
         train_faceformer(model, tasks, metric, config, (lambda x, p=part: progress((p + x) / 2)) if progress else None)
         if config.linear_share:
@@ -332,6 +343,17 @@ def pretrain(
     return SpeechModels(*models, encoder, mean.expression, mean.landmarks, mean.identity_frames, closure=closure, window=window)
 
 
+def _voices(examples: list[SpeechExample]) -> dict[str, Float[Tensor, "v d"]]:
+    """Each speaker's mean features, of every variant, over the frames in which they speak (all of them where they never do)."""
+    out = {}
+    for s in {e.speaker for e in examples}:
+        own = [e for e in examples if e.speaker == s]
+        spoken = [e.features[:, e.speaking.repeat_interleave(2)] for e in own]
+        rows = torch.cat(spoken if any(x.shape[1] for x in spoken) else [e.features for e in own], 1)
+        out[s] = rows.mean(1)
+    return out
+
+
 def _shares(examples: list[SpeechExample], config: PretrainConfig) -> dict[str, float]:
     """How much a frame of each speaker counts: long ones are drawn less often, synthetic ones together `synthetic_weight` of the real."""
     frames: dict[str, int] = {}
@@ -344,17 +366,18 @@ def _shares(examples: list[SpeechExample], config: PretrainConfig) -> dict[str, 
 
 # --- closed forms ------------------------------------------------------------------------------------------------------------------------
 
-PRINCIPAL = 160  # directions of features that the linear parts hear: more did not help unseen speakers
+# Directions of features that the linear answer hears, and the closure: more did not help unseen speakers.
+PRINCIPAL, PRINCIPAL_CLOSURE = 220, 160
 
 
 class _Directions:
     """Principal directions of standardised frame features, and a frame's surroundings in them."""
 
-    def __init__(self, model: Faceformer, features: list[Float[Tensor, "s d"]], back: int, ahead: int):
+    def __init__(self, model: Faceformer, features: list[Float[Tensor, "s d"]], back: int, ahead: int, principal: int):
         self.model, self.back, self.ahead = model, back, ahead
         rows = torch.cat([self._frames(f) for f in features])
         _, vectors = torch.linalg.eigh(torch.cov(rows.T))
-        self.vectors = vectors[:, -min(PRINCIPAL, vectors.shape[1]) :]  # "d p"
+        self.vectors = vectors[:, -min(principal, vectors.shape[1]) :]  # "d p"
 
     def _frames(self, features: Float[Tensor, "s d"]) -> Float[Tensor, "t d"]:
         return self.model.frame_features(features[None])[0].double()
@@ -373,18 +396,20 @@ class _Directions:
 
 @torch.no_grad()
 def fit_linear(model: Faceformer, tasks: list["_Task"], ridge: float) -> None:
-    """The model's linear answer: ridge regression of the coefficients, examples weighed as in training; what it answered before is the prior."""
+    """The model's linear answer: ridge regression of the coefficients, speakers weighed as in training; what it answered before is the prior."""
     c = model.config
-    hear = _Directions(model, [t.features[0] for t in tasks], c.linear_back, c.look_ahead)
+    hear = _Directions(model, [t.heard(0) for t in tasks], c.linear_back, c.look_ahead, PRINCIPAL)
     gram = moment = total = 0
-    for task in tasks:
-        weight = (task.weight * task.share).double() / len(task.features)
-        for features in task.features:  # every variant of the sound
-            x = hear(features)
-            gram = gram + (x * weight[:, None]).T @ x
+    for k, task in enumerate(tasks):
+        count = len(task.features)
+        # Every variant of the sound; of speakers with more than enough of it, one of each recording's in turn.
+        variants = range(count) if task.share >= 0.25 else [k % count]
+        for features in map(task.heard, variants):
+            x, weight = hear(features), task.share / len(variants)
+            gram = gram + weight * (x.T @ x)
             heard = torch.nn.functional.pad(model.frame_features(features[None]), (0, 0, c.linear_back, c.look_ahead))
-            moment = moment + (x * weight[:, None]).T @ (task.target - model.linear_answer(heard)[0]).double()
-            total = total + float(weight.sum())
+            moment = moment + weight * (x.T @ (task.target - model.linear_answer(heard)[0]).double())
+            total = total + weight * len(x)
     solved = torch.linalg.solve(gram + ridge * total**0.5 * torch.eye(len(gram), dtype=gram.dtype), moment)
     weight, bias = hear.kernel(solved)
     model.linear.weight.data += weight
@@ -398,8 +423,8 @@ def fit_closure(model: Faceformer, examples: list[SpeechExample], config: Pretra
     phones or a pause say so. What is no speech is closed throughout: noise does not open a mouth.
     """
     c = model.config
-    closure = LipClosure(c.feature_dim, c.linear_back, c.look_ahead)
-    hear = _Directions(model, [e.features[0] for e in examples], c.linear_back, c.look_ahead)
+    closure = LipClosure(c.feature_dim, c.linear_back, c.look_ahead, *config.closure_odds, config.closure_narrow)
+    hear = _Directions(model, [e.features[0] for e in examples], c.linear_back, c.look_ahead, PRINCIPAL_CLOSURE)
     share = {s: min(x, 1.0) for s, x in _shares(examples, replace(config, synthetic_weight=0.0)).items()}
     rows, closed, weights = [], [], []
     for e in examples:
@@ -645,11 +670,10 @@ def fine_tune(
     """A copy trained on one subject for a few steps at a low rate; how few is what keeps it near the generic one."""
     copy = Faceformer(model.config)
     copy.load_state_dict(model.state_dict())
-    weight = torch.where(lip_gap(example.landmarks) < CLOSED_GAP, 2.5, 1.0)
     projected = None
     if model.config.style_components:
         projected = copy.project_identity(Template.of(example.expression, example.landmarks, example.speaking, config.seed).identity_frames)
-    task = _Task(example.features, to_coefficients(target, copy.basis, metric), weight, projected)
+    task = _Task(example.features, to_coefficients(target, copy.basis, metric), projected)
     schedule = PretrainConfig(steps=config.steps, batch=8, learning_rate=config.learning_rate, style_dropout=0.0, seed=config.seed)
     train_faceformer(copy, [task], metric, schedule, progress)
     if model.config.linear_share:
