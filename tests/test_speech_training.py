@@ -142,6 +142,14 @@ def test_adapting_finds_a_speaker_who_moves_more(generic, world):
     assert error < 0.3 * static
 
 
+def test_who_is_heard_badly_does_not_mumble(generic, world):
+    """Sound that says nothing of the mouth: least squares would still it. It moves as much as the speaker does."""
+    example = world("loud", 200, 7, size=1.6)
+    deaf = replace(example, features=torch.randn(example.features.shape, generator=torch.Generator().manual_seed(0)))
+    _, report = adapt_example(deaf, generic=generic)
+    assert min(report.gain) > 1.3 and report.adapted_mm == report.generic_mm
+
+
 def test_fine_tuning_is_kept_only_where_it_helps(generic, world):
     other = world("other", 300, 5)
     # A speaker whose mouth does the opposite: the generic pair is worse than nothing, tuning must help.

@@ -635,7 +635,8 @@ def _adapt_part(
 
     predicted = predict_displacement(model, example.features[0], faces)
     usual = usual_gain(model, target[:cut], example.speaking[:cut], metric)
-    gain = fit_gain(predicted[:cut], target[:cut], metric, config.gain_prior_s, usual)
+    # Least squares make who is heard badly mumble, for an error that hardly falls: never less than the speaker's usual amplitude.
+    gain = max(fit_gain(predicted[:cut], target[:cut], metric, config.gain_prior_s, usual), usual)
     candidates = [(error_mm(usual * predicted), usual, model), (error_mm(gain * predicted), gain, model)]
     if speech_s >= config.fine_tune_from_s:
         tuned = fine_tune(model, example[:cut], target[:cut], metric, config, progress)
