@@ -166,7 +166,7 @@ class PretrainConfig:
     closure_synthetic_weight: float = 0.05  # of a synthetic frame where closures are learned, of a real one
     # Lips are commanded to close from the first odds on, wholly from the second; wholly where they are apart by less than the first share of the
     # speaker's usual gap, not at all beyond the second.
-    closure_odds: tuple[float, float] = (0.3, 0.6)
+    closure_odds: tuple[float, float] = (0.2, 0.5)
     closure_narrow: tuple[float, float] = (0.4, 0.9)
     passes: int = 2  # times the model's own output is fed back before the pass that learns
     style_dropout: float = 0.5  # sequences that are told nothing of the speaker
