@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -432,18 +431,6 @@ def test_the_same_seed_gives_the_same_weights_and_a_report(stage, copy, tmp_path
     assert report["provenance"]["seed"] == 3 and "espeakng-loader is not installed" in report["note"]
     assert all(text in page for text in ("| bob | 3.0 | his |", "cat (not learned from)", "Nothing.", report["sha256"]["w.safetensors"]))
     assert all(row["landmarks"] <= row["landmarks_still"] + 1e-3 for row in report["errors_mm"]), "a gain of nought is a still mouth"
-
-
-def test_training_an_avatar_uses_the_weights_it_is_given_and_adapts_again_when_they_change(tmp_path, monkeypatch):
-    from hicode.training.speech import GENERIC
-
-    shutil.copy(GENERIC, tmp_path / "own.safetensors")
-    asked = []
-    monkeypatch.setattr(run, "adapt", lambda clip, progress, generic: asked.append(generic) or generic or load_generic())
-    report, own = SimpleNamespace(visible=False), tmp_path / "own.safetensors"
-    for weights in (own, own, None, None):
-        run._speech(None, tmp_path, report, run._generic(weights), weights)
-    assert len(asked) == 2 and asked[0] is not None and asked[1] is None, "once for each weights, kept for the second call"
 
 
 def test_weights_that_hear_by_another_encoder_are_refused(tmp_path):
