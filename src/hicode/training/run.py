@@ -86,9 +86,8 @@ def train(
     model = HeadModel.load()
     report = _Report(folder, progress)
     try:
-        with report.stage("speech"):
-            with progress_bar("Adapting speech", progress) as show:
-                speech = learn_speech(clip, folder / "speech.safetensors", generic, speech_weights, lambda done: show(round(100 * done), 100))
+        with report.stage("speech"), progress_bar("Adapting speech", progress) as show:
+            speech = learn_speech(clip, folder / "speech.safetensors", generic, speech_weights, lambda done: show(round(100 * done), 100))
         with report.stage("head"):
             gaussians, deformation, poses = _head(clip, model, config, folder, report, place)
         with report.stage("compositor"):
