@@ -4,7 +4,9 @@ A frame is parted by its head mask, dilated to reach past hair and an opening ja
 narrow rim around it, the *hidden* region, nothing of the input is read, so no true mouth or head can leak into the result. What lies inside the dilated
 mask is made of three things:
 
-    fill   "h w 3"  in the hidden region the background plate, shifted smoothly so that it meets this frame at its border; the frame itself around it
+    fill   "h w 3"  in the hidden region the background plate, shifted smoothly so that it meets this frame at its border; the frame itself around it.
+                    Where the two show different things there (a neck before the plate's wall), their difference is no light to carry on: added to a neck
+                    that the plate does show, skin less wall is orange. There the frame's colours are carried inwards instead
     plain  "h w 3"  rgb + (1 - alpha) * fill, the alpha composite of the rendered head (`rgb` is rendered over black: premultiplied)
     output          weight * (plain + residual) + (1 - weight) * fill, `weight` falling from 1 to 0 within the mask's rim
 
@@ -35,6 +37,8 @@ FEATHER = 6 / 512  # width of the rim in which the composite fades into the fill
 JAW_REACH = 6 / 512  # further reach downwards: the spoken jaw may open wider than the driving frame's
 # Background this near to a head mask is not trusted (soft hair, motion blur). 6 px instead of 3 costs 1 dB of band (EdMarkey, held out).
 PLATE_GUARD = 3 / 512
+# Frame and plate that differ by up to LIGHT, of 1, in every channel differ in their light; by SURFACE and more in what they show.
+LIGHT, SURFACE = 0.08, 0.25
 CONTEXT = 16  # px of the input frame around the dilated mask that the generator sees
 STRIDE = 16  # the generator's sides are multiples of this
 
@@ -246,14 +250,13 @@ def plain_composite(
     h, w = seam.inside.shape
     frame, plate = frame[window], plate[window]
     # Seamless: the difference between frame and plate, known outside, is carried smoothly inwards (a membrane, as in Poisson cloning).
-    values, known = (
-        np.empty(((h + 1) // 2, (w + 1) // 2, 3), np.float32),
-        np.empty(((h + 1) // 2, (w + 1) // 2), np.float32),
-    )
-    _difference_halved(frame, plate, seam.hidden, values, known)
-    membrane = fill_smoothly(values, known)
+    half = ((h + 1) // 2, (w + 1) // 2)
+    light, around = np.empty((*half, 3), np.float32), np.empty((*half, 4), np.float32)
+    of_light, known = np.empty(half, np.float32), np.empty(half, np.float32)
+    _borders_halved(frame, plate, seam.hidden, light, of_light, around, known)
+    light, around = fill_smoothly(light, of_light), fill_smoothly(around, known)
     layers = np.empty((h, w, INPUT_CHANNELS), np.float32)
-    _lay(_numpy(rgb)[window], _numpy(alpha)[window], frame, plate, seam.hidden, seam.weight, membrane, layers)
+    _lay(_numpy(rgb)[window], _numpy(alpha)[window], frame, plate, seam.hidden, seam.weight, light, around, layers)
     return PlainComposite(seam, layers)
 
 
@@ -280,34 +283,49 @@ def compose(
 
 
 @numba.njit(cache=True, nogil=True)
-def _difference_halved(frame, plate, hidden, values, known):
-    """Mean of frame - plate over the readable pixels of each 2 x 2 block, and 1 where there is one."""
+def _borders_halved(frame, plate, hidden, light, of_light, around, known):
+    """What is known of the readable pixels of each 2 x 2 block (`known`: 1 where there is one). around "h2 w2 4": their mean colour, and how much more than
+    light tells them from the plate, 0 ... 1; light "h2 w2 3": their mean difference from it, times of_light "h2 w2", the rest of that."""
     h, w = hidden.shape
-    for i in range(values.shape[0]):
-        for j in range(values.shape[1]):
+    light[:], of_light[:], around[:], known[:] = 0, 0, 0, 0
+    for i in range(known.shape[0]):
+        for j in range(known.shape[1]):
             count = 0
-            r, g, b = 0, 0, 0
+            r, g, b, plate_r, plate_g, plate_b = 0, 0, 0, 0, 0, 0
             for y in range(2 * i, min(2 * i + 2, h)):
                 for x in range(2 * j, min(2 * j + 2, w)):
                     if not hidden[y, x]:
                         count += 1
-                        r += np.int32(frame[y, x, 0]) - np.int32(plate[y, x, 0])
-                        g += np.int32(frame[y, x, 1]) - np.int32(plate[y, x, 1])
-                        b += np.int32(frame[y, x, 2]) - np.int32(plate[y, x, 2])
-            scale = np.float32(1 / (255 * count)) if count else np.float32(0)
-            known[i, j] = np.float32(1 if count else 0)
-            values[i, j, 0], values[i, j, 1], values[i, j, 2] = r * scale, g * scale, b * scale
+                        r, g, b = r + np.int32(frame[y, x, 0]), g + np.int32(frame[y, x, 1]), b + np.int32(frame[y, x, 2])
+                        plate_r, plate_g, plate_b = plate_r + np.int32(plate[y, x, 0]), plate_g + np.int32(plate[y, x, 1]), plate_b + np.int32(plate[y, x, 2])
+            if count:
+                scale = np.float32(1 / 255) / np.float32(count)
+                size = max(abs(r - plate_r), abs(g - plate_g), abs(b - plate_b)) * scale
+                other = min(max((size - np.float32(LIGHT)) * np.float32(1 / (SURFACE - LIGHT)), np.float32(0)), np.float32(1))
+                known[i, j], of_light[i, j] = 1, np.float32(1) - other
+                lit = scale * (np.float32(1) - other)
+                light[i, j, 0], light[i, j, 1], light[i, j, 2] = (r - plate_r) * lit, (g - plate_g) * lit, (b - plate_b) * lit
+                around[i, j, 0], around[i, j, 1], around[i, j, 2], around[i, j, 3] = r * scale, g * scale, b * scale, other
 
 
-@numba.njit(cache=True, nogil=True)
-def _lay(rgb, alpha, frame, plate, hidden, weight, membrane, layers):
-    """The generator's input in one pass; the membrane, at half resolution, is read bilinearly in the hidden region and replaced by the frame outside."""
+@numba.njit(cache=True, nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
+def _lay(rgb, alpha, frame, plate, hidden, weight, light, around, layers):
+    """The generator's input in one pass; the fill is the frame but in the hidden region, where it is made of the plate and the two membranes. These, at
+    half resolution, are read bilinearly."""
     h, w = hidden.shape
     one, zero, scale = np.float32(1), np.float32(0), np.float32(1 / 255)
+    most, least = np.float32(0.75), np.float32(0.25)
+    width = light.shape[1]
+    lit, near_by = np.empty((width, 3), np.float32), np.empty((width, 4), np.float32)
     for y in range(h):
         # Half-resolution pixel i is centred on 2 i + 0.5: full-resolution rows lie a quarter of the way between.
         near = y // 2
-        far = min(max(near + (1 if y % 2 else -1), 0), membrane.shape[0] - 1)
+        far = min(max(near + (1 if y % 2 else -1), 0), light.shape[0] - 1)
+        for x in range(width):
+            for c in range(3):
+                lit[x, c] = most * light[near, x, c] + least * light[far, x, c]
+            for c in range(4):
+                near_by[x, c] = most * around[near, x, c] + least * around[far, x, c]
         for x in range(w):
             out = layers[y, x]
             for c in range(3):
@@ -315,12 +333,13 @@ def _lay(rgb, alpha, frame, plate, hidden, weight, membrane, layers):
             out[3] = min(max(np.float32(alpha[y, x]), zero), one)
             if hidden[y, x]:
                 left = x // 2
-                right = min(max(left + (1 if x % 2 else -1), 0), membrane.shape[1] - 1)
+                right = min(max(left + (1 if x % 2 else -1), 0), width - 1)
+                other = most * near_by[left, 3] + least * near_by[right, 3]
                 for c in range(3):
-                    shift = np.float32(0.5625) * membrane[near, left, c] + np.float32(0.0625) * membrane[far, right, c]
-                    shift += np.float32(0.1875) * (membrane[far, left, c] + membrane[near, right, c])
+                    value = plate[y, x, c] * scale + most * lit[left, c] + least * lit[right, c]
+                    value += other * (most * near_by[left, c] + least * near_by[right, c] - value)
                     out[4 + c] = zero
-                    out[7 + c] = min(max(plate[y, x, c] * scale + shift, zero), one)
+                    out[7 + c] = min(max(value, zero), one)
             else:
                 for c in range(3):
                     out[4 + c] = out[7 + c] = frame[y, x, c] * scale
@@ -381,12 +400,12 @@ def background_plate(
 def fill_smoothly(
     values: Float32[np.ndarray, "h w c"], known: Float32[np.ndarray, "h w"]
 ) -> Float32[np.ndarray, "h w c"]:
-    """Fill holes by a push-pull pyramid (Gortler et al. 1996): exact where `known` is 1, smooth elsewhere.
+    """Fill holes by a push-pull pyramid (Gortler et al. 1996): exact where `known` is 1, smooth elsewhere; between, as much of each as it says.
 
-    `values` must be 0 where `known` is 0. With nothing known, zeros.
+    `values` must be times `known`. With nothing known, zeros. At most four channels (OpenCV's resize).
     """
     h, w = known.shape
-    if known.all():
+    if known.min() >= 1:
         return values
     if max(h, w) <= 2:
         total = known.sum()
