@@ -34,7 +34,7 @@ REACH = 12 / 512
 # that the mask cuts go on as they are; a plate there smears them.
 HIDE = 4 / 512
 FEATHER = 6 / 512  # width of the rim in which the composite fades into the fill
-JAW_REACH = 6 / 512  # further reach downwards: the spoken jaw may open wider than the driving frame's
+JAW_REACH = 6 / 512  # further reach downwards: the spoken jaw may open wider than the driving frame's. Not hidden: hiding the neck cost .9 dB of a frame
 # Background this near to a head mask is not trusted (soft hair, motion blur). 6 px instead of 3 costs 1 dB of band (EdMarkey, held out).
 PLATE_GUARD = 3 / 512
 # Frame and plate that differ by up to LIGHT, of 1, in every channel differ in their light; by SURFACE and more in what they show.
@@ -235,7 +235,9 @@ def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     y0, y1 = _span(max(0, y - margin), min(h, y + height + margin + math.ceil(jaw)), h)
     distance = _distance_from_head(head_mask[y0:y1, x0:x1], jaw)
     weight = np.clip((reach - distance) / np.float32(feather), 0, 1)
-    return Seam((x0, y0, x1, y1), distance < reach, distance < hide, weight)
+    # The jaw's further reach may be changed but need not be hidden: the neck there is this frame's own, and no plate knows where its collar is.
+    hidden = _distance_from_head(head_mask[y0:y1, x0:x1], 0.0) <= hide
+    return Seam((x0, y0, x1, y1), distance < reach, hidden, weight)
 
 
 def plain_composite(
@@ -425,9 +427,9 @@ def _distance_from_head(head_mask: np.ndarray, jaw_px: float) -> np.ndarray:
     head = cv2.threshold(head_mask, 127, 1, cv2.THRESH_BINARY)[1]
     if not head.any():
         return np.full(head.shape, np.inf, np.float32)
-    down = max(1, round(jaw_px))
-    column = np.ones((down + 1, 1), np.uint8)
-    head = cv2.dilate(head, column, anchor=(0, down))  # the anchor at the kernel's end: the mask grows downwards only
+    if down := round(jaw_px):
+        column = np.ones((down + 1, 1), np.uint8)
+        head = cv2.dilate(head, column, anchor=(0, down))  # the anchor at the kernel's end: the mask grows downwards only
     return cv2.distanceTransform(1 - head, cv2.DIST_L2, cv2.DIST_MASK_5)
 
 
