@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
+from hicode.avatar.grain import GrainLayer
+
 # Lengths as fractions of the image's larger side (the comments give px at 512).
 # How far the dilated mask goes beyond the head: half of it for tracking error and hair, half for the feather.
 REACH = 12 / 512
@@ -236,7 +238,9 @@ def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     distance = _distance_from_head(head_mask[y0:y1, x0:x1], jaw)
     weight = np.clip((reach - distance) / np.float32(feather), 0, 1)
     # The jaw's further reach may be changed but need not be hidden: the neck there is this frame's own, and no plate knows where its collar is.
-    hidden = _distance_from_head(head_mask[y0:y1, x0:x1], 0.0) <= hide
+    rim = max(3, 2 * round(hide) - 1)
+    head = cv2.threshold(head_mask[y0:y1, x0:x1], 127, 1, cv2.THRESH_BINARY)[1]
+    hidden = cv2.dilate(head, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (rim, rim))) > 0
     return Seam((x0, y0, x1, y1), distance < reach, hidden, weight)
 
 
@@ -269,18 +273,23 @@ def compose(
     head_mask: UInt8[np.ndarray, "h w"],
     plate: UInt8[np.ndarray, "h w 3"],
     generator: Compositor | None = None,
+    grain: GrainLayer | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The final frame: the head rendered over black (`rgb`, `alpha`) pasted into `frame` within the dilated head mask.
 
     Pixels outside the dilated mask are the frame's, bit for bit; the result does not depend on the frame's pixels in the hidden region. Without a
-    generator, the plain composite with a feathered edge. An empty mask gives the frame back.
+    generator, the plain composite with a feathered edge. An empty mask gives the frame back. Grain lies on what is rendered, as far as that covers.
     """
     seam = seam_of(head_mask)
     out = frame.copy()
     if seam is not None:
         composite = plain_composite(rgb, alpha, frame, plate, seam)
         residual = np.zeros((0, 0, 12), np.float32) if generator is None else generator.residual_subpixels(composite.layers)
-        _paste(composite.layers, residual, seam.inside, out[seam.window])
+        field, scale, lips = np.zeros((0, 0), np.uint8), 0.0, np.ones(4, np.float32)
+        if grain is not None:
+            field, scale = grain.field[seam.window], grain.scale
+            lips = grain.lips - np.array([*seam.box[:2], 0, 0], np.float32)
+        _paste(composite.layers, residual, seam.inside, field, np.float32(scale), lips, out[seam.window])
     return out
 
 
@@ -349,8 +358,9 @@ def _lay(rgb, alpha, frame, plate, hidden, weight, light, around, layers):
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
-def _paste(layers, residual, inside, out):
-    """`PlainComposite.output` in one pass, rounded, into the inside pixels of `out`; `residual` as `residual_subpixels`, or empty for 0."""
+def _paste(layers, residual, inside, field, scale, lips, out):
+    """`PlainComposite.output` in one pass, rounded, into the inside pixels of `out`; `residual` as `residual_subpixels`, or empty for 0. The grain's
+    `field` (or an empty one) times `scale` is added as far as the render covers, fading within the ellipse `lips`."""
     h, w = inside.shape
     zero, most = np.float32(0), np.float32(255)
     extra = np.zeros((w + 1, 3), np.float32)  # a row of the residual
@@ -363,9 +373,14 @@ def _paste(layers, residual, inside, out):
         for x in range(w):
             if inside[y, x]:
                 weight, behind = layers[y, x, 10], np.float32(1) - layers[y, x, 3]
+                grain = zero
+                if field.shape[0] > 0:
+                    dx, dy = (np.float32(x) - lips[0]) / lips[2], (np.float32(y) - lips[1]) / lips[3]
+                    beyond = min(max(np.float32(2) * (dx * dx + dy * dy) - np.float32(1), zero), np.float32(1))
+                    grain = scale * layers[y, x, 3] * beyond * (np.float32(field[y, x]) - np.float32(128))
                 for c in range(3):
                     fill = layers[y, x, 7 + c]
-                    value = (fill + weight * (layers[y, x, c] + extra[x, c] + behind * fill - fill)) * most + np.float32(0.5)
+                    value = (fill + weight * (layers[y, x, c] + extra[x, c] + grain + behind * fill - fill)) * most + np.float32(0.5)
                     out[y, x, c] = np.uint8(np.int32(min(max(value, zero), most)))
 
 
@@ -427,9 +442,9 @@ def _distance_from_head(head_mask: np.ndarray, jaw_px: float) -> np.ndarray:
     head = cv2.threshold(head_mask, 127, 1, cv2.THRESH_BINARY)[1]
     if not head.any():
         return np.full(head.shape, np.inf, np.float32)
-    if down := round(jaw_px):
-        column = np.ones((down + 1, 1), np.uint8)
-        head = cv2.dilate(head, column, anchor=(0, down))  # the anchor at the kernel's end: the mask grows downwards only
+    down = max(1, round(jaw_px))
+    column = np.ones((down + 1, 1), np.uint8)
+    head = cv2.dilate(head, column, anchor=(0, down))  # the anchor at the kernel's end: the mask grows downwards only
     return cv2.distanceTransform(1 - head, cv2.DIST_L2, cv2.DIST_MASK_5)
 
 

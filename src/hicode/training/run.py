@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar, Images
+from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar
 from hicode.avatar.compositor import Compositor, background_plate
 from hicode.avatar.deformation import Deformation
+from hicode.avatar.grain import Grain
+from hicode.avatar.images import Images
 from hicode.clip import Clip
 from hicode.errors import FileFormatError, InputError
 from hicode.face.model import HeadModel
@@ -40,6 +42,7 @@ from hicode.runtime import (
 from hicode.speech.faceformer import SpeechModels
 from hicode.training.avatar import HeadState, deform, train_head, training_split
 from hicode.training.compositor import compositor_preset, train_compositor
+from hicode.training.grain import learn_grain, project
 from hicode.training.speech import GENERIC, AdaptConfig, adapt_example, example_of, load_generic
 from hicode.training.stages import HeadConfig, Preset, head_preset
 
@@ -94,6 +97,9 @@ def train(
             avatar = _assemble(clip, model, gaussians, deformation, poses, speech)
             if compose:
                 avatar.compositor = _compositor(clip, avatar, poses, config, preset, folder, report, seed, place)
+        if compose:
+            with report.stage("grain"):
+                avatar.grain = _grain(clip, avatar, poses, config, folder, progress)
         avatar.info = {
             "preset": preset,
             "seed": seed,
@@ -193,6 +199,20 @@ def _compositor(
         report=lambda found: write_json(folder / "compositor.json", asdict(found)),
         device=device,
     )
+
+
+def _grain(clip: Clip, avatar: Avatar, poses: Tensor, head: HeadConfig, folder: Path, visible: bool) -> Grain | None:
+    """The recording's fine detail, as much of it as pays on frames that the head has not trained on; None where it has none that does."""
+    known, unseen = training_split(clip, head.validation_frames)
+    if not unseen:
+        return None
+    motion = replace(clip.track.motion[slice(clip.train[0], clip.train[-1] + 1)], T_camera_head=poses)
+    places = [project(avatar, motion, [t - clip.train[0] for t in frames]) for frames in (known, unseen)]
+    grain, found = learn_grain(avatar, _Samples(clip, avatar, poses, known), places[0], _Samples(clip, avatar, poses, unseen), places[1])
+    write_json(folder / "grain.json", asdict(found))
+    if visible:
+        print(found)
+    return grain
 
 
 def _require_memory(clip: Clip) -> None:
