@@ -19,8 +19,8 @@ from hicode.perceptual import SMALLEST_SIDE_PX, lpips
 from hicode.training.compositor import Samples
 
 FIELDS = 16
-STRENGTHS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-MOST_DB = 0.2
+STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+MOST_DB = 0.15
 LEAST_GAIN = 0.02  # of LPIPS: less is not worth a picture that flickers
 # Lengths in px at 512: a registration smoother than pores, finer than a face; what counts as fine; the head's soft edge, which is no grain.
 FLOW_SIGMA, FINE_SIGMA, EDGE = 4.0, 3.0, 7.0
