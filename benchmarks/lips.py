@@ -2,12 +2,15 @@
 
     python -m benchmarks.lips --cache corpus --data ../shared/data                      the shipped recipe
     python -m benchmarks.lips --cache corpus --data ../shared/data --rows all           and without its parts, and on log-mel
-    ... --markdown table.md                                                             and write the tables
+    python -m benchmarks.lips --cache corpus --data ../shared/data --rows encoders --hubert FOLDER    encoders compared
+    ... --markdown table.md --keep FOLDER                                               write the tables, keep what is trained
 
 CORPUS is what `hicode pretrain` made; the recipe is trained anew here, once for each of four groups of speakers that are
 left out (about three minutes of a core each). Speakers whose terms forbid learning are scored only; of GRID every fifth
 sentence, and every fifth synthetic speaker, is never learned from. A speaker is given as a user's clip gives them: mean
 face and amplitude, from the frames they speak in. Predictions are the speech models' own: no silence gate, no rendering.
+*truth* is the tracked motion, *still* the speaker's mean face. Other encoders than the embedded one (*logmel*, *hubert*
+where its weights are given) hear the same sounds in the same variants and train by the same recipe, by their own windows.
 
 Measures are of canonical landmarks in the frontal plane, frames at 25 fps. *opening, width, lips, jaw*: correlations
 with the tracked mouth (`speech.sync.mouth_measures`); *x* before them: of the mouth that the predicted expression makes.
@@ -19,9 +22,15 @@ language: `evaluation.languages`.
 """
 
 import argparse
+import hashlib
+import inspect
+import json
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache as once_made
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,14 +41,17 @@ from hicode.errors import HicodeError
 from hicode.evaluation.languages import closure_rates, landmark_gap, lines
 from hicode.evaluation.lips import CLOSED, closure, closures_due
 from hicode.face.model import HeadModel
+from hicode.files import load_tensors, save_tensors
 from hicode.media.audio import read_audio
 from hicode.motion import LEFT_EYE_OUTER, LIPS, RIGHT_EYE_OUTER
 from hicode.progress import progress_bar
 from hicode.runtime import tune_allocator
-from hicode.speech.encoder import LogMelEncoder, create_encoder, match_frames, speech_level
-from hicode.speech.faceformer import SpeechModels, lip_gap
+from hicode.speech import faceformer
+from hicode.speech.encoder import AudioEncoder, create_encoder, match_frames, speech_level
+from hicode.speech.faceformer import SpeechModels
 from hicode.speech.sync import mouth_measures
-from hicode.training.corpus import Taken, learnable, load_corpus, load_examples, load_synthetic
+from hicode.training import speech
+from hicode.training.corpus import Taken, encode_variants, load_corpus, load_examples, load_synthetic
 from hicode.training.speech import (
     PretrainConfig,
     SpeechExample,
@@ -56,7 +68,8 @@ GROUPS, HELD_OUT = 4, 5
 HDTF = ("markey", "khill", "radio2")
 # Issue 4's floors: opening, width, jaw on unseen speakers; error below a still mouth's; GRID's opening; closure; lip speed in silence.
 FLOORS = {"opening": 0.70, "width": 0.65, "jaw": 0.55, "less": 12.0}
-ROWS = ("hicode", "no closure", "faceformer", "linear", "no synthetic", "logmel")
+ROWS = ("hicode", "no closure", "faceformer", "linear", "no synthetic", "logmel", "hubert")
+ENCODERS = ("hicode", "logmel", "hubert")
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,7 @@ def frontal(landmarks: Tensor) -> Tensor:
 
 def correlations(a: Tensor, b: Tensor) -> Tensor:
     a, b = a - a.mean(0), b - b.mean(0)
+    a = torch.where(a.square().mean(0) > 1e-12, a, 0.0)  # what does not move (1e-6 dm are its mean's rounding) goes with nothing
     return (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-9)
 
 
@@ -197,43 +211,48 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {k: float(np.nanmean([r[k] for r in rows])) if any(r[k] == r[k] for r in rows) else float("nan") for k in rows[0]}
 
 
+Shown = Literal["model", "truth", "still"]
+
+
 def score(
-    data: Data, trained: list[tuple[list[str], SpeechModels]], alignments: Path | None, change: Callable[[SpeechModels], SpeechModels],
-    features: Callable[[int], Tensor], spoken: Callable[[int], Tensor], truth: bool = False,
+    data: Data, trained: list[tuple[list[str], SpeechModels | None]], alignments: Path | None, change: Callable[[SpeechModels], SpeechModels],
+    features: Callable[[int], Tensor], spoken: Callable[[int], Tensor], shown: Shown = "model",
 ) -> Scores:  # fmt: skip
-    """Every speaker by the pair that has not seen them; `change` makes the row's variant of a pair. `features` of a clip, `spoken` of a synthetic one."""
+    """Every speaker by the pair that has not seen them; `change` makes the row's variant of a pair. `features` of a clip, `spoken` of a synthetic one.
+    Where the truth or a still mouth is shown instead, nobody's pair is asked."""
+
+    def answer(pair: SpeechModels | None, known: list[SpeechExample], asked: list[tuple[SpeechExample, Callable[[], Tensor]]]):
+        """(expression, landmarks) for each of `asked`, and the template of the speaker whom `known` shows."""
+        template = template_of(known)
+        models = own(pair, known, template) if shown == "model" else None
+        still = lambda e: (template.expression.expand(len(e), -1), template.landmarks.expand(len(e), -1, -1))
+        motion = lambda e, heard: models.predict(heard()) if models else (e.expression, e.landmarks) if shown == "truth" else still(e)
+        return [motion(e, heard) for e, heard in asked], template
+
     head, grid = HeadModel.load(), many(data)
     speakers: Figures = {}
     sentences, due, gaps = [], [], []
     for names, generic in trained:
         pair = change(generic)
         for name in names:
-            examples = [data.clips[i] for i in data.of(name)]
-            template = template_of(examples)
-            models = own(pair, examples, template)
-            rows = []
-            for i, e in zip(data.of(name), examples):
-                predicted = (e.expression, e.landmarks) if truth else models.predict(features(i))
-                rows.append(figures(*predicted, e, template, head))
-            speakers[name] = mean(rows)
+            index = data.of(name)
+            examples = [data.clips[i] for i in index]
+            predicted, template = answer(pair, examples, [(data.clips[i], lambda i=i: features(i)) for i in index])
+            speakers[name] = mean([figures(*p, e, template, head) for p, e in zip(predicted, examples)])
         index = data.of(grid)
         known = [data.clips[i] for k, i in enumerate(index) if not held_out(k)][:80]
-        template = template_of(known)
-        models = own(pair, known, template)
-        for k, i in enumerate(index):
-            if held_out(k):
-                e = data.clips[i]
-                expression, landmarks = (e.expression, e.landmarks) if truth else models.predict(features(i))
-                sentences.append(figures(expression, landmarks, e, template, head))
-                file = alignments / f"{data.taken[i].clip}.align" if alignments else None
-                if file is not None and file.exists():
-                    due.append(closure(landmark_gap(landmarks), closures_due(file, 0, len(landmarks))))
+        asked = [i for k, i in enumerate(index) if held_out(k)]
+        predicted, template = answer(pair, known, [(data.clips[i], lambda i=i: features(i)) for i in asked])
+        for i, p in zip(asked, predicted):
+            sentences.append(figures(*p, data.clips[i], template, head))
+            file = alignments / f"{data.taken[i].clip}.align" if alignments else None
+            if file is not None and file.exists():
+                due.append(closure(landmark_gap(p[1]), closures_due(file, 0, len(p[1]))))
     pair = change(trained[0][1])
     for i, item in enumerate(data.synthetic):
         if held_out(speaker_number(item)):
             same = [s.example for s in data.synthetic if s.example.speaker == item.example.speaker and not s.negative]
-            models = own(pair, same, template_of(same))
-            landmarks = item.example.landmarks if truth else models.predict(spoken(i))[1]
+            ((_, landmarks),), _ = answer(pair, same, [(item.example, lambda i=i: spoken(i))])
             gaps.append((landmark_gap(landmarks), item))
     spoken_gaps = [(g, s) for g, s in gaps if not s.negative]
     rates = closure_rates([g for g, _ in spoken_gaps], [s.phones for _, s in spoken_gaps], [s.language for _, s in spoken_gaps])
@@ -246,8 +265,11 @@ def score(
     return Scores(speakers, mean(sentences), counted, {"rates": rates, "negatives": float(np.mean(negatives)) if negatives else float("nan")})
 
 
-def train(data: Data, cache: Path, names: list[str], config: PretrainConfig, encoder: str, features, spoken, window, visible: bool) -> SpeechModels:
-    """A generic pair that knows nothing of `names`, nor of what is held out of everyone."""
+def train(
+    data: Data, names: list[str], config: PretrainConfig, encoder: str, features, spoken, window, keep: Path | None = None, visible: bool = True
+) -> SpeechModels:  # fmt: skip
+    """A generic pair that knows nothing of `names`, nor of what is held out of everyone; one that `keep` has for the same examples, settings and code
+    of speech is taken from there."""
     grid = many(data)
     kept = {i for k, i in enumerate(data.of(grid)) if not held_out(k)}
     examples = []
@@ -256,8 +278,45 @@ def train(data: Data, cache: Path, names: list[str], config: PretrainConfig, enc
             examples.append(replace(e, features=features(i))[: t.learned_frames])
     if config.synthetic_weight:
         examples += [replace(s.example, features=spoken(i)) for i, s in enumerate(data.synthetic) if not held_out(speaker_number(s))]
+    file = keep and keep / f"{_key(examples, config, encoder, window)}.safetensors"
+    if file and file.exists():
+        return SpeechModels.from_state(*load_tensors(file, "hicode-speech", 1))
     with progress_bar(f"Without {', '.join(names)}", visible) as show:
-        return pretrain(examples, encoder, config, progress=lambda done: show(round(100 * done), 100), window=window)
+        pair = pretrain(examples, encoder, config, progress=lambda done: show(round(100 * done), 100), window=window)
+    if file:
+        save_tensors(file, *_state(pair))
+    return pair
+
+
+def _state(pair: SpeechModels) -> tuple:
+    tensors, config = pair.state()
+    return tensors, "hicode-speech", 1, config
+
+
+def _key(examples: list[SpeechExample], config: PretrainConfig, encoder: str, window) -> str:
+    code = [inspect.getsource(module) for module in (speech, faceformer)]
+    digest = hashlib.blake2b(json.dumps([asdict(config), encoder, window, code]).encode(), digest_size=8)
+    for e in examples:
+        for tensor in (e.features, e.expression, e.landmarks, e.speaking):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def by_encoder(data: Data, encoder: AudioEncoder) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]]:
+    """Features "v t d" of the clips and of the synthetic ones, in the corpus's variants."""
+
+    @once_made
+    def clip(i: int) -> Tensor:
+        t = data.taken[i]
+        rng = np.random.default_rng((0, zlib.crc32(t.file.encode())))
+        return encode_variants(encoder, data.sounds[t.speaker, t.clip], len(data.clips[i]), rng)
+
+    @once_made
+    def synthetic(i: int) -> Tensor:
+        item = data.synthetic[i]
+        return encode_variants(encoder, item.samples, len(item.example), np.random.default_rng((1, i)))
+
+    return clip, synthetic
 
 
 def without_closure(m: SpeechModels) -> SpeechModels:
@@ -368,12 +427,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="the corpus that hicode pretrain made")
     parser.add_argument("--data", type=Path, help="folder of the corpus's clips: for noise, log-mel and GRID's alignments")
-    parser.add_argument("--rows", nargs="*", default=["hicode", "no closure", "faceformer", "linear"], help=f"of {', '.join(ROWS)}; all")
+    parser.add_argument("--rows", nargs="*", default=["hicode", "no closure", "faceformer", "linear"], help=f"of {', '.join(ROWS)}; all, encoders")
+    parser.add_argument("--hubert", type=Path, help="folder of HuBERT's weights, for that row")
+    parser.add_argument("--keep", type=Path, help="folder for trained pairs: a benchmark that was stopped goes on")
     parser.add_argument("--steps", type=int, default=PretrainConfig().steps)
     parser.add_argument("--no-adaptation", action="store_true")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    wanted = ROWS if options.rows == ["all"] else tuple(options.rows)
+    wanted = {"all": ROWS, "encoders": ENCODERS}.get(options.rows[0] if options.rows else "", tuple(options.rows))
+    if unknown := [name for name in wanted if name not in ROWS]:
+        raise SystemExit(f"There is no row {unknown[0]!r}. There are: {', '.join(ROWS)}; all, encoders.")
     tune_allocator()
     torch.set_num_threads(1)
     try:
@@ -400,29 +463,34 @@ def main() -> int:
     config = PretrainConfig(steps=options.steps)
     window = create_encoder().window
     parts = groups(data, grid)
-    trained = [(g, train(data, options.cache, g, config, "embedded", stored, stored_synthetic, window, True)) for g in parts]
+    learn = lambda config, encoder, features, spoken, window: [
+        (g, train(data, g, config, encoder, features, spoken, window, options.keep)) for g in parts
+    ]
     variants = {
         "hicode": lambda m: m,
         "no closure": without_closure,
         "faceformer": with_share(0.0),
         "linear": with_share(1.0),
     }
+    same = variants["hicode"]
     results: dict[str, Scores] = {}
-    results["truth"] = score(data, trained, alignments, lambda m: m, once(stored), once(stored_synthetic), truth=True)
+    for name in ("truth", "still"):
+        results[name] = score(data, [(g, None) for g in parts], alignments, same, once(stored), once(stored_synthetic), name)
+    trained = learn(config, "embedded", stored, stored_synthetic, window) if {*wanted} & {*variants} else []
     for name in (n for n in wanted if n in variants):
         results[name] = score(data, trained, alignments, variants[name], once(stored), once(stored_synthetic))
     if "no synthetic" in wanted:
         bare = replace(config, synthetic_weight=0.0, closure_synthetic_weight=0.0)
-        others = [(g, train(data, options.cache, g, bare, "embedded", stored, stored_synthetic, window, True)) for g in parts]
-        results["no synthetic"] = score(data, others, alignments, lambda m: m, once(stored), once(stored_synthetic))
-    if "logmel" in wanted and data.sounds:
-        mel = LogMelEncoder()
-        heard = [match_frames(mel.encode(data.sounds[t.speaker, t.clip]), len(c))[None] for t, c in zip(data.taken, data.clips)]
-        spoken = [match_frames(mel.encode(s.samples), len(s.example))[None] for s in data.synthetic]
-        others = [(g, train(data, options.cache, g, config, "logmel", heard.__getitem__, spoken.__getitem__, None, True)) for g in parts]
-        results["logmel"] = score(data, others, alignments, lambda m: m, lambda i: heard[i][0], lambda i: spoken[i][0])
-    if data.sounds:
-        results["hicode, pink noise at 10 dB"] = score(data, trained, alignments, lambda m: m, noisy(data), once(stored_synthetic))
+        others = learn(bare, "embedded", stored, stored_synthetic, window)
+        results["no synthetic"] = score(data, others, alignments, same, once(stored), once(stored_synthetic))
+    for name in (n for n in wanted if n in ("logmel", "hubert")):
+        if not data.sounds or (name == "hubert" and options.hubert is None):
+            print(f"{name}: not measured, {'--data' if not data.sounds else '--hubert'} is not given.")
+            continue
+        heard, spoken = by_encoder(data, create_encoder(name, options.hubert if name == "hubert" else None))
+        results[name] = score(data, learn(config, name, heard, spoken, None), alignments, same, once(heard), once(spoken))
+    if data.sounds and "hicode" in wanted:
+        results["hicode, pink noise at 10 dB"] = score(data, trained, alignments, same, noisy(data), once(stored_synthetic))
 
     say("Unseen speakers, mean of those with five seconds or more", "", *table({n: unseen(s) for n, s in results.items()}), "")
     say("Of them HDTF's three", "", *table({n: mean([s.speakers[k] for k in HDTF if k in s.speakers]) for n, s in results.items()
@@ -431,7 +499,7 @@ def main() -> int:
     if results["truth"].due:
         say("| row | closure recall on p, b, m | closed elsewhere | due |", "|---|---|---|---|")
         say(*(f"| {n} | {s.due[0]:.3f} | {s.due[1]:.3f} | {s.due[2]} |" for n, s in results.items()), "")
-    first = wanted[0]
+    first = next((n for n in wanted if n in results), "truth")
     say(f"Each speaker by {first}", "", *table(results[first].speakers), "")
     say("Synthetic speakers, held out, all languages; gap in noise, music and silence", "")
     say("| row | recall % | closed elsewhere % | open vowel % | p b m % | pause % | no speech % |", "|---|---|---|---|---|---|---|")
@@ -440,13 +508,13 @@ def main() -> int:
         values = (r.closure.recall, r.closure.elsewhere, r.open_vowel, r.bilabial, r.rest, s.languages["negatives"])
         say(f"| {name} | " + " | ".join("-" if v is None else f"{100 * v:.1f}" for v in values) + " |")
     say("", f"By language, {first}", "", *lines({k: v for k, v in results[first].languages["rates"].items() if k != "all"}), "")
-    if not options.no_adaptation:
+    if trained and not options.no_adaptation:
         say("Adaptation: learned from the first seconds, scored on what follows", "")
         say("| speaker | s | opening generic | adapted | lip error generic | adapted |", "|---|---|---|---|---|---|")
         rows = adaptation(data, trained)
         for name, s, a, b in rows:
             say(f"| {name} | {s:g} | {a['opening']:.3f} | {b['opening']:.3f} | {a['error']:.2f} | {b['error']:.2f} |")
-        alone = train(data, options.cache, [grid], config, "embedded", stored, stored_synthetic, window, True)
+        alone = train(data, [grid], config, "embedded", stored, stored_synthetic, window, options.keep)
         minutes, rows = minutes_of_own_speech(data, alone)
         say("", f"Held-out sentences of {grid} by weights that have not seen them, and adapted to {minutes:.1f} minutes of their speech", "")
         say(*table(rows))

@@ -68,7 +68,8 @@ def speaking_point(n: int, size: int) -> dict:
 
 def clip_point(seconds: int) -> dict:
     from benchmarks import scene
-    from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Images
+    from hicode.avatar.avatar import MAX_DRIVING_FRAMES
+    from hicode.avatar.images import Images
     from hicode.training.avatar import TrainingFrames
     from hicode.training.stages import HeadConfig
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from hicode.avatar.avatar import Avatar, Images
+from hicode.avatar.avatar import Avatar
+from hicode.avatar.images import Images
 from hicode.avatar.compositor import Compositor
 from hicode.avatar.deformation import Carrier, Deformation, bind
 from hicode.camera import Camera

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,6 +109,38 @@ def test_speakers_left_out_together_are_dealt_by_length():
     assert lips.many(data) == "many"
     dealt = lips.groups(data, "many")
     assert sorted(sum(dealt, [])) == list("abcdefgh") and all(len(g) == 2 for g in dealt) and dealt[0] == ["h", "d"]
+
+
+def test_truth_and_a_still_mouth_ask_no_pair_and_score_all_or_nothing():
+    from benchmarks import lips
+    from hicode.training.corpus import Taken
+
+    clips = [replace(_speech(60, seed)[1], speaker=name) for seed, name in enumerate("abbbbbb")]
+    taken = [Taken(e.speaker, str(i), "own", 60, 60, False, 0.0, 1.0) for i, e in enumerate(clips)]
+    data = lips.Data(taken, clips, [], {})
+    nobody = lambda i: pytest.fail("a pair was asked")
+    truth, still = (lips.score(data, [(["a"], None)], None, lambda m: m, nobody, nobody, shown) for shown in ("truth", "still"))
+    for scores in (truth.speakers["a"], truth.many):
+        assert scores["opening"] == pytest.approx(1) and scores["less"] == 100
+    for scores in (still.speakers["a"], still.many):
+        assert scores["opening"] == scores["width"] == scores["jaw"] == 0 and abs(scores["amplitude"]) < 1e-5
+
+
+def test_a_pair_once_trained_is_kept_for_its_examples_and_settings(tmp_path, monkeypatch):
+    from benchmarks import lips
+    from hicode.training.corpus import Taken
+    from hicode.training.speech import PretrainConfig, load_generic
+
+    clips = [replace(_speech(60, seed)[1], speaker=name) for seed, name in enumerate("abccc")]
+    taken = [Taken(e.speaker, str(i), "own", 60, 60, False, 0.0, 1.0) for i, e in enumerate(clips)]
+    data, learned = lips.Data(taken, clips, [], {}), []
+    monkeypatch.setattr(lips, "pretrain", lambda examples, *more, **options: learned.append(len(examples)) or load_generic())
+    config = PretrainConfig()
+    for names, settings in ((["a"], config), (["a"], config), (["b"], config), (["a"], replace(config, steps=7)), (["a"], config)):
+        pair = lips.train(data, names, settings, "embedded", lambda i: clips[i].features, None, None, tmp_path, visible=False)
+    assert len(learned) == 3 and learned[0] == 3, "b, and two of the three sentences of c"
+    generic = load_generic()
+    assert all((a == b).all() for a, b in zip(pair.expression.parameters(), generic.expression.parameters()))
 
 
 def test_silent_lips_are_slower_than_speaking_ones():

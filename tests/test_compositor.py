@@ -1,11 +1,15 @@
 """Composition: what must stay, what must not leak, and what the untrained generator is."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from hicode.avatar.compositor import (
+    FILL,
+    LIGHT,
     RGB,
+    SURFACE,
     SURROUND,
     Compositor,
     CompositorConfig,
@@ -97,6 +101,48 @@ def test_background_meets_a_brighter_frame_without_a_step():
     )  # a constant offset is carried exactly; rounding takes at most one level
 
 
+def test_a_neck_beside_the_plates_wall_is_no_light_to_carry_on():
+    """The head has sunk: the frame shows neck where the plate has wall, and below it the plate has neck as well. Skin less wall, added to that neck, was orange."""
+    skin, wall = np.array([150, 115, 90], np.uint8), np.array([50, 115, 250], np.uint8)
+    mask = disc(radius=24)
+    plate, frame = np.broadcast_to(wall, (128, 128, 3)).copy(), np.broadcast_to(wall, (128, 128, 3)).copy()
+    frame[60:] = skin
+    plate[80:] = skin
+    seam = seam_of(mask)
+    fill = 255 * plain_composite(np.zeros((128, 128, 3), np.float32), np.zeros((128, 128), np.float32), frame, plate, seam).layers[..., FILL]
+    low, high = np.minimum(skin, wall), np.maximum(skin, wall)
+    beyond = np.maximum(low - fill, fill - high).max()
+    assert beyond < 1, f"a colour {beyond:.0f} levels beyond both (36 when all was taken for light)"
+    edge = seam.hidden & ~cv2.erode(seam.hidden.astype(np.uint8), np.ones((3, 3))).astype(bool)
+    assert np.abs(fill - frame[seam.window])[edge].mean() < 12, "and it still meets the frame, but for the pixels that skin and wall share"
+
+
+def test_the_fill_is_its_formula():
+    """Plate and light's membrane, and as far as the border shows something else the colours about; whole images instead of the kernels' blocks."""
+    rng, (h, w) = np.random.default_rng(0), (63, 50)
+    smooth = lambda: cv2.resize(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), (w, h), interpolation=cv2.INTER_CUBIC)
+    frame, plate, mask = smooth(), smooth(), np.zeros((h, w), np.uint8)
+    plate[:, :20] = np.clip(frame[:, :20].astype(int) + 15, 0, 255)  # a part that differs in its light alone
+    mask[20:45, 12:40] = 255
+    seam = seam_of(mask)
+    found = plain_composite(np.zeros((h, w, 3), np.float32), np.zeros((h, w), np.float32), frame, plate, seam).layers[..., FILL]
+    f, p, readable = frame[seam.window] / 255, plate[seam.window] / 255, ~seam.hidden
+    rows, columns = (f.shape[0] + 1) // 2, (f.shape[1] + 1) // 2
+    mean_f, mean_p, known = np.zeros((rows, columns, 3)), np.zeros((rows, columns, 3)), np.zeros((rows, columns, 1))
+    for i, j in np.argwhere(known[..., 0] == 0):
+        block = np.s_[2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+        if readable[block].any():
+            mean_f[i, j], mean_p[i, j], known[i, j] = f[block][readable[block]].mean(0), p[block][readable[block]].mean(0), 1
+    other = known * np.clip((np.abs(mean_f - mean_p).max(-1, keepdims=True) - LIGHT) / (SURFACE - LIGHT), 0, 1)
+    carried = lambda values, weight: fill_smoothly((values * weight).astype(np.float32), weight[..., 0].astype(np.float32))
+    halves = carried(mean_f - mean_p, known - other), carried(np.concatenate([mean_f, other], -1), known)
+    light, about = (cv2.resize(np.pad(m, ((0, 1), (0, 1), (0, 0)), mode="edge"), None, fx=2, fy=2)[: f.shape[0], : f.shape[1]] for m in halves)
+    expected = p + light + about[..., 3:] * (about[..., :3] - p - light)
+    interior = seam.hidden.copy()
+    interior[-2:], interior[:, -2:] = False, False  # OpenCV's resize reads another neighbour at the last pixels
+    assert np.abs(found - np.clip(expected, 0, 1))[interior].max() < 1e-5
+
+
 def test_empty_mask_gives_the_frame_back():
     rgb, alpha, frame, mask, plate = scene()
     assert np.array_equal(compose(rgb, alpha, frame, np.zeros_like(mask), plate, trained_looking()), frame)
@@ -180,6 +226,16 @@ def test_filling_keeps_the_known_and_invents_nothing_beyond_its_range():
     assert np.array_equal(filled[known > 0], values[known > 0])
     seen = values[known > 0]
     assert filled.min() >= seen.min() - 1e-6 and filled.max() <= seen.max() + 1e-6
+
+
+def test_filling_takes_as_much_of_each_value_as_is_known_of_it():
+    known = np.float32([[1, 0.25, 0, 0.5]] * 4)
+    values = np.random.default_rng(0).random((4, 4, 2), np.float32)
+    filled = fill_smoothly(values * known[..., None], known)
+    everywhere = fill_smoothly(values[:, :1] * 1, known[:, :1])
+    assert np.array_equal(filled[:, :1], everywhere) and (filled >= values.min()).all() and (filled <= values.max()).all()
+    constant = fill_smoothly(np.full((4, 4, 1), 0.7, np.float32) * known[..., None], known)
+    assert np.allclose(constant, 0.7, atol=1e-6)
 
 
 def test_filling_with_nothing_known_is_zero():

@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from hicode.training.corpus import (
     VARIANTS,
     BuildConfig,
     Points,
+    Step,
     build,
     encode_variants,
     learnable,
@@ -33,6 +33,7 @@ from hicode.training.corpus import (
     load_synthetic,
     synthesise,
 )  # fmt: skip
+from hicode.training.presence import PresenceConfig, Recording, learn_presence
 from hicode.training.pretraining import PretrainingConfig, pretrain_folders
 from hicode.training.sources import OWN_TERMS, LeftOut, find_sources
 from hicode.training.speech import load_generic
@@ -434,16 +435,29 @@ def test_the_same_seed_gives_the_same_weights_and_a_report(stage, copy, tmp_path
     assert all(row["landmarks"] <= row["landmarks_still"] + 1e-3 for row in report["errors_mm"]), "a gain of nought is a still mouth"
 
 
-def test_training_an_avatar_uses_the_weights_it_is_given_and_adapts_again_when_they_change(tmp_path, monkeypatch):
-    from hicode.training.speech import GENERIC
+def test_the_score_of_speech_is_a_step_of_its_own(stage, copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(espeak, "installed", lambda: False)
+    out, score = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
+    options = {"corpus": FAST, "encoder": LogMelEncoder(), "tracker": stage, "progress": False, "manifest": stage.folder / "sources.toml"}
+    report = pretrain_folders([stage.folder], out, copy, PretrainingConfig(steps=1, synthetic_minutes=0), presence_out=score, **options)
+    page = out.with_suffix(".md").read_text()
+    _, header = load_tensors(score, "hicode-presence", 1)
+    assert header["encoder"] == "logmel" and header["learned_from"] == {"bob": "his", "dan": "his too"}, "not the anchor, nobody against their terms"
+    assert [clip[2] for clip in header["made_of"]["clips"]] == [75, 100], "bob's test part is left out"
+    assert [row["speaker"] for row in report["presence"]["speakers"]] == ["bob", "dan"] and header["figures"] == report["presence"]
+    assert "| bob |" in page.split("## Whether somebody speaks")[1] and score.name in report["sha256"] and report["steps"]["presence"]["made"] == 1
 
-    shutil.copy(GENERIC, tmp_path / "own.safetensors")
-    asked = []
-    monkeypatch.setattr(run, "adapt", lambda clip, progress, generic: asked.append(generic) or generic or load_generic())
-    report, own = SimpleNamespace(visible=False), tmp_path / "own.safetensors"
-    for weights in (own, own, None, None):
-        run._speech(None, tmp_path, report, run._generic(weights), weights)
-    assert len(asked) == 2 and asked[0] is not None and asked[1] is None, "once for each weights, kept for the second call"
+
+def test_the_score_of_speech_is_kept_while_what_it_was_made_of_holds(stage, tmp_path):
+    clips = [Recording(name, "", stage.folder / f"{name}.mp4", 100) for name in ("bob", "dan")]
+    config = PresenceConfig(negatives_s=5.0)
+    learn = lambda clips=clips, config=config: learn_presence(clips, tmp_path, LogMelEncoder(), config, synthetic=False, progress=False)
+    first, figures = learn()
+    data = (tmp_path / "presence.safetensors").read_bytes()
+    assert first.made == 1 and learn() == (Step(kept=1), figures)
+    shorter = [clips[0], replace(clips[1], frames=75)]
+    assert learn(shorter)[0].made == learn(config=replace(config, seed=1))[0].made == 1
+    assert learn()[0].made == 1 and (tmp_path / "presence.safetensors").read_bytes() == data, "the same again, byte for byte"
 
 
 def test_weights_that_hear_by_another_encoder_are_refused(tmp_path):

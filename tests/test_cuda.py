@@ -1,4 +1,4 @@
-"""Training and synthesis on another device, against a stand-in: no GPU is at hand where this is developed.
+"""Training and synthesis on another device: on a GPU with gsplat where there is one, and everywhere against a stand-in.
 
 The stand-in is a device of torch's own kind ("standin": the PrivateUse1 key, implemented here by the CPU kernels), so that what a GPU would refuse
 fails here too: operations that mix devices, `numpy()` of a tensor that is not on the CPU, kernels of ours that read CPU memory. gsplat is the stand-in of
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from test_render import stand_in
 from test_training import SIZE, a_config, clip, model, psnr  # noqa: F401 (fixtures)
 
 CHILD = "HICODE_STAND_IN_DEVICE"
-needs_device = pytest.mark.skipif(CHILD not in os.environ, reason="runs in the child process")
+GPU = CHILD not in os.environ and torch.cuda.is_available() and find_spec("gsplat") is not None
+needs_device = pytest.mark.skipif(CHILD not in os.environ and not GPU, reason="runs in the child process, and here where there are a GPU and gsplat")
 
 
 @pytest.mark.skipif(CHILD in os.environ, reason="this is the child process")
@@ -100,6 +102,9 @@ def _convolution_backward(grad, x, weight, *rest):
 
 @pytest.fixture(scope="session")
 def device():
+    if GPU:
+        yield "cuda"
+        return
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend("standin")
@@ -120,6 +125,8 @@ def device():
 @pytest.fixture(autouse=True)
 def gsplat(monkeypatch):
     """gsplat's name for its stand-in, taken for whatever is not on the CPU, as it is for CUDA's tensors."""
+    if GPU:
+        return
     from hicode import render
 
     module = types.ModuleType("gsplat")

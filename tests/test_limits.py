@@ -164,7 +164,7 @@ WALK = """
 import resource, sys
 import numpy as np
 import hicode.clip
-from hicode.avatar.avatar import Images
+from hicode.avatar.images import Images
 from hicode.avatar.compositor import background_plate
 from hicode.clip import Clip
 from hicode.evaluation.report import _Work as Evaluation

@@ -12,7 +12,10 @@ from hicode.speech.phones import Phone
 from hicode.speech.presence import Presence
 from hicode.training.presence import (
     PresenceConfig,
+    Rows,
     fit_presence,
+    fit_rows,
+    held_out,
     in_noise,
     over_telephone,
     rows_by_level,
@@ -99,6 +102,18 @@ def test_the_score_is_learned_from_synthetic_voices():
 def test_learning_without_speech_is_refused():
     with pytest.raises(TrainingError, match="no speech to learn from"):
         fit_presence([], create_encoder("logmel"), PresenceConfig(negatives_s=5.0))
+
+
+def test_figures_are_of_speakers_left_out():
+    """Each speaker's speech shows in a feature of their own, so whoever has learned from them knows it all, and whoever has not knows nothing."""
+    speaker, speech = (v.flatten() for v in torch.meshgrid(torch.arange(3), torch.arange(40) % 2, indexing="ij"))
+    features = torch.nn.functional.one_hot(speaker, 3) * (2.0 * speech[:, None] - 1)
+    rows = Rows(features, speech, speaker, torch.zeros(120, dtype=torch.long))
+    own = fit_rows(rows, "embedded", PresenceConfig())(features) > 0
+    assert torch.equal(own, speech == 1)
+    for row in held_out(rows, ["ann", "bob", "cat"], "embedded", PresenceConfig(folds=2)):
+        assert (row["missed"]["as it is"], row["taken"]) in ((1.0, 0.0), (0.0, 1.0)) and row["missed"]["in noise"] is None
+    assert held_out(rows, ["ann"] * 3, "embedded", PresenceConfig()) == [], "nobody is left to learn from"
 
 
 # --- the shipped weights -----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hicode.avatar.compositor import dilate_mask
+from hicode.avatar.compositor import compose, dilate_mask
 from hicode.avatar.driving import SilenceConfig, SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.camera import Camera
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
@@ -92,6 +92,11 @@ class FakeAvatar:
         alpha = torch.from_numpy(self.driving_mask(0) / 255.0).float()
         colour = torch.stack([motion.expression[t, 0], motion.expression[t, 50], motion.landmarks[t, 400, 0]]).sigmoid()
         return Rendering(alpha[..., None] * colour, alpha)
+
+    def composed(self, rendering: Rendering, motion: Motion, t: int, frame: np.ndarray, head_mask: np.ndarray, index: int) -> np.ndarray:
+        out = compose(rendering.rgb, rendering.alpha, frame, head_mask, self.plate)
+        out[30, 32, 0] = index % 251  # as grain does, it tells one frame from the next
+        return out
 
 
 def speechlike(seconds: float, seed: int = 0) -> np.ndarray:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hicode.avatar.avatar import Avatar, Images
+from hicode.avatar.avatar import Avatar
+from hicode.avatar.images import Images
 from hicode.avatar.deformation import DeformationConfig
 from hicode.camera import Camera
 from hicode.errors import FileFormatError, TrainingError

@@ -290,6 +290,7 @@ def _pretrain() -> Callable:
         cache: Path,
         sources: Path | None = None,
         sync_out: Path | None = None,
+        presence_out: Path | None = None,
         sentences: int = PretrainingConfig.sentences,
         synthetic_minutes: float = PretrainingConfig.synthetic_minutes,
         synthetic_speakers: int = PretrainingConfig.synthetic_speakers,
@@ -307,6 +308,7 @@ def _pretrain() -> Callable:
             cache: Folder for landmarks, head motion and features, which are kept.
             sources: A manifest of speakers, patterns and terms (docs/weights.md); sources.toml in the folder if there is one.
             sync_out: Also write the sync model here; the manifest must name an anchor.
+            presence_out: Also learn whether somebody speaks, and write that score here.
             sentences: Clips of a speaker at most.
             synthetic_minutes: Of synthesised speech beside them, in fifteen languages; 0 for none.
             synthetic_speakers: Who say it.
@@ -314,7 +316,7 @@ def _pretrain() -> Callable:
             seed: Of everything random.
         """
         config = PretrainingConfig(sentences, synthetic_minutes, synthetic_speakers, steps, seed)
-        report = pretrain_folders(folders, out, cache, config, manifest=sources, sync_out=sync_out)
+        report = pretrain_folders(folders, out, cache, config, manifest=sources, sync_out=sync_out, presence_out=presence_out)
         for left in report["left_out"]:
             print(f"Left out: {left['speaker']}{', ' + left['clip'] if left['clip'] else ''}: {left['reason']}")
         print(f"{out}: {len(report['learned_from'])} speakers, {report['seconds']:.0f} s. The report: {out.with_suffix('.md')}")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from hicode.avatar.compositor import compose, dilate_mask
+from hicode.avatar.compositor import dilate_mask
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.avatar.idle import Idler, head_room, near_own_blinks, neck, own_blinks, still_frame
 from hicode.errors import InputError, OutputError
@@ -111,6 +111,7 @@ class _Waiting:
 
     t: int
     motion: Motion
+    index: int
     frame: Future | None = None
 
 
@@ -212,7 +213,7 @@ class Stream:
         while len(self._motions) > keep:
             for waiting in islice(self._motions, self.ahead):
                 if waiting.frame is None:
-                    waiting.frame = self._pool.submit(self._frame, waiting.t, waiting.motion)
+                    waiting.frame = self._pool.submit(self._frame, waiting)
             first = self._motions[0]
             frame = first.frame.result()
             self._motions.popleft()
@@ -278,7 +279,7 @@ class Stream:
             motion = self._idler(motion, self._near_own_blink(count))
         if self._heard is not None:
             motion = replace(motion, speech=self._frame_features(count))
-        self._motions.extend(_Waiting(int(t), motion[i : i + 1]) for i, t in enumerate(indices))
+        self._motions.extend(_Waiting(int(t), motion[i : i + 1], self._moved + i) for i, t in enumerate(indices))
         self._moved += count
 
     def _played(self, begin: int, end: int) -> np.ndarray:
@@ -294,8 +295,8 @@ class Stream:
         return near_own_blinks(self._own, self._played(-within, count + within), within)
 
     @torch.inference_mode()
-    def _frame(self, t: int, motion: Motion) -> UInt8[np.ndarray, "h w 3"]:
-        avatar, seconds = self.avatar, self.seconds
+    def _frame(self, waiting: _Waiting) -> UInt8[np.ndarray, "h w 3"]:
+        avatar, seconds, t, motion = self.avatar, self.seconds, waiting.t, waiting.motion
         with seconds.clocked("driving"):
             frame, mask = avatar.driving_frame(t), avatar.driving_mask(t)
         with seconds.clocked("deform"):
@@ -303,7 +304,7 @@ class Stream:
         with seconds.clocked("rasterise"):
             rendering = avatar.rasterized(deformed, motion, 0)
         with seconds.clocked("composite"):
-            out = compose(rendering.rgb, rendering.alpha, frame, mask, avatar.plate, avatar.compositor)
+            out = avatar.composed(rendering, motion, 0, frame, mask, waiting.index)
         seconds.count()
         return out
 

@@ -8,7 +8,6 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from hicode.avatar.compositor import Compositor, compose
 from hicode.avatar.deformation import Deformation
+from hicode.avatar.grain import Grain, GrainLayer
+from hicode.avatar.images import Images
 from hicode.avatar.inference import FrameDeformer
 from hicode.camera import Camera
 from hicode.errors import FileFormatError
@@ -26,38 +27,7 @@ from hicode.render import Rendering, rasterize
 from hicode.speech.faceformer import SpeechModels
 
 SCHEMA, VERSION = "hicode-avatar", 1
-JPEG_QUALITY = 95
 MAX_DRIVING_FRAMES = 1500  # one minute: about 90 MB of JPEG; played back and forth, nobody sees it repeat
-
-
-@dataclass(frozen=True)
-class Images:
-    """A sequence of compressed images in one buffer: frame t is `data[offsets[t]:offsets[t + 1]]` (JPEG or PNG)."""
-
-    data: UInt8[Tensor, "b"]
-    offsets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @staticmethod
-    def encode(images, suffix: str) -> "Images":
-        """RGB or grey images, ".jpg" (4:4:4) or ".png"."""
-        options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-        chunks = []
-        for image in images:
-            ok, chunk = cv2.imencode(suffix, image[..., ::-1] if image.ndim == 3 else image, options if suffix == ".jpg" else [])
-            assert ok, f"could not encode an image of shape {image.shape} as {suffix}"
-            chunks.append(chunk.ravel())
-        offsets = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
-        return Images(torch.from_numpy(np.concatenate(chunks) if chunks else np.zeros(0, np.uint8)), torch.from_numpy(offsets))
-
-    def __getitem__(self, t: int) -> UInt8[np.ndarray, "h w *c"]:
-        chunk = self.data[int(self.offsets[t]) : int(self.offsets[t + 1])].numpy()
-        image = cv2.imdecode(chunk, cv2.IMREAD_UNCHANGED)
-        if image is None:
-            raise FileFormatError(f"Driving frame {t} of the avatar is damaged. Train the avatar anew.")
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if image.ndim == 3 else image
 
 
 @dataclass
@@ -68,6 +38,7 @@ class Avatar:
     driving_frames, driving_masks  the t frames and soft head masks that composition pastes into
     plate           "h w 3" background behind the head
     mouth_expression "64", mouth_landmark_weight "478"  which control speech drives, copied from the head model
+    grain           fine detail of the recording, given back to the composed head; None: none
     source          path, sha256 and crop box of the video it came from: for output at its original size
     info            how it was made: preset, seconds a stage, package version, commit, seed
     """
@@ -82,6 +53,7 @@ class Avatar:
     mouth_expression: Bool[Tensor, "64"]
     mouth_landmark_weight: Float[Tensor, "478"]
     compositor: Compositor | None = None
+    grain: Grain | None = None
     speech: SpeechModels | None = None
     source: dict = field(default_factory=dict)
     info: dict = field(default_factory=dict)
@@ -145,12 +117,23 @@ class Avatar:
         background = torch.zeros(3) if background is None else background
         return rasterize(deformed, self.camera.with_pose(motion.T_camera_head[t]), background, backend=backend)
 
+    def landmarks_px(self, motion: Motion, t: int) -> Float[np.ndarray, "478 2"]:
+        """Where the landmarks of frame t of a motion fall in the picture."""
+        return self.camera.with_pose(motion.T_camera_head[t]).project(motion.landmarks[t])[0].numpy()
+
+    def composed(
+        self, rendering: Rendering, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], index: int
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """The head rendered at frame t of a motion, composited onto `frame` within its dilated head mask (Eqs 17-18); `index` tells one frame's grain
+        from the next one's."""
+        grain: GrainLayer | None = self.grain.layer(self.landmarks_px(motion, t), index) if self.grain is not None else None
+        return compose(rendering.rgb, rendering.alpha, frame, head_mask, self.plate, self.compositor, grain)
+
     def synthesize_frame(
         self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], backend: str = "auto"
     ) -> UInt8[np.ndarray, "h w 3"]:
-        """The final frame: the head at frame t of a motion, composited onto `frame` within its dilated head mask (Eqs 17-18)."""
-        rendering = self.render(motion, t, backend=backend)
-        return compose(rendering.rgb, rendering.alpha, frame, head_mask, self.plate, self.compositor)
+        """The final frame of frame t of a motion: rendered and composited; its grain is that of index t."""
+        return self.composed(self.render(motion, t, backend=backend), motion, t, frame, head_mask, t)
 
     def save(self, path: Path | str) -> Path:
         """One file, written whole or not at all."""
@@ -171,7 +154,7 @@ class Avatar:
             "source": self.source,
             "info": self.info,
         }
-        for name in ("compositor", "speech"):
+        for name in ("compositor", "grain", "speech"):
             part = getattr(self, name)
             if part is not None:
                 part_tensors, config[name] = part.state()
@@ -207,6 +190,7 @@ def _assemble(tensors: dict[str, Tensor], config: dict) -> Avatar:
         tensors["mouth_expression"],
         tensors["mouth_landmark_weight"],
         Compositor.from_state(part("compositor."), config["compositor"]) if "compositor" in config else None,
+        Grain.from_state(part("grain."), config["grain"]) if "grain" in config else None,
         SpeechModels.from_state(part("speech."), config["speech"]) if "speech" in config else None,
         config["source"],
         config["info"],

@@ -4,7 +4,9 @@ A frame is parted by its head mask, dilated to reach past hair and an opening ja
 narrow rim around it, the *hidden* region, nothing of the input is read, so no true mouth or head can leak into the result. What lies inside the dilated
 mask is made of three things:
 
-    fill   "h w 3"  in the hidden region the background plate, shifted smoothly so that it meets this frame at its border; the frame itself around it
+    fill   "h w 3"  in the hidden region the background plate, shifted smoothly so that it meets this frame at its border; the frame itself around it.
+                    Where the two show different things there (a neck before the plate's wall), their difference is no light to carry on: added to a neck
+                    that the plate does show, skin less wall is orange. There the frame's colours are carried inwards instead
     plain  "h w 3"  rgb + (1 - alpha) * fill, the alpha composite of the rendered head (`rgb` is rendered over black: premultiplied)
     output          weight * (plain + residual) + (1 - weight) * fill, `weight` falling from 1 to 0 within the mask's rim
 
@@ -25,6 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
+from hicode.avatar.grain import GrainLayer
+
 # Lengths as fractions of the image's larger side (the comments give px at 512).
 # How far the dilated mask goes beyond the head: half of it for tracking error and hair, half for the feather.
 REACH = 12 / 512
@@ -32,9 +36,11 @@ REACH = 12 / 512
 # that the mask cuts go on as they are; a plate there smears them.
 HIDE = 4 / 512
 FEATHER = 6 / 512  # width of the rim in which the composite fades into the fill
-JAW_REACH = 6 / 512  # further reach downwards: the spoken jaw may open wider than the driving frame's
+JAW_REACH = 6 / 512  # further reach downwards: the spoken jaw may open wider than the driving frame's. Not hidden: hiding the neck cost .9 dB of a frame
 # Background this near to a head mask is not trusted (soft hair, motion blur). 6 px instead of 3 costs 1 dB of band (EdMarkey, held out).
 PLATE_GUARD = 3 / 512
+# Frame and plate that differ by up to LIGHT, of 1, in every channel differ in their light; by SURFACE and more in what they show.
+LIGHT, SURFACE = 0.08, 0.25
 CONTEXT = 16  # px of the input frame around the dilated mask that the generator sees
 STRIDE = 16  # the generator's sides are multiples of this
 
@@ -231,7 +237,11 @@ def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     y0, y1 = _span(max(0, y - margin), min(h, y + height + margin + math.ceil(jaw)), h)
     distance = _distance_from_head(head_mask[y0:y1, x0:x1], jaw)
     weight = np.clip((reach - distance) / np.float32(feather), 0, 1)
-    return Seam((x0, y0, x1, y1), distance < reach, distance < hide, weight)
+    # The jaw's further reach may be changed but need not be hidden: the neck there is this frame's own, and no plate knows where its collar is.
+    rim = max(3, 2 * round(hide) - 1)
+    head = cv2.threshold(head_mask[y0:y1, x0:x1], 127, 1, cv2.THRESH_BINARY)[1]
+    hidden = cv2.dilate(head, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (rim, rim))) > 0
+    return Seam((x0, y0, x1, y1), distance < reach, hidden, weight)
 
 
 def plain_composite(
@@ -246,14 +256,13 @@ def plain_composite(
     h, w = seam.inside.shape
     frame, plate = frame[window], plate[window]
     # Seamless: the difference between frame and plate, known outside, is carried smoothly inwards (a membrane, as in Poisson cloning).
-    values, known = (
-        np.empty(((h + 1) // 2, (w + 1) // 2, 3), np.float32),
-        np.empty(((h + 1) // 2, (w + 1) // 2), np.float32),
-    )
-    _difference_halved(frame, plate, seam.hidden, values, known)
-    membrane = fill_smoothly(values, known)
+    half = ((h + 1) // 2, (w + 1) // 2)
+    light, around = np.empty((*half, 3), np.float32), np.empty((*half, 4), np.float32)
+    of_light, known = np.empty(half, np.float32), np.empty(half, np.float32)
+    _borders_halved(frame, plate, seam.hidden, light, of_light, around, known)
+    light, around = fill_smoothly(light, of_light), fill_smoothly(around, known)
     layers = np.empty((h, w, INPUT_CHANNELS), np.float32)
-    _lay(_numpy(rgb)[window], _numpy(alpha)[window], frame, plate, seam.hidden, seam.weight, membrane, layers)
+    _lay(_numpy(rgb)[window], _numpy(alpha)[window], frame, plate, seam.hidden, seam.weight, light, around, layers)
     return PlainComposite(seam, layers)
 
 
@@ -264,50 +273,70 @@ def compose(
     head_mask: UInt8[np.ndarray, "h w"],
     plate: UInt8[np.ndarray, "h w 3"],
     generator: Compositor | None = None,
+    grain: GrainLayer | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The final frame: the head rendered over black (`rgb`, `alpha`) pasted into `frame` within the dilated head mask.
 
     Pixels outside the dilated mask are the frame's, bit for bit; the result does not depend on the frame's pixels in the hidden region. Without a
-    generator, the plain composite with a feathered edge. An empty mask gives the frame back.
+    generator, the plain composite with a feathered edge. An empty mask gives the frame back. Grain lies on what is rendered, as far as that covers.
     """
     seam = seam_of(head_mask)
     out = frame.copy()
     if seam is not None:
         composite = plain_composite(rgb, alpha, frame, plate, seam)
         residual = np.zeros((0, 0, 12), np.float32) if generator is None else generator.residual_subpixels(composite.layers)
-        _paste(composite.layers, residual, seam.inside, out[seam.window])
+        field, scale, lips = np.zeros((0, 0), np.uint8), 0.0, np.ones(4, np.float32)
+        if grain is not None:
+            field, scale = grain.field[seam.window], grain.scale
+            lips = grain.lips - np.array([*seam.box[:2], 0, 0], np.float32)
+        _paste(composite.layers, residual, seam.inside, field, np.float32(scale), lips, out[seam.window])
     return out
 
 
 @numba.njit(cache=True, nogil=True)
-def _difference_halved(frame, plate, hidden, values, known):
-    """Mean of frame - plate over the readable pixels of each 2 x 2 block, and 1 where there is one."""
+def _borders_halved(frame, plate, hidden, light, of_light, around, known):
+    """What is known of the readable pixels of each 2 x 2 block (`known`: 1 where there is one). around "h2 w2 4": their mean colour, and how much more than
+    light tells them from the plate, 0 ... 1; light "h2 w2 3": their mean difference from it, times of_light "h2 w2", the rest of that."""
     h, w = hidden.shape
-    for i in range(values.shape[0]):
-        for j in range(values.shape[1]):
+    light[:], of_light[:], around[:], known[:] = 0, 0, 0, 0
+    for i in range(known.shape[0]):
+        for j in range(known.shape[1]):
             count = 0
-            r, g, b = 0, 0, 0
+            r, g, b, plate_r, plate_g, plate_b = 0, 0, 0, 0, 0, 0
             for y in range(2 * i, min(2 * i + 2, h)):
                 for x in range(2 * j, min(2 * j + 2, w)):
                     if not hidden[y, x]:
                         count += 1
-                        r += np.int32(frame[y, x, 0]) - np.int32(plate[y, x, 0])
-                        g += np.int32(frame[y, x, 1]) - np.int32(plate[y, x, 1])
-                        b += np.int32(frame[y, x, 2]) - np.int32(plate[y, x, 2])
-            scale = np.float32(1 / (255 * count)) if count else np.float32(0)
-            known[i, j] = np.float32(1 if count else 0)
-            values[i, j, 0], values[i, j, 1], values[i, j, 2] = r * scale, g * scale, b * scale
+                        r, g, b = r + np.int32(frame[y, x, 0]), g + np.int32(frame[y, x, 1]), b + np.int32(frame[y, x, 2])
+                        plate_r, plate_g, plate_b = plate_r + np.int32(plate[y, x, 0]), plate_g + np.int32(plate[y, x, 1]), plate_b + np.int32(plate[y, x, 2])
+            if count:
+                scale = np.float32(1 / 255) / np.float32(count)
+                size = max(abs(r - plate_r), abs(g - plate_g), abs(b - plate_b)) * scale
+                other = min(max((size - np.float32(LIGHT)) * np.float32(1 / (SURFACE - LIGHT)), np.float32(0)), np.float32(1))
+                known[i, j], of_light[i, j] = 1, np.float32(1) - other
+                lit = scale * (np.float32(1) - other)
+                light[i, j, 0], light[i, j, 1], light[i, j, 2] = (r - plate_r) * lit, (g - plate_g) * lit, (b - plate_b) * lit
+                around[i, j, 0], around[i, j, 1], around[i, j, 2], around[i, j, 3] = r * scale, g * scale, b * scale, other
 
 
-@numba.njit(cache=True, nogil=True)
-def _lay(rgb, alpha, frame, plate, hidden, weight, membrane, layers):
-    """The generator's input in one pass; the membrane, at half resolution, is read bilinearly in the hidden region and replaced by the frame outside."""
+@numba.njit(cache=True, nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
+def _lay(rgb, alpha, frame, plate, hidden, weight, light, around, layers):
+    """The generator's input in one pass; the fill is the frame but in the hidden region, where it is made of the plate and the two membranes. These, at
+    half resolution, are read bilinearly."""
     h, w = hidden.shape
     one, zero, scale = np.float32(1), np.float32(0), np.float32(1 / 255)
+    most, least = np.float32(0.75), np.float32(0.25)
+    width = light.shape[1]
+    lit, near_by = np.empty((width, 3), np.float32), np.empty((width, 4), np.float32)
     for y in range(h):
         # Half-resolution pixel i is centred on 2 i + 0.5: full-resolution rows lie a quarter of the way between.
         near = y // 2
-        far = min(max(near + (1 if y % 2 else -1), 0), membrane.shape[0] - 1)
+        far = min(max(near + (1 if y % 2 else -1), 0), light.shape[0] - 1)
+        for x in range(width):
+            for c in range(3):
+                lit[x, c] = most * light[near, x, c] + least * light[far, x, c]
+            for c in range(4):
+                near_by[x, c] = most * around[near, x, c] + least * around[far, x, c]
         for x in range(w):
             out = layers[y, x]
             for c in range(3):
@@ -315,12 +344,13 @@ def _lay(rgb, alpha, frame, plate, hidden, weight, membrane, layers):
             out[3] = min(max(np.float32(alpha[y, x]), zero), one)
             if hidden[y, x]:
                 left = x // 2
-                right = min(max(left + (1 if x % 2 else -1), 0), membrane.shape[1] - 1)
+                right = min(max(left + (1 if x % 2 else -1), 0), width - 1)
+                other = most * near_by[left, 3] + least * near_by[right, 3]
                 for c in range(3):
-                    shift = np.float32(0.5625) * membrane[near, left, c] + np.float32(0.0625) * membrane[far, right, c]
-                    shift += np.float32(0.1875) * (membrane[far, left, c] + membrane[near, right, c])
+                    value = plate[y, x, c] * scale + most * lit[left, c] + least * lit[right, c]
+                    value += other * (most * near_by[left, c] + least * near_by[right, c] - value)
                     out[4 + c] = zero
-                    out[7 + c] = min(max(plate[y, x, c] * scale + shift, zero), one)
+                    out[7 + c] = min(max(value, zero), one)
             else:
                 for c in range(3):
                     out[4 + c] = out[7 + c] = frame[y, x, c] * scale
@@ -328,8 +358,9 @@ def _lay(rgb, alpha, frame, plate, hidden, weight, membrane, layers):
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
-def _paste(layers, residual, inside, out):
-    """`PlainComposite.output` in one pass, rounded, into the inside pixels of `out`; `residual` as `residual_subpixels`, or empty for 0."""
+def _paste(layers, residual, inside, field, scale, lips, out):
+    """`PlainComposite.output` in one pass, rounded, into the inside pixels of `out`; `residual` as `residual_subpixels`, or empty for 0. The grain's
+    `field` (or an empty one) times `scale` is added as far as the render covers, fading within the ellipse `lips`."""
     h, w = inside.shape
     zero, most = np.float32(0), np.float32(255)
     extra = np.zeros((w + 1, 3), np.float32)  # a row of the residual
@@ -342,9 +373,14 @@ def _paste(layers, residual, inside, out):
         for x in range(w):
             if inside[y, x]:
                 weight, behind = layers[y, x, 10], np.float32(1) - layers[y, x, 3]
+                grain = zero
+                if field.shape[0] > 0:
+                    dx, dy = (np.float32(x) - lips[0]) / lips[2], (np.float32(y) - lips[1]) / lips[3]
+                    beyond = min(max(np.float32(2) * (dx * dx + dy * dy) - np.float32(1), zero), np.float32(1))
+                    grain = scale * layers[y, x, 3] * beyond * (np.float32(field[y, x]) - np.float32(128))
                 for c in range(3):
                     fill = layers[y, x, 7 + c]
-                    value = (fill + weight * (layers[y, x, c] + extra[x, c] + behind * fill - fill)) * most + np.float32(0.5)
+                    value = (fill + weight * (layers[y, x, c] + extra[x, c] + grain + behind * fill - fill)) * most + np.float32(0.5)
                     out[y, x, c] = np.uint8(np.int32(min(max(value, zero), most)))
 
 
@@ -381,12 +417,12 @@ def background_plate(
 def fill_smoothly(
     values: Float32[np.ndarray, "h w c"], known: Float32[np.ndarray, "h w"]
 ) -> Float32[np.ndarray, "h w c"]:
-    """Fill holes by a push-pull pyramid (Gortler et al. 1996): exact where `known` is 1, smooth elsewhere.
+    """Fill holes by a push-pull pyramid (Gortler et al. 1996): exact where `known` is 1, smooth elsewhere; between, as much of each as it says.
 
-    `values` must be 0 where `known` is 0. With nothing known, zeros.
+    `values` must be times `known`. With nothing known, zeros. At most four channels (OpenCV's resize).
     """
     h, w = known.shape
-    if known.all():
+    if known.min() >= 1:
         return values
     if max(h, w) <= 2:
         total = known.sum()

@@ -25,10 +25,10 @@ import hicode
 from hicode import assets
 from hicode.clip import Clip, read_png, write_png
 from hicode.errors import InputError
-from hicode.files import read_json, save_tensors, write_json
+from hicode.files import read_json, write_json
 from hicode.prepare import PrepareConfig, prepare
 from hicode.provenance import plain, provenance
-from hicode.training.run import PARTS, train
+from hicode.training.run import PARTS, learn_speech, train
 from hicode.training.stages import HeadConfig, Preset
 
 SCHEMA, VERSION = "hicode-cell", 1
@@ -99,13 +99,10 @@ class Preparation:
 
 def run_preparation(wanted: Preparation) -> None:
     """Prepare the clip and adapt the speech models to it, or find both done."""
-    from hicode.training.speech import adapt
-
     _begin(wanted.out, wanted.code, wanted.threads)
     clip = Clip.open(wanted.clip) if wanted.source.prepared else prepare(wanted.source.path, wanted.clip, progress=False)
     if not wanted.speech.exists():
-        tensors, config = adapt(clip).state()
-        save_tensors(wanted.speech, tensors, "hicode-speech", 1, config)
+        learn_speech(clip, wanted.speech)
 
 
 @dataclass(frozen=True)

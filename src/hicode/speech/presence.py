@@ -1,7 +1,7 @@
 """Whether somebody speaks: one linear score of the speech features that the Faceformers hear anyway, so it costs nothing.
 
 s features at 50 Hz, t frames at 25 fps, d features' size. A score is a logit, that of speech against all other sound: silence, a room, hum, music,
-breath. Loudness cannot tell these apart. `training/presence.py` makes the weights, for the embedded encoder only.
+breath. Loudness cannot tell these apart. `hicode pretrain --presence-out` makes the weights (`training/presence.py`), for the embedded encoder.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "presence.safetensors"
-_SCHEMA, _VERSION = "hicode-presence", 1
+SCHEMA, VERSION = "hicode-presence", 1
 
 
 class Presence:
@@ -30,14 +30,16 @@ class Presence:
     @staticmethod
     def load(path: Path | str = WEIGHTS) -> "Presence":
         """The shipped weights, or another file of that kind."""
-        tensors, config = load_tensors(path, _SCHEMA, _VERSION)
+        tensors, config = load_tensors(path, SCHEMA, VERSION)
         try:
             return Presence(tensors["weight"].float(), tensors["bias"].float(), config["encoder"])
         except KeyError as error:
             raise FileFormatError(f"{path} lacks {error}. Copy or make it anew.") from error
 
-    def save(self, path: Path | str, learned_from: dict) -> None:
-        save_tensors(path, {"weight": self.weight, "bias": self.bias}, _SCHEMA, _VERSION, {"encoder": self.encoder, "learned_from": learned_from})
+    def save(self, path: Path | str, learned_from: dict, more: dict | None = None) -> None:
+        """`learned_from`: terms by speaker; `more`: what else the file is to say of itself."""
+        header = {"encoder": self.encoder, "learned_from": learned_from} | (more or {})
+        save_tensors(path, {"weight": self.weight, "bias": self.bias}, SCHEMA, VERSION, header)
 
     def __call__(self, features: Float[Tensor, "s d"]) -> Float[Tensor, "s"]:
         """The score of each feature by itself."""

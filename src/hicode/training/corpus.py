@@ -199,7 +199,7 @@ class _Builder:
             {
                 "schema": SCHEMA,
                 "version": VERSION,
-                "encoder": _encoder_key(self.encoder),
+                "encoder": encoder_key(self.encoder),
                 "taken": [asdict(t) for t in built.taken],
                 "left_out": [asdict(left) for left in built.left_out],
             },
@@ -235,8 +235,8 @@ class _Builder:
         clips = self._clips()
         with progress_bar("Tracking clips", self.visible) as report:
             for number, (source, name, path) in enumerate(clips):
-                video, file = _fingerprint(path), self._file("points", source, name)
-                tensors, config = _stored(file, POINTS)
+                video, file = fingerprint(path), self._file("points", source, name)
+                tensors, config = stored_tensors(file, POINTS)
                 if config.get("video") == video:
                     step.kept += 1
                 else:
@@ -256,7 +256,7 @@ class _Builder:
             samples = read_audio(path)
             if samples is None or level_db(samples) < SILENCE_DB:
                 return nothing, {"reason": "no sound" if samples is None else "the sound is silent"}
-            tensors, config = _stored(self.cache / "points" / f"{path.stem}.safetensors", POINTS)
+            tensors, config = stored_tensors(self.cache / "points" / f"{path.stem}.safetensors", POINTS)
             if tensors and "video" not in config:
                 return tensors, config
             self._tracker = self._tracker or video_tracker()
@@ -308,7 +308,7 @@ class _Builder:
         """The speaker's identity and camera, and what tells them from others. Clips that come later are fitted with the same; only where one that
         they were fitted to has changed are they found anew, since canonical landmarks of two identities cannot be compared."""
         file = self.cache / "heads" / f"{source.speaker}.safetensors"
-        tensors, config = _stored(file, HEADS)
+        tensors, config = stored_tensors(file, HEADS)
         fitted_to, settings = config.get("points", {}), [asdict(self.config.fit), self.config.person_frames]
         if config and config.get("settings") in (settings, None) and all(digests.get(name, digest) == digest for name, digest in fitted_to.items()):
             person = Person(tensors["identity"].numpy(), config["focal_px"]) if config["focal_px"] else None
@@ -371,10 +371,10 @@ class _Builder:
 
     def _offsets_key(self) -> str:
         clips = [
-            (s.speaker, c, _fingerprint(p), _digest(self._file("motion", s, c)), s.learn, s.evaluated, s.test_part) for s, c, p in self._clips()
+            (s.speaker, c, fingerprint(p), _digest(self._file("motion", s, c)), s.learn, s.evaluated, s.test_part) for s, c, p in self._clips()
         ]
         model = None if self.anchor is not None else self._sync_model().learned_from
-        return hashlib.sha256(json.dumps([_encoder_key(self.encoder), self.anchor, model, clips]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([encoder_key(self.encoder), self.anchor, model, clips]).encode()).hexdigest()
 
     def _sync_model(self) -> SyncModel:
         model = self.sync or SyncModel.load()
@@ -444,10 +444,10 @@ class _Builder:
                     "speaker": source.speaker,
                     "offset_frames": result.offset_frames,
                     "made_of": {
-                        "encoder": _encoder_key(self.encoder),
+                        "encoder": encoder_key(self.encoder),
                         "variants": [asdict(v) for v in self.config.variants],
                         "seed": self.config.seed,
-                        "video": _fingerprint(path),
+                        "video": fingerprint(path),
                         "motion": _digest(motion),
                     },
                 }
@@ -502,7 +502,7 @@ def synthesise(
     encoder, folder, started = encoder or create_encoder(), Path(cache) / "examples" / "synthetic", time.perf_counter()
     key = {
         "config": asdict(config) | {"languages": list(config.languages)},
-        "encoder": _encoder_key(encoder),
+        "encoder": encoder_key(encoder),
         "variants": [asdict(v) for v in variants],
         "espeak": metadata.version(espeak.PACKAGE) if espeak.installed() else None,
     }
@@ -578,7 +578,7 @@ def _example(cache: Path | str, taken: Taken) -> SpeechExample:
 # --- what files were made of -------------------------------------------------------------------------------------------------------------
 
 
-def _encoder_key(encoder: AudioEncoder) -> list:
+def encoder_key(encoder: AudioEncoder) -> list:
     """Name, size, and the window: rows of past, read at once, of future."""
     return [encoder.name, encoder.dim, list(encoder.window)]
 
@@ -588,7 +588,7 @@ def _disagreement(result: SyncResult) -> str:
     return f"sound and mouth do not agree (sync margin {result.margin:.2f}, {needed:.2f} is needed at {result.frames / 25:.1f} s)"
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """Of a video, cheaply: its size and the first and last mebibyte."""
     size, part = path.stat().st_size, 1 << 20
     with open(path, "rb") as f:
@@ -603,7 +603,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
-def _stored(file: Path, schema: str) -> tuple[dict[str, Tensor], dict]:
+def stored_tensors(file: Path, schema: str) -> tuple[dict[str, Tensor], dict]:
     """A file of the corpus; nothing where it is not there or damaged, since it can be made anew."""
     try:
         return load_tensors(file, schema, 1)

@@ -25,6 +25,7 @@ from hicode.speech.faceformer import SpeechModels
 from hicode.speech.sync import SyncModel
 from hicode.training import synthetic
 from hicode.training.corpus import BuildConfig, Built, Step, Tracker, build, learnable, load_synthetic, synthesise
+from hicode.training.presence import CONDITIONS, PresenceConfig, Recording, learn_presence
 from hicode.training.sources import find_sources
 from hicode.training.speech import (
     PretrainConfig,
@@ -67,6 +68,7 @@ def pretrain_folders(
     *,
     manifest: Path | str | None = None,
     sync_out: Path | str | None = None,
+    presence_out: Path | str | None = None,
     corpus: BuildConfig = BuildConfig(),
     encoder: AudioEncoder | None = None,
     sync: SyncModel | None = None,
@@ -75,8 +77,8 @@ def pretrain_folders(
 ) -> dict:
     """Learn weights from the folders and write them to `out`; the report, which also lies beside it as JSON and Markdown.
 
-    `manifest` as `find_sources` has it. `sync_out`: also write the sync model, which needs a manifest with an anchor. `corpus`, `encoder`, `sync` and
-    `tracker` as `build` has them. InputError where there are fewer than two usable speakers, or an option does not make sense.
+    `manifest` as `find_sources` has it. `sync_out`: also write the sync model, which needs a manifest with an anchor. `presence_out`: also learn and
+    write the score of speech, from all but the anchor, who measures it. `corpus`, `encoder`, `sync` and `tracker` as `build` has them. InputError where there are fewer than two usable speakers, or an option does not make sense.
     """
     tune_allocator()
     out, cache, started = Path(out), Path(cache), time.perf_counter()
@@ -85,7 +87,7 @@ def pretrain_folders(
     sources = find_sources(folders, manifest)
     if sync_out is not None and sources.anchor is None:
         raise InputError("A sync model is learned only from a manifest that names an anchor. Name one there, or leave --sync-out out.")
-    for file in filter(None, (out, sync_out, cache / "corpus.json")):
+    for file in filter(None, (out, sync_out, presence_out, cache / "corpus.json")):
         check_writable(file)
     encoder = encoder or create_encoder()
     corpus = replace(corpus, clips=config.sentences)
@@ -101,6 +103,17 @@ def pretrain_folders(
         wanted = synthetic.CorpusConfig(minutes=config.synthetic_minutes, speakers=config.synthetic_speakers, seed=config.seed)
         steps["synthesise"] = synthesise(cache, wanted, encoder=encoder, variants=corpus.variants, progress=progress)
         imagined = [item.example for item in load_synthetic(cache)]
+
+    presence = None
+    if presence_out is not None:
+        began, paths = time.perf_counter(), {s.speaker: s.clips for s in sources.speakers}
+        heard = [t for t in built.taken if t.learned_frames and t.speaker != sources.anchor]
+        recordings = [Recording(t.speaker, t.terms, paths[t.speaker][t.clip], t.learned_frames) for t in heard]
+        wanted = PresenceConfig(seed=config.seed)
+        steps["presence"], presence = learn_presence(recordings, cache, encoder, wanted, bool(imagined), progress)
+        steps["presence"].seconds = round(time.perf_counter() - began, 1)
+        Path(presence_out).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(cache / "presence.safetensors", presence_out)
 
     learning = time.perf_counter()
     training = replace(PretrainConfig(), steps=config.steps, seed=config.seed)
@@ -128,9 +141,10 @@ def pretrain_folders(
         "anchor": sources.anchor,
         "note": note,
         "errors_mm": errors(models, examples),
+        "presence": presence,
         "steps": {name: asdict(step) for name, step in steps.items()},
         "seconds": round(time.perf_counter() - started, 1),
-        "sha256": {f.name: sha256(f) for f in map(Path, filter(None, (out, sync_out)))},
+        "sha256": {f.name: sha256(f) for f in map(Path, filter(None, (out, sync_out, presence_out)))},
         "provenance": provenance(
             {"pretraining": config, "training": training, "corpus": corpus, "encoder": encoder.name, "window": list(encoder.window)},
             config.seed,
@@ -210,9 +224,31 @@ def markdown(report: dict, built: Built) -> str:
     for row in report["errors_mm"]:
         cells = [f"{row[k]:.2f} ({row[k + '_still']:.2f})" for k in ("expression", "landmarks")]
         lines.append(f"| {row['speaker']} | {' | '.join(cells)} |")
+    if report["presence"]:
+        lines += _presence(report["presence"])
     lines += ["", "## Time", "", "| step | seconds | made | kept from before |", "|---|---|---|---|"]
     lines += [f"| {name} | {step['seconds']:.0f} | {step['made']} | {step['kept']} |" for name, step in report["steps"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _presence(figures: dict) -> list[str]:
+    percent = lambda share: "-" if share is None else f"{100 * share:.1f}"
+    return [
+        "",
+        "## Whether somebody speaks",
+        "",
+        f"Of single rows of 20 ms, in %, from {figures['speech_s']:.0f} s of speech; each speaker by a score that has learned from others. Missed: speech that is "
+        "taken for none. Taken: what is taken for speech between their words, as far as a quiet recording lets that be told.",
+        "",
+        f"| speaker | speech, s | {' | '.join(f'missed, {c}' for c in CONDITIONS)} | taken |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row['speaker']} | {row['speech_s']:.0f} | {' | '.join(percent(row['missed'][c]) for c in CONDITIONS)} | {percent(row['taken'])} |"
+            for row in figures["speakers"]
+        ),
+        "",
+        f"Other sounds taken for speech: {', '.join(f'{kind} {percent(share)}' for kind, share in figures['other_sounds'].items())}.",
+    ]
 
 
 def _anchored(anchor: str | None) -> str:

@@ -1,23 +1,28 @@
 """Training an avatar from a prepared clip: speech models, head, compositor, each on its own as the paper trains them, then one file.
 
 A run has a folder: `config.json`, `environment.json`, `metrics.jsonl`, TensorBoard events, and a result or checkpoint per part. Training again into
-the same folder with the same clip and configuration goes on where it stopped.
+the same folder goes on where it stopped, by what each part reads: head and compositor hold while pictures, head masks, split, track, depth and
+configuration are the same, speech while sound, track and speech weights are. So sound moved by another offset costs no head.
 """
 
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar, Images
+from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar
 from hicode.avatar.compositor import Compositor, background_plate
 from hicode.avatar.deformation import Deformation
+from hicode.avatar.grain import Grain
+from hicode.avatar.images import Images
 from hicode.clip import Clip
 from hicode.errors import FileFormatError, InputError
 from hicode.face.model import HeadModel
@@ -37,10 +42,11 @@ from hicode.runtime import (
 from hicode.speech.faceformer import SpeechModels
 from hicode.training.avatar import HeadState, deform, train_head, training_split
 from hicode.training.compositor import compositor_preset, train_compositor
-from hicode.training.speech import adapt, load_generic
+from hicode.training.grain import learn_grain, project
+from hicode.training.speech import GENERIC, AdaptConfig, adapt_example, example_of, load_generic
 from hicode.training.stages import HeadConfig, Preset, head_preset
 
-RUN_SCHEMA, RUN_VERSION = "hicode-run", 1
+RUN_SCHEMA, RUN_VERSION = "hicode-run", 2
 # The pretrained parts that a clip and an avatar are made with: the report of an avatar names them with their hashes.
 PARTS = ("face_landmarks", "face_detection", "person_mask", "head_model", "speech_encoder", "perceptual")
 
@@ -77,20 +83,23 @@ def train(
     config = head or replace(head_preset(preset), seed=seed)
     _require_memory(clip)
     folder = Path(run) if run else out.parent / "runs" / out.stem
-    description = _open_run(folder, clip, config, preset, seed)
     if config.deformation.coarse == "audio":
         clip.hear()
+    description = _open_run(folder, clip, config, preset, seed)
     model = HeadModel.load()
     report = _Report(folder, progress)
     try:
-        with report.stage("speech"):
-            speech = _speech(clip, folder, report, generic, speech_weights)
+        with report.stage("speech"), progress_bar("Adapting speech", progress) as show:
+            speech = learn_speech(clip, folder / "speech.safetensors", generic, speech_weights, lambda done: show(round(100 * done), 100))
         with report.stage("head"):
             gaussians, deformation, poses = _head(clip, model, config, folder, report, place)
         with report.stage("compositor"):
             avatar = _assemble(clip, model, gaussians, deformation, poses, speech)
             if compose:
                 avatar.compositor = _compositor(clip, avatar, poses, config, preset, folder, report, seed, place)
+        if compose:
+            with report.stage("grain"):
+                avatar.grain = _grain(clip, avatar, poses, config, folder, progress)
         avatar.info = {
             "preset": preset,
             "seed": seed,
@@ -122,16 +131,31 @@ def _generic(weights: Path | str | None) -> SpeechModels | None:
     return models
 
 
-def _speech(clip: Clip, folder: Path, report: "_Report", generic: SpeechModels | None, weights: Path | str | None) -> SpeechModels:
-    stored, made_of = folder / "speech.safetensors", weights and sha256(weights)
-    if stored.exists():
-        tensors, config = load_tensors(stored, "hicode-speech", 1)
-        if config.get("generic") == made_of:
-            return SpeechModels.from_state(tensors, config)
-    with progress_bar("Adapting speech", report.visible) as show:
-        speech = adapt(clip, progress=lambda done: show(round(100 * done), 100), generic=generic)
-    tensors, config = speech.state()
-    save_tensors(stored, tensors, "hicode-speech", 1, config | {"generic": made_of})
+def learn_speech(
+    clip: Clip,
+    file: Path,
+    generic: SpeechModels | None = None,
+    weights: Path | str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> SpeechModels:
+    """The subject's speech models: those in `file` where they were made of what the clip holds now and of these weights, else learned and written there.
+
+    `generic` are the models in the file `weights`; None for those that ship.
+    """
+    generic, config = generic or load_generic(), AdaptConfig()
+    example = example_of(clip, config.encoder, generic.window)
+    digest = hashlib.sha256(json.dumps([asdict(config), sha256(weights or GENERIC)], sort_keys=True).encode())
+    for tensor in (example.features, example.expression, example.landmarks, example.speaking):
+        digest.update(repr(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+    made_of = digest.hexdigest()[:16]
+    if file.exists():
+        tensors, header = load_tensors(file, "hicode-speech", 1)
+        if header.get("made_of") == made_of:
+            return SpeechModels.from_state(tensors, header)
+        print(f"{file} was learned from other sound, track or speech weights than these, or by an earlier hicode: speech is learned anew.")
+    speech, _ = adapt_example(example, progress, config, generic)
+    tensors, header = speech.state()
+    save_tensors(file, tensors, "hicode-speech", 1, header | {"made_of": made_of})
     return speech
 
 
@@ -175,6 +199,20 @@ def _compositor(
         report=lambda found: write_json(folder / "compositor.json", asdict(found)),
         device=device,
     )
+
+
+def _grain(clip: Clip, avatar: Avatar, poses: Tensor, head: HeadConfig, folder: Path, visible: bool) -> Grain | None:
+    """The recording's fine detail, as much of it as pays on frames that the head has not trained on; None where it has none that does."""
+    known, unseen = training_split(clip, head.validation_frames)
+    if not unseen:
+        return None
+    motion = replace(clip.track.motion[slice(clip.train[0], clip.train[-1] + 1)], T_camera_head=poses)
+    places = [project(avatar, motion, [t - clip.train[0] for t in frames]) for frames in (known, unseen)]
+    grain, found = learn_grain(avatar, _Samples(clip, avatar, poses, known), places[0], _Samples(clip, avatar, poses, unseen), places[1])
+    write_json(folder / "grain.json", asdict(found))
+    if visible:
+        print(found)
+    return grain
 
 
 def _require_memory(clip: Clip) -> None:
@@ -280,35 +318,71 @@ def _preview_image(clip: Clip, state: HeadState) -> np.ndarray:
 
 
 def _open_run(folder: Path, clip: Clip, config: HeadConfig, preset: Preset, seed: int) -> dict:
-    """Write what the run is, or find that it is the same as the one in the folder; another run's folder is set aside, never mixed."""
-    description = {
-        "schema": RUN_SCHEMA,
-        "version": RUN_VERSION,
-        "preset": preset,
-        "seed": seed,
-        "clip": _fingerprint(clip),
-        "config": json.loads(json.dumps(asdict(config))),
-    }
-    description["hash"] = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    """Write what the run is, or find that it is the same as the one in the folder; another run's folder is set aside, never mixed.
+
+    The run's identity is that of head and compositor: speech says itself what it was learned from (`learn_speech`).
+    """
+    what = {"preset": preset, "seed": seed, "config": json.loads(json.dumps(asdict(config)))}
+    description = {"schema": RUN_SCHEMA, "version": RUN_VERSION, "pictures": _pictures(clip)} | what
     file = folder / "config.json"
     if file.exists():
-        try:
-            old = read_json(file, RUN_SCHEMA, RUN_VERSION)
-        except FileFormatError:
-            old = {}
-        if old.get("hash") == description["hash"]:
+        old = _read_run(file)
+        if old == description:
             return description
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        before = {"schema": RUN_SCHEMA, "version": 1, "clip": _fingerprint_v1(clip)} | what
+        if old == before | {"hash": hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:16]}:
+            write_json(file, description)
+            return description
+        aside = _free_name(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
-        print(f"{folder} held another run; it is now {aside}.")
+        print(f"{folder} held another run ({_difference(old, description)}); it is now {aside}.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, description)
     write_json(folder / "environment.json", provenance())
     return description
 
 
-def _fingerprint(clip: Clip) -> str:
-    """Changes with whatever training reads: the clip's settings and split, and its track."""
+def _free_name(wanted: str) -> Path:
+    """Nothing is called so yet: two runs may be set aside in one second."""
+    names = chain([wanted], (f"{wanted}-{i}" for i in count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
+
+
+def _read_run(file: Path) -> dict:
+    try:
+        old = read_json(file)
+    except FileFormatError:
+        return {}
+    return old if isinstance(old, dict) and old.get("schema") == RUN_SCHEMA else {}
+
+
+def _difference(old: dict, new: dict) -> str:
+    """Why the old run is not the new one, for the terminal."""
+    if not old:
+        return "its config.json does not say which"
+    if old.get("version") != new["version"]:
+        return "made by another hicode from this clip as it was then, or from another"
+    names = {"preset": "preset", "seed": "seed", "config": "configuration", "pictures": "pictures, masks, split, track or depth"}
+    return "other " + ", ".join(name for key, name in names.items() if old.get(key) != new[key])
+
+
+def _pictures(clip: Clip) -> str:
+    """Changes with whatever head and compositor read of a clip, and with nothing else: its training frames and head masks, track and depth; of the
+    sound nothing, but where its features move the head directly (`Clip.hear`)."""
+    digest = hashlib.sha256(json.dumps([clip.width, clip.height, clip.train.start, clip.train.stop]).encode())
+    pictures = [clip.path / kind / f"{t:06d}.png" for kind in ("frames", "masks/head") for t in clip.train]
+    for file in (clip.path / "track.safetensors", clip.path / "depth.safetensors", *pictures):
+        try:
+            digest.update(bytes.fromhex(sha256(file)))
+        except OSError as error:
+            raise FileFormatError(f"{file} is missing or damaged ({error.strerror}). Run hicode prepare again.") from error
+    if clip.track.motion.speech is not None:
+        digest.update(clip.track.motion.speech.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint_v1(clip: Clip) -> str:
+    """What run folders of version 1 know their clip by: all settings and results of its preparation, and its track."""
     digest = hashlib.sha256((clip.path / "clip.json").read_bytes())
     digest.update((clip.path / "track.safetensors").read_bytes())
     return digest.hexdigest()[:16]
