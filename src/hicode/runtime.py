@@ -49,7 +49,7 @@ def cores() -> int:
 def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
     """Where training and synthesis run. Raises InputError where CUDA is asked for and torch or gsplat cannot give it.
 
-    `auto` is the CPU even where there is a GPU: the CUDA path is tested against a stand-in (tests/test_cuda.py), no real GPU has run it yet.
+    `auto` is the CPU even where there is a GPU: gsplat compiles itself for minutes at its first use, which nobody should meet unasked.
     """
     if device != "cuda":
         return "cpu"
