@@ -362,25 +362,29 @@ def _paste(layers, residual, inside, field, scale, lips, out):
     """`PlainComposite.output` in one pass, rounded, into the inside pixels of `out`; `residual` as `residual_subpixels`, or empty for 0. The grain's
     `field` (or an empty one) times `scale` is added as far as the render covers, fading within the ellipse `lips`."""
     h, w = inside.shape
-    zero, most = np.float32(0), np.float32(255)
+    zero, one, most = np.float32(0), np.float32(1), np.float32(255)
     extra = np.zeros((w + 1, 3), np.float32)  # a row of the residual
+    grain = np.zeros(w, np.float32)  # and of the grain
+    across, down = np.float32(2) / (lips[2] * lips[2]), np.float32(2) / (lips[3] * lips[3])
     for y in range(h):
         if residual.shape[0] > 0:
             half, top = residual[y >> 1], 2 * (y & 1)
             for x in range((w + 1) // 2):
                 for c in range(3):
                     extra[2 * x, c], extra[2 * x + 1, c] = half[x, 4 * c + top], half[x, 4 * c + top + 1]
+        if field.shape[0] > 0:
+            height = down * (np.float32(y) - lips[1]) * (np.float32(y) - lips[1]) - one
+            levels = field[y]
+            for x in range(w):
+                dx = np.float32(x) - lips[0]
+                grain[x] = scale * min(max(across * dx * dx + height, zero), one) * (np.float32(levels[x]) - np.float32(128))
         for x in range(w):
             if inside[y, x]:
-                weight, behind = layers[y, x, 10], np.float32(1) - layers[y, x, 3]
-                grain = zero
-                if field.shape[0] > 0:
-                    dx, dy = (np.float32(x) - lips[0]) / lips[2], (np.float32(y) - lips[1]) / lips[3]
-                    beyond = min(max(np.float32(2) * (dx * dx + dy * dy) - np.float32(1), zero), np.float32(1))
-                    grain = scale * layers[y, x, 3] * beyond * (np.float32(field[y, x]) - np.float32(128))
+                weight, alpha = layers[y, x, 10], layers[y, x, 3]
+                more = alpha * grain[x]
                 for c in range(3):
                     fill = layers[y, x, 7 + c]
-                    value = (fill + weight * (layers[y, x, c] + extra[x, c] + grain + behind * fill - fill)) * most + np.float32(0.5)
+                    value = (fill + weight * (layers[y, x, c] + extra[x, c] + more - alpha * fill)) * most + np.float32(0.5)
                     out[y, x, c] = np.uint8(np.int32(min(max(value, zero), most)))
 
 
