@@ -640,3 +640,11 @@ def test_a_source_that_is_another_video_is_refused(tmp_path, wav):
             avatar, wav, tmp_path / "out.mp4", original_size=True, source_video=tmp_path / "short.mp4", progress=False
         )
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_grain_goes_by_the_frame_and_stands_still_with_a_held_one():
+    """The fake writes the index that grain goes by into a pixel."""
+    played = [int(frame[30, 32, 0]) for frame in synthesize(FakeAvatar(), speechlike(0.5))]
+    assert played == list(range(len(played))) and len(played) > 10
+    held = [int(frame[30, 32, 0]) for frame in synthesize(FakeAvatar(), speechlike(0.5), still=True, start=2)]
+    assert set(held) == {0}

@@ -279,7 +279,8 @@ class Stream:
             motion = self._idler(motion, self._near_own_blink(count))
         if self._heard is not None:
             motion = replace(motion, speech=self._frame_features(count))
-        self._motions.extend(_Waiting(int(t), motion[i : i + 1], self._moved + i) for i, t in enumerate(indices))
+        # A held frame's grain stands still, on the head as around it.
+        self._motions.extend(_Waiting(int(t), motion[i : i + 1], 0 if self.still else self._moved + i) for i, t in enumerate(indices))
         self._moved += count
 
     def _played(self, begin: int, end: int) -> np.ndarray:

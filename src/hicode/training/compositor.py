@@ -449,11 +449,11 @@ def _judge(
         composite = plain_composite(rgb, alpha, frame, plate, seam)
         truth = frame[seam.window].astype(np.float32) / 255
         residual = generator.residual(composite.layers)
-        truth_features = distance.normalized(_image(truth))
+        truth_features = distance.normalized(lpips_input(truth))
         for s in strengths:
             output = np.where(seam.inside[..., None], np.clip(composite.output(s * residual), 0, 1), truth)
             mse = ((output - truth)[seam.inside] ** 2).mean()
-            perceptual = distance.from_features(distance.normalized(_image(output)), truth_features).item()
+            perceptual = distance.from_features(distance.normalized(lpips_input(output)), truth_features).item()
             scores[s].append((-10 * np.log10(max(mse, 1e-10)), perceptual))
     if not scores[0.0]:
         raise TrainingError(
@@ -480,8 +480,8 @@ def _judge(
     return generator, report
 
 
-def _image(x: np.ndarray) -> Tensor:
-    """LPIPS wants a batch, planar, and a least size."""
+def lpips_input(x: Float[np.ndarray, "h w 3"]) -> Float[Tensor, "1 3 h w"]:
+    """An image in [0, 1] as LPIPS wants it: a batch, planar, of a least size."""
     image = torch.from_numpy(np.ascontiguousarray(x, np.float32)).permute(2, 0, 1)[None]
     h, w = image.shape[-2:]
     return F.pad(image, (0, max(0, SMALLEST_SIDE_PX - w), 0, max(0, SMALLEST_SIDE_PX - h)))

@@ -15,8 +15,8 @@ from jaxtyping import Float, Float32, UInt8
 from hicode.avatar.avatar import Avatar
 from hicode.avatar.compositor import compose
 from hicode.avatar.grain import Grain, lips_ellipse
-from hicode.perceptual import SMALLEST_SIDE_PX, lpips
-from hicode.training.compositor import Samples
+from hicode.perceptual import lpips
+from hicode.training.compositor import Samples, lpips_input
 
 FIELDS = 16
 STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
@@ -64,14 +64,14 @@ def learn_grain(
         head = mask > 127
         if not head.any():
             continue
-        truth = distance.normalized(_image(frame))
+        truth = distance.normalized(lpips_input(frame / np.float32(255)))
         for strength in scores:
             grain.strength = strength
             layer = grain.layer(unseen_px[k], k) if strength else None
             out = compose(rgb, alpha, frame, mask, avatar.plate, avatar.compositor, layer)
             error = ((out[head].astype(np.float64) - frame[head]) / 255) ** 2
             with torch.inference_mode():
-                apart = distance.from_features(distance.normalized(_image(out)), truth).item()
+                apart = distance.from_features(distance.normalized(lpips_input(out / np.float32(255))), truth).item()
             scores[strength].append((-10 * np.log10(max(error.mean(), 1e-10)), apart))
     means = {s: np.mean(v, 0) for s, v in scores.items() if v}
     if not means:
@@ -112,8 +112,3 @@ def project(avatar: Avatar, motion, frames: Sequence[int]) -> Float[np.ndarray, 
     """Where the landmarks of frames of a motion fall in the avatar's picture, px."""
     return np.stack([avatar.landmarks_px(motion, int(t)) for t in frames])
 
-
-def _image(x: np.ndarray) -> torch.Tensor:
-    image = torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)[None].float() / 255
-    h, w = image.shape[-2:]
-    return torch.nn.functional.pad(image, (0, max(0, SMALLEST_SIDE_PX - w), 0, max(0, SMALLEST_SIDE_PX - h)))
