@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hicode.avatar.compositor import Compositor, compose
 from hicode.avatar.deformation import Deformation
-from hicode.avatar.grain import Grain, GrainLayer
+from hicode.avatar.grain import Grain
 from hicode.avatar.images import Images
 from hicode.avatar.inference import FrameDeformer
 from hicode.camera import Camera
@@ -126,7 +126,7 @@ class Avatar:
     ) -> UInt8[np.ndarray, "h w 3"]:
         """The head rendered at frame t of a motion, composited onto `frame` within its dilated head mask (Eqs 17-18); `index` tells one frame's grain
         from the next one's."""
-        grain: GrainLayer | None = self.grain.layer(self.landmarks_px(motion, t), index) if self.grain is not None else None
+        grain = self.grain.layer(self.landmarks_px(motion, t), index) if self.grain is not None else None
         return compose(rendering.rgb, rendering.alpha, frame, head_mask, self.plate, self.compositor, grain)
 
     def synthesize_frame(

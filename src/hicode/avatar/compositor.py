@@ -238,7 +238,7 @@ def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     distance = _distance_from_head(head_mask[y0:y1, x0:x1], jaw)
     weight = np.clip((reach - distance) / np.float32(feather), 0, 1)
     # The jaw's further reach may be changed but need not be hidden: the neck there is this frame's own, and no plate knows where its collar is.
-    rim = max(3, 2 * round(hide) - 1)
+    rim = max(3, 2 * round(hide) - 1)  # the diameter that leaves out what lies `hide` away and more
     head = cv2.threshold(head_mask[y0:y1, x0:x1], 127, 1, cv2.THRESH_BINARY)[1]
     hidden = cv2.dilate(head, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (rim, rim))) > 0
     return Seam((x0, y0, x1, y1), distance < reach, hidden, weight)

@@ -1,7 +1,7 @@
 """Learning a subject's grain (`hicode.avatar.grain`): what training frames have over their renders, and how much of it to give back.
 
 Grain cannot be right pixel by pixel, so it costs squared error what it wins in likeness. How much is given is measured on frames that the head has not
-trained on: as much of it as costs at most `MOST_DB` of the head's PSNR, none where LPIPS does not fall.
+trained on: of the strengths that cost at most `MOST_DB` of the head's PSNR the one with the best LPIPS, none where LPIPS does not fall.
 """
 
 from collections.abc import Sequence
