@@ -257,7 +257,7 @@ def clip_on_disk(path: Path, drawn, seconds: int = 2) -> Path:
         write_png(path / "masks/head" / f"{i:06d}.png", drawn.head_mask(int(k)))
     track = drawn.track
     save_track(path / "track.safetensors", FaceTrack(track.motion[order], track.identity, track.camera, track.landmarks_px[order], track.confidence[order]))
-    save_tensors(path / "depth.safetensors", {"depth": drawn.depth()}, "hicode-depth", 1)
+    save_tensors(path / "depth.safetensors", {"frames": torch.tensor(list(drawn.depths())), "depth": np.stack(list(drawn.depths().values()))}, "hicode-depth", 2)
     config = json.loads((path / "clip.json").read_text())
     config |= {"steps": {"faces": {"settings": {"start": 0.0}}}, "test": [t - 3, t]}
     (path / "clip.json").write_text(json.dumps(config))

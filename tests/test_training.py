@@ -57,7 +57,7 @@ def clip(model):
     track = FaceTrack(Motion(expression, landmarks, poses), identity, camera, torch.stack(points), torch.ones(FRAMES))
     return SimpleNamespace(
         train=range(FRAMES - 2), test=range(FRAMES - 2, FRAMES), track=track, width=SIZE, height=SIZE,
-        image=lambda t: images[t], head_mask=lambda t: masks[t], depth=lambda: depths[0],
+        image=lambda t: images[t], head_mask=lambda t: masks[t], depths=lambda: {t: depths[t] for t in (0, 5, 2)},  # ahead, to one side, to the other
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(clip, model, tmp_path):
 def test_the_first_stage_sees_one_frame_and_leaves_the_network_alone(clip, model):
     seen = []
     clip_ = SimpleNamespace(**(vars(clip) | {"image": lambda t: seen.append(t) or clip.image(t)}))
-    config = a_config(preload_bytes=0)
+    config = a_config(preload_bytes=0, views=1)
     untrained = training.start(clip, model, config).deformation.control.state_dict()
     _, deformation, _ = training.train_head(clip_, model, config, stop_at=8)
     assert set(seen) == {0}
@@ -138,12 +138,35 @@ def test_decoded_frames_stay_within_the_memory_given(clip):
 
 
 def test_points_start_where_the_first_frame_shows_the_head(clip, model):
-    gaussians, deformation = training.initial_cloud(clip, model, a_config())
+    gaussians, deformation = training.initial_cloud(clip, model, a_config(views=1))
     moved = training.deform(gaussians, deformation, clip.track.motion, 0, learned=False)
     px, _ = clip.track.camera_at(0).project(moved.means[:-60])  # the last 60 are teeth and tongue
     inside = clip.head_mask(0)[px[:, 1].long().clamp(0, SIZE - 1), px[:, 0].long().clamp(0, SIZE - 1)] > 0
     assert inside.all()
     assert len(gaussians) == 900
+
+
+def test_points_of_several_frames_lie_where_each_shows_the_head(clip, model):
+    """Carried into a frame's expression, its points lie on its depth map, in front of its pixels of their colour; every patch comes from the frame that
+    looks at it: points of the head's left side from the one that turns it to the camera.
+    """
+    config, depths = a_config(), clip.depths()
+    gaussians, deformation = training.initial_cloud(clip, model, config)
+    off, colour = [], []
+    for t, depth in depths.items():
+        moved = training.deform(gaussians, deformation, clip.track.motion, t, learned=False)
+        px, z = clip.track.camera_at(t).project(moved.means[:-60])
+        column, row = px.long().clamp(0, SIZE - 1).T.numpy()
+        off.append(np.nan_to_num(np.abs(z.numpy() - depth[row, column]), nan=9.0))
+        colour.append(np.abs(gaussians.colors[:-60].numpy() - clip.image(t)[row, column] / 255).max(1))
+    owner = np.argmin(off, 0)
+    counts = np.bincount(owner, minlength=3)
+    assert len(gaussians) == 900 and (counts > 30).all(), counts
+    assert np.min(off, 0).max() < 1e-3  # dm: carried there and back, in float32
+    assert np.take_along_axis(np.stack(colour), owner[None], 0).max() < 1e-6
+    yaw = clip.track.motion.T_camera_head[list(depths), 2, 0]  # of the head's x axis in depth: the more negative, the more its left side is turned to us
+    side = [gaussians.means[:-60][owner == k, 0].mean() for k in range(3)]
+    assert side[int(yaw.argmin())] > side[int(yaw.argmax())] + 0.1, (side, yaw)
 
 
 def test_a_nan_stops_the_run_and_names_step_and_term(clip, model, monkeypatch):

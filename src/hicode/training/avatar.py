@@ -8,14 +8,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
-from hicode.avatar.deformation import Carrier, Deformation, bind
+from hicode.avatar.deformation import Binding, Carrier, Deformation, bind
 from hicode.camera import Camera
 from hicode.clip import Clip
 from hicode.errors import InputError
@@ -107,31 +111,22 @@ def head_window(masks: list[UInt8[np.ndarray, "h w"]]) -> tuple[int, int, int, i
 
 
 def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gaussians, Deformation]:
-    """Depth-based initialisation (Remark on 3DGS Initialization): a point per sampled pixel of the first training frame's head, and a Deformation
-    bound to it. Points seen in that frame's expression are carried back to the canonical, neutral one. Table 2's random initialisation has random
-    points instead.
+    """Depth-based initialisation (Remark on 3DGS Initialization): points on the head as some training frames show it, and a Deformation bound to
+    them. Points seen in a frame's expression are carried back to the canonical, neutral one. Table 2's random initialisation has random points instead.
     """
     rng = np.random.default_rng((config.seed, 1))
-    track, t = clip.track, clip.train[0]
+    track = clip.track
     expression, landmarks = track.motion.expression, track.motion.landmarks
     train = slice(clip.train[0], clip.train[-1] + 1)
 
-    depth, mask, image = clip.depth(), clip.head_mask(t), clip.image(t)
-    ys, xs = np.where((mask > 127) & np.isfinite(depth))
-    if len(ys) < 100:
-        raise InputError(f"Only {len(ys)} px of the first training frame (frame {t}) show the head. Trim the clip's start.")
-    chosen = rng.choice(len(ys), min(config.gaussians - config.mouth_gaussians, len(ys)), replace=False)
-    ys, xs = ys[chosen], xs[chosen]
-    pixels = torch.from_numpy(np.stack([xs + 0.5, ys + 0.5], 1).astype(np.float32))
-    points = track.camera_at(t).unproject(pixels, torch.from_numpy(depth[ys, xs].astype(np.float32)))
-    colors = torch.from_numpy(image[ys, xs].astype(np.float32) / 255)
-
-    vertices = model.vertices(track.identity, expression[t])
+    parts = _seen_points(clip, config.views, config.gaussians - config.mouth_gaussians, rng)
+    first = parts[0][2]
+    vertices = model.vertices(track.identity, expression[first])
     if config.mouth_gaussians:
-        inner, inner_colors = _mouth_points(vertices, model, config.mouth_gaussians, rng)
-        points, colors = torch.cat([points, inner]), torch.cat([colors, inner_colors])
+        parts.append((*_mouth_points(vertices, model, config.mouth_gaussians, rng), first))
     if config.initialisation == "random":
-        points, colors = _random_points(vertices, config.gaussians, rng)
+        parts = [(*_random_points(vertices, config.gaussians, rng), first)]
+    points, colors = (torch.cat(p) for p in list(zip(*parts))[:2])
 
     center = vertices.mean(0)
     radius = float((points - center).norm(dim=1).quantile(0.99))
@@ -147,10 +142,59 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
     motion_extent = landmarks[train].std(0).norm(dim=1)
     deformation.register_buffer("landmark_motion", motion_extent)
     if carrier is not None:
-        deformation.binding = bind(points, vertices, model.triangles, landmarks[t])
-        points = points - deformation.carry(expression[t], landmarks[t])
+        at_rest, bindings = [], []
+        for seen, _, t in parts:
+            deformation.binding = bind(seen, model.vertices(track.identity, expression[t]), model.triangles, landmarks[t])
+            at_rest.append(seen - deformation.carry(expression[t], landmarks[t]))
+            bindings.append(deformation.binding)
+        points, deformation.binding = torch.cat(at_rest), reduce(Binding.cat, bindings)
     cloud = gaussians_from_points(points, colors, config.initial_opacity, max_scale=0.1)
     return cloud, deformation
+
+
+_NORMAL_PX = 4.0  # at 512: depth is smoothed over so many pixels before its slope is taken
+
+
+def _seen_points(clip: Clip, views: int, count: int, rng: np.random.Generator) -> list[tuple[Tensor, Tensor, int]]:
+    """(points "n 3" of the head frame, their colours, the frame that shows them) by frame; at most `count`, the first training frame's first.
+
+    Each of the first `views` frames whose depth is known gives the pixels that face its camera more than any other's: a cheek comes from the frame that turns it to
+    the camera, where its depth is sure, and no patch of skin comes twice. Pixels are drawn evenly. InputError where the first frame shows no head.
+    """
+    track, depths = clip.track, dict(islice(clip.depths().items(), views))
+    eyes = {t: torch.linalg.inv(track.motion.T_camera_head[t].double())[:3, 3].float() for t in depths}
+    found = []
+    for t, depth in depths.items():
+        camera = track.camera_at(t)
+        ys, xs = np.where((clip.head_mask(t) > 127) & np.isfinite(depth))
+        if not found and len(ys) < 100:
+            raise InputError(f"Only {len(ys)} px of the first training frame (frame {t}) show the head. Trim the clip's start.")
+        pixels = torch.from_numpy(np.stack([xs + 0.5, ys + 0.5], 1).astype(np.float32))
+        points = camera.unproject(pixels, torch.from_numpy(depth[ys, xs].astype(np.float32)))
+        normals = _normals(depth, camera)[ys, xs]
+        facing = {k: (normals * F.normalize(eye - points, dim=1)).sum(1) for k, eye in eyes.items()}
+        own = torch.stack(list(facing.values())).amax(0) == facing[t]
+        found.append((points[own], clip.image(t)[ys[own], xs[own]], t))
+    sizes = [len(points) for points, _, _ in found]
+    chosen = np.sort(rng.choice(sum(sizes), min(count, sum(sizes)), replace=False))
+    parts = []
+    for (points, image, t), end in zip(found, np.cumsum(sizes)):
+        rows = chosen[(chosen >= end - len(points)) & (chosen < end)] - (end - len(points))
+        parts.append((points[torch.from_numpy(rows)], torch.from_numpy(image[rows].astype(np.float32) / 255), t))
+    return parts
+
+
+def _normals(depth: Float32[np.ndarray, "h w"], camera: Camera) -> Float[Tensor, "h w 3"]:
+    """Unit normals of a depth map's surface in the head frame, towards the camera."""
+    h, w = depth.shape
+    smooth = cv2.GaussianBlur(np.where(np.isfinite(depth), depth, np.nanmax(depth)), (0, 0), _NORMAL_PX * max(h, w) / 512)
+    x, y = np.meshgrid(np.arange(w) + 0.5, np.arange(h) + 0.5)
+    pixels = torch.from_numpy(np.stack([x.ravel(), y.ravel()], 1).astype(np.float32))
+    surface = camera.unproject(pixels, torch.from_numpy(smooth.ravel().astype(np.float32))).view(h, w, 3)
+    down, right = torch.gradient(surface, dim=(0, 1))
+    normal = F.normalize(torch.linalg.cross(down, right), dim=-1)
+    eye = torch.linalg.inv(camera.T_camera_head.double())[:3, 3].float()
+    return normal * ((eye - surface) * normal).sum(-1, keepdim=True).sign()
 
 
 def _random_points(vertices: Tensor, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
