@@ -154,7 +154,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(device):
 
 def short(**changes):
     """All three stages, density control and anchors; few Gaussians, since the stand-in for gsplat is dense."""
-    stages = Stage("initialise", 3, "first", False, True), Stage("deform", 4, "all", True, True), Stage("refine", 3, "all", True, False)
+    stages = Stage("initialise", 3, "views", False, True), Stage("deform", 4, "all", True, True), Stage("refine", 3, "all", True, False)
     density = DensityConfig(every=2, start=2, budget=170, grad_threshold=0.0)
     return a_config(stages=stages, gaussians=150, mouth_gaussians=20, density=density, **changes)
 

@@ -63,7 +63,7 @@ def clip(model):
 
 def a_config(**changes):
     config = HeadConfig(
-        (Stage("initialise", 8, "first", False, True), Stage("deform", 12, "all", True, True), Stage("refine", 20, "all", True, False)),
+        (Stage("initialise", 8, "views", False, True), Stage("deform", 12, "all", True, True), Stage("refine", 20, "all", True, False)),
         gaussians=900,
         mouth_gaussians=60,
         loss=LossWeights(vgg=0, wing=0),
@@ -107,13 +107,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(clip, model, tmp_path):
     assert torch.equal(whole[2], resumed[2])
 
 
-def test_the_first_stage_sees_one_frame_and_leaves_the_network_alone(clip, model):
+@pytest.mark.parametrize("views, expected", [(1, {0}), (2, {0, 5}), (5, {0, 2, 5})])
+def test_the_first_stage_sees_the_frames_that_points_come_from_and_leaves_the_network_alone(clip, model, views, expected):
     seen = []
     clip_ = SimpleNamespace(**(vars(clip) | {"image": lambda t: seen.append(t) or clip.image(t)}))
-    config = a_config(preload_bytes=0, views=1)
+    config = a_config(preload_bytes=0, views=views)
     untrained = training.start(clip, model, config).deformation.control.state_dict()
     _, deformation, _ = training.train_head(clip_, model, config, stop_at=8)
-    assert set(seen) == {0}
+    assert set(seen) == expected
     for name, tensor in deformation.control.state_dict().items():
         assert torch.equal(tensor, untrained[name]), name
 
@@ -178,7 +179,7 @@ def test_a_nan_stops_the_run_and_names_step_and_term(clip, model, monkeypatch):
 @pytest.mark.parametrize("preset", ["draft", "standard", "paper"])
 def test_presets_are_the_papers_three_stages(preset):
     names = [(s.name, s.frames, s.deform, s.density) for s in head_preset(preset).stages]
-    assert names == [("initialise", "first", False, True), ("deform", "all", True, True), ("refine", "all", True, False)]
+    assert names == [("initialise", "views", False, True), ("deform", "all", True, True), ("refine", "all", True, False)]
 
 
 def test_the_paper_preset_is_the_papers_schedule_and_network():

@@ -45,9 +45,11 @@ Log = Callable[[int, dict[str, float]], None]
 class TrainingFrames:
     """Frames, head masks and mouth boxes of the training part, cut to the window that the head touches; as many as the memory given allows are kept decoded."""
 
-    def __init__(self, clip: Clip, preload_bytes: int, validation: int = 0):
+    def __init__(self, clip: Clip, preload_bytes: int, validation: int = 0, views: int = 1):
+        """`views`: as `HeadConfig`'s; which frames (their places) these are, `self.views` says, those held back left out."""
         self.clip = clip
         self.frames, _ = training_split(clip, validation)
+        self.views = [self.frames.index(t) for t in islice(clip.depths(), views) if t in self.frames]
         self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
         x0, y0, x1, y1 = self.window
         self._room = preload_bytes // ((x1 - x0) * (y1 - y0) * 4)  # frames with their masks
@@ -275,7 +277,7 @@ def train_head(
     With `checkpoint`, state is written there every `config.checkpoint_seconds` and on interruption, and training goes on from what is found.
     `log(iteration, scalars)` is called each iteration. `stop_at` ends early (tests). Raises TrainingError at a NaN, naming step and tensor.
     """
-    frames = TrainingFrames(clip, config.preload_bytes, config.validation_frames)
+    frames = TrainingFrames(clip, config.preload_bytes, config.validation_frames, config.views)
     state = start(clip, model, config, device)
     if checkpoint is not None and checkpoint.exists():
         load_checkpoint(checkpoint, state, config)
@@ -318,7 +320,7 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     stage, within = stage_at(config, state.iteration)
     if stage.deform and (within == 0 or (stage.name == "refine" and within == stage.iterations // 2)):
         state.deformation.place_anchors(state.params["means"])
-    k = 0 if stage.frames == "first" else _shuffled_frame(config, state.iteration, len(frames))
+    k = frames.views[within % len(frames.views)] if stage.frames == "views" else _shuffled_frame(config, state.iteration, len(frames))
     t = frames.frames[k]
     chance = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
     background = torch.rand(3, generator=chance).to(state.device)

@@ -1,10 +1,11 @@
 """Stages and presets of the head's training: the paper's three stages, and how long each lasts.
 
-| stage      | frames         | deformation | adding and pruning |
-|------------|----------------|-------------|--------------------|
-| initialise | the first only | off         | yes                |
-| deform     | all            | on          | yes                |
-| refine     | all            | on          | no                 |
+| stage      | frames                          | deformation | adding and pruning |
+|------------|---------------------------------|-------------|--------------------|
+| initialise | those that points come from;    | off         | yes                |
+|            | the paper's: the first only     |             |                    |
+| deform     | all                             | on          | yes                |
+| refine     | all                             | on          | no                 |
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ class Stage:
 
     name: str
     iterations: int
-    frames: Literal["first", "all"]
+    frames: Literal["views", "all"]
+    """the frames whose depth the points come from (`HeadConfig.views`), or all"""
     deform: bool
     density: bool
 
@@ -32,7 +34,7 @@ class Stage:
 class LearningRates:
     """Adam's step sizes at the start; positions and network fall by a cosine to 2 %, the rest to 10 %."""
 
-    means: float = 3e-4
+    means: float = 6e-4
     """head units (dm) a step"""
     quats: float = 1e-3
     log_scales: float = 5e-3
@@ -123,7 +125,7 @@ ABLATIONS: dict[str, Ablation] = {
 
 def _stages(initialise: int, deform: int, refine: int) -> tuple[Stage, ...]:
     return (
-        Stage("initialise", initialise, "first", deform=False, density=True),
+        Stage("initialise", initialise, "views", deform=False, density=True),
         Stage("deform", deform, "all", deform=True, density=True),
         Stage("refine", refine, "all", deform=True, density=False),
     )
