@@ -175,7 +175,7 @@ def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_
     assert poses.device.type == "cpu"
     assert [s["gaussians"] for s in logs["cpu"]] == [s["gaussians"] for s in logs[device]]
     losses = np.array([[s["loss"] for s in logs[place]] for place in ("cpu", device)])
-    assert np.allclose(*losses[:, :4], rtol=1e-3)  # before rounding, which Adam makes as large as its steps, has spread
+    assert np.allclose(*losses[:, :2], rtol=1e-4)  # before rounding, which Adam makes as large as its steps, has spread: 1e-3 at the third on one machine
     assert np.allclose(*losses, rtol=0.05)
     seen = [psnr(clip, g.map(lambda v: v.cpu()), d.to("cpu"), clip.test[0]) for g, d, _ in heads.values()]
     assert abs(seen[0] - seen[1]) < 0.3, seen

@@ -27,7 +27,6 @@ from hicode.face.model import HeadModel
 from hicode.files import load_tensors, save_tensors
 from hicode.gaussians import Gaussians, gaussians_from_points
 from hicode.geometry import rigid, rotation_from_axis_angle
-from hicode.motion import LEFT_EYE_RING, LIPS, RIGHT_EYE_RING
 from hicode.render import RasterStats, rasterize
 from hicode.training.density import GradientStatistics, apply_plan, plan_density
 from hicode.training.losses import Box, HeadLoss, PerceptualLoss, WingLandmarks, check_finite, crop_around, random_crop
@@ -36,7 +35,6 @@ from hicode.training.stages import HeadConfig, Stage
 CHECKPOINT_SCHEMA, CHECKPOINT_VERSION = "hicode-head-checkpoint", 1
 VGG_CROP_PX = 128
 WINDOW_MARGIN_PX = 12
-_LIPS_AND_LIDS = np.concatenate([LIPS, LEFT_EYE_RING, RIGHT_EYE_RING])
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -157,15 +155,13 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
 
 
 _NORMAL_PX = 4.0  # at 512: depth is smoothed over so many pixels before its slope is taken
-_MOVING_DM = 0.12  # about lips and lids
 
 
 def _seen_points(clip: Clip, views: int, count: int, rng: np.random.Generator) -> list[tuple[Tensor, Tensor, int]]:
     """(points "n 3" of the head frame, their colours, the frame that shows them) by frame; at most `count`, the first training frame's first.
 
     Each of the first `views` frames whose depth is known gives the pixels that face its camera more than any other's: a cheek comes from the frame that turns it to
-    the camera, where its depth is sure, and no patch of skin comes twice. Lips and eyes come from the first alone: open in one frame and shut in the next,
-    they cannot be pieced together. Pixels are drawn evenly. InputError where the first frame shows no head.
+    the camera, where its depth is sure, and no patch of skin comes twice. Pixels are drawn evenly. InputError where the first frame shows no head.
     """
     track, depths = clip.track, dict(islice(clip.depths().items(), views))
     eyes = {t: torch.linalg.inv(track.motion.T_camera_head[t].double())[:3, 3].float() for t in depths}
@@ -180,8 +176,6 @@ def _seen_points(clip: Clip, views: int, count: int, rng: np.random.Generator) -
         normals = _normals(depth, camera)[ys, xs]
         facing = {k: (normals * F.normalize(eye - points, dim=1)).sum(1) for k, eye in eyes.items()}
         own = torch.stack(list(facing.values())).amax(0) == facing[t]
-        moving = torch.cdist(points, track.motion.landmarks[t, _LIPS_AND_LIDS]).amin(1) < _MOVING_DM
-        own = own & ~moving if found else own | moving
         found.append((points[own], clip.image(t)[ys[own], xs[own]], t))
     sizes = [len(points) for points, _, _ in found]
     chosen = np.sort(rng.choice(sum(sizes), min(count, sum(sizes)), replace=False))
