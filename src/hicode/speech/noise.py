@@ -19,7 +19,7 @@ class SteadyNoise:
     """
 
     # Chosen on unseen speakers' opening at 10 dB (docs/log.md).
-    QUANTILE, OVER, FLOOR = 0.3, 1.2, 0.2
+    QUANTILE, OVER, FLOOR = 0.3, 1.2, 0.3
     STEP, FIRST_STEP, SETTLED_FRAMES = 0.06, 2.0, 15.0
     SHARES = (0.03, 0.07)  # -15 and -11.5 dB: recordings in quiet have .00-.03, those in noise at 10 dB .06-.11
     FORGET = 0.5 ** (1 / 2000)
