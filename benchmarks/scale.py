@@ -75,7 +75,9 @@ def clip_point(seconds: int) -> dict:
 
     short, count = scene.drawn_clip(SIZE), 25 * seconds
     pick = lambda read: lambda t: read(t % len(short.train))
-    clip = SimpleNamespace(train=range(count), track=short.track, image=pick(short.image), head_mask=pick(short.head_mask))
+    clip = SimpleNamespace(
+        train=range(count), track=short.track, image=pick(short.image), head_mask=pick(short.head_mask), depths=short.depths
+    )
     frames = TrainingFrames(clip, HeadConfig(()).preload_bytes)
     for t in frames.frames:
         frames.image_and_mask(t)

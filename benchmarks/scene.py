@@ -50,7 +50,7 @@ def drawn_clip(size: int = 512, frames: int = 8) -> SimpleNamespace:
     vertices = model.vertices(identity, expression)
     landmarks = model.landmarks(vertices)
     grain = np.random.default_rng(0).normal(0, 2, (size, size, 3))
-    images, masks, points = [], [], []
+    images, masks, depths, points = [], [], [], []
     for k in range(frames):
         px, depth = camera.with_pose(poses[k]).project(vertices[k])
         seen = rasterize_mesh(px.numpy(), depth.numpy(), model.triangles.numpy(), size, size)
@@ -58,11 +58,13 @@ def drawn_clip(size: int = 512, frames: int = 8) -> SimpleNamespace:
         shade = np.where(head, 1.6 - 0.1 * (seen.depth - 8) ** 2, 0)[..., None]
         images.append(np.clip(np.where(head[..., None], 255 * SKIN * shade, 90) + grain, 0, 255).astype(np.uint8))
         masks.append(np.where(head, 255, 0).astype(np.uint8))
+        depths.append(np.where(head, seen.depth, np.nan).astype(np.float32))
         points.append(camera.with_pose(poses[k]).project(landmarks[k])[0])
     track = FaceTrack(Motion(expression, landmarks, poses), identity, camera, torch.stack(points), torch.ones(frames))
     return SimpleNamespace(
-        train=range(frames), track=track, width=size, height=size, image=lambda k: images[k], head_mask=lambda k: masks[k]
-    )
+        train=range(frames), track=track, width=size, height=size, image=lambda k: images[k], head_mask=lambda k: masks[k],
+        depths=lambda: {0: depths[0]},
+    )  # fmt: skip
 
 
 def drawn_cloud(n: int, clip: SimpleNamespace, config: HeadConfig) -> tuple[Gaussians, Deformation]:

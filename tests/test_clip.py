@@ -39,7 +39,7 @@ def write_clip(path, t: int = 60, size: int = SIZE, sound: bool = True, **change
         write_png(path / "masks/head" / f"{i:06d}.png", frames[i, :, :, 0])
         write_png(path / "masks/person" / f"{i:06d}.png", frames[i, :, :, 1])
     save_track(path / "track.safetensors", some_track(t, size))
-    save_tensors(path / "depth.safetensors", {"depth": np.full((size, size), 8.0, np.float32)}, "hicode-depth", 1)
+    save_tensors(path / "depth.safetensors", {"frames": np.zeros(1, np.int64), "depth": np.full((1, size, size), 8.0, np.float32)}, "hicode-depth", 2)
     if sound:
         write_audio(path / "audio.wav", 0.3 * np.sin(np.arange(640 * t) / 9).astype(np.float32), 16000)
     train, test = split(t)
@@ -166,7 +166,7 @@ def test_a_damaged_clip_is_refused_with_name_and_remedy(tmp_path, name):
     ("frames/000003.png", lambda c: c.image(3)),
     ("masks/head/000003.png", lambda c: c.head_mask(3)),
     ("track.safetensors", lambda c: c.track),
-    ("depth.safetensors", lambda c: c.depth()),
+    ("depth.safetensors", lambda c: c.depths()),
     ("audio.wav", lambda c: c.audio()),
 ])  # fmt: skip
 def test_a_damaged_part_is_named_when_it_is_read(tmp_path, file, use):

@@ -154,7 +154,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(device):
 
 def short(**changes):
     """All three stages, density control and anchors; few Gaussians, since the stand-in for gsplat is dense."""
-    stages = Stage("initialise", 3, "first", False, True), Stage("deform", 4, "all", True, True), Stage("refine", 3, "all", True, False)
+    stages = Stage("initialise", 3, "views", False, True), Stage("deform", 4, "all", True, True), Stage("refine", 3, "all", True, False)
     density = DensityConfig(every=2, start=2, budget=170, grad_threshold=0.0)
     return a_config(stages=stages, gaussians=150, mouth_gaussians=20, density=density, **changes)
 
@@ -257,7 +257,7 @@ def clip_on_disk(path: Path, drawn, seconds: int = 2) -> Path:
         write_png(path / "masks/head" / f"{i:06d}.png", drawn.head_mask(int(k)))
     track = drawn.track
     save_track(path / "track.safetensors", FaceTrack(track.motion[order], track.identity, track.camera, track.landmarks_px[order], track.confidence[order]))
-    save_tensors(path / "depth.safetensors", {"depth": drawn.depth()}, "hicode-depth", 1)
+    save_tensors(path / "depth.safetensors", {"frames": torch.tensor(list(drawn.depths())), "depth": np.stack(list(drawn.depths().values()))}, "hicode-depth", 2)
     config = json.loads((path / "clip.json").read_text())
     config |= {"steps": {"faces": {"settings": {"start": 0.0}}}, "test": [t - 3, t]}
     (path / "clip.json").write_text(json.dumps(config))

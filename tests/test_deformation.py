@@ -159,9 +159,9 @@ def test_ablations_change_the_control_and_not_the_budget(name):
     config = ABLATIONS[name].apply(base)
     same = replace(config, deformation=base.deformation, initialisation=base.initialisation)
     assert same == base
-    kept = replace(config.deformation, fine="adain", coarse="adain", base="mesh", shade=True, sway=True)
+    kept = replace(config.deformation, fine="adain", coarse="adain", base="mesh", shade=True, sway=True, relight=True)
     assert kept == base.deformation
-    assert (config.deformation.shade, config.deformation.sway) == (name == "mesh",) * 2
+    assert (config.deformation.shade, config.deformation.sway, config.deformation.relight) == (name == "mesh",) * 3
 
 
 def test_cross_attention_is_a_residual_block():
@@ -309,12 +309,32 @@ def test_the_face_does_not_sway_and_what_is_far_from_it_does():
     far = face.clone()
     far[:, 2] += 5.0
     query = deformation.control.embed(face)
-    held, free = (deformation.control.sway_field(points, query) for points in (face, far))
+    held, free = (deformation.control.turn_field(points, query) for points in (face, far))
     # cdist goes through a matrix product: distances of zero come out at up to 1e-3 of a head that is 1 dm wide, (1e-3 / 0.2)^2 of the field
     assert held.abs().max() < 1e-4 * free.abs().max()
     everywhere = a_deformation(base="none", sway_reach=0.0)
     everywhere.control.load_state_dict(deformation.control.state_dict())
-    torch.testing.assert_close(free, everywhere.control.sway_field(face, query), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(free, everywhere.control.turn_field(face, query), atol=1e-7, rtol=1e-5)
+
+
+def test_colours_follow_the_turn_linearly_on_the_face_too():
+    deformation, points = a_deformation(base="none", sway_reach=10.0), a_head()
+    torch.nn.init.normal_(deformation.control.relight.weight, std=0.1, generator=G(30))
+    turn = lambda angle: rotation_from_axis_angle(torch.tensor([0.0, angle, 0.0]))
+    colours = lambda angle: deformation(points, *signals(), turn=turn(angle))[3]
+    still = deformation(points, *signals())[3]
+    torch.testing.assert_close(colours(0.0), still)
+    assert (colours(0.1) - still).abs().amin(0).max() > 1e-5, "some colours stay whatever the turn"
+    torch.testing.assert_close(colours(0.1) - still, still - colours(-0.1), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(deformation(points, *signals(), turn=turn(0.1))[0], deformation(points, *signals())[0])  # nothing sways
+
+
+@pytest.mark.parametrize("sway, relight, shade, moves", [(False, False, True, False), (False, True, False, False), (False, True, True, True), (True, False, False, True)])
+def test_a_turn_moves_nothing_unless_something_sways_or_is_relit(sway, relight, shade, moves):
+    control = a_deformation(base="none", sway=sway, relight=relight, shade=shade).control
+    points = a_head()
+    assert (control.turn_field(points, control.embed(points)) is not None) == moves
+    assert ("turn_mean" in control.state_dict()) == moves
 
 
 def test_colours_shift_with_the_motion_and_only_with_shade():
@@ -322,8 +342,8 @@ def test_colours_shift_with_the_motion_and_only_with_shade():
     assert shifts[0].abs().max() > 0.01 and torch.count_nonzero(shifts[1]) == 0
 
 
-def test_a_file_from_before_shade_and_sway_still_loads():
-    tensors, config = a_deformation(base="none", shade=False, sway=False).state()
-    del config["shade"], config["sway"], config["sway_reach"]
+def test_a_file_from_before_shade_sway_and_relight_still_loads():
+    tensors, config = a_deformation(base="none", shade=False, sway=False, relight=False).state()
+    del config["shade"], config["sway"], config["sway_reach"], config["relight"]
     again = Deformation.from_state(tensors, config)
-    assert not again.config.shade and not again.config.sway and again.config.sway_reach == 0
+    assert not (again.config.shade or again.config.sway or again.config.relight) and again.config.sway_reach == 0

@@ -26,8 +26,8 @@ def a_frozen(anchors=0, base="mesh", n=300, sharpness=1.0, **options):
     with torch.no_grad():
         deformation.control.style.weight.normal_(std=0.1, generator=G(11))
         deformation.control.query[-1].weight.mul_(sharpness)
-        if deformation.config.sway:
-            deformation.control.sway.weight.normal_(std=0.1, generator=G(16))
+        for layer in filter(None, (deformation.control.sway, deformation.control.relight)):
+            layer.weight.normal_(std=0.1, generator=G(16))
         deformation.control.landmark_code.mul_(3)
     if base == "mesh":
         deformation.binding = Binding(

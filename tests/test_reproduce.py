@@ -282,7 +282,7 @@ def clips(clip, tmp_path_factory):  # noqa: F811
         for kind in ("head", "person"):
             write_png(path / "masks" / kind / f"{t:06d}.png", clip.head_mask(t))
     save_track(path / "track.safetensors", clip.track)
-    save_tensors(path / "depth.safetensors", {"depth": clip.depth()}, "hicode-depth", 1)
+    save_tensors(path / "depth.safetensors", {"frames": torch.tensor(list(clip.depths())), "depth": np.stack(list(clip.depths().values()))}, "hicode-depth", 2)
     write_audio(path / "audio.wav", 0.1 * np.random.default_rng(0).standard_normal(640 * FRAMES).astype(np.float32), 16000)
     features = torch.randn(2 * FRAMES, 384, generator=torch.Generator().manual_seed(0))
     config = {"encoder": "embedded", "dim": 384, "rate_hz": 50, "offset_frames": 0.0}

@@ -109,8 +109,8 @@ def another_frame(folder):
 
 
 def another_depth(folder):
-    tensors, _ = load_tensors(folder / "depth.safetensors", "hicode-depth", 1)
-    save_tensors(folder / "depth.safetensors", {"depth": tensors["depth"] + 0.1}, "hicode-depth", 1)
+    tensors, _ = load_tensors(folder / "depth.safetensors", "hicode-depth", 2)
+    save_tensors(folder / "depth.safetensors", tensors | {"depth": tensors["depth"] + 0.1}, "hicode-depth", 2)
 
 
 def another_split(folder):

@@ -180,10 +180,11 @@ def test_a_face_that_lies_elsewhere_than_the_mesh_says_is_seen_where_it_was(scen
 
 def test_keyframes_are_spread_over_the_turns():
     poses = true_poses().double().numpy()
-    keys = choose_keyframes(poses, np.arange(20), SkullConfig(keyframes=5, spacing_deg=1.0))
+    keys = choose_keyframes(poses, np.arange(20), 5, 1.0)
     assert keys[0] == 0 and len(set(keys)) == 5 and keys.max() < 20
     still = np.broadcast_to(poses[:1], (20, 4, 4))
-    assert len(choose_keyframes(still, np.arange(20), SkullConfig())) == 3  # two beside the first, however still the head: depth needs pairs
+    assert len(choose_keyframes(still, np.arange(20), 5, 1.0, least=3)) == 3  # two beside the first, however still the head: depth needs pairs
+    assert choose_keyframes(still, np.arange(20), 5, 1.0).tolist() == [0]
 
 
 def test_points_far_off_the_mesh_do_not_move_its_depth():

@@ -57,13 +57,13 @@ def clip(model):
     track = FaceTrack(Motion(expression, landmarks, poses), identity, camera, torch.stack(points), torch.ones(FRAMES))
     return SimpleNamespace(
         train=range(FRAMES - 2), test=range(FRAMES - 2, FRAMES), track=track, width=SIZE, height=SIZE,
-        image=lambda t: images[t], head_mask=lambda t: masks[t], depth=lambda: depths[0],
+        image=lambda t: images[t], head_mask=lambda t: masks[t], depths=lambda: {t: depths[t] for t in (0, 5, 2)},  # ahead, to one side, to the other
     )  # fmt: skip
 
 
 def a_config(**changes):
     config = HeadConfig(
-        (Stage("initialise", 8, "first", False, True), Stage("deform", 12, "all", True, True), Stage("refine", 20, "all", True, False)),
+        (Stage("initialise", 8, "views", False, True), Stage("deform", 12, "all", True, True), Stage("refine", 20, "all", True, False)),
         gaussians=900,
         mouth_gaussians=60,
         loss=LossWeights(vgg=0, wing=0),
@@ -107,13 +107,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(clip, model, tmp_path):
     assert torch.equal(whole[2], resumed[2])
 
 
-def test_the_first_stage_sees_one_frame_and_leaves_the_network_alone(clip, model):
+@pytest.mark.parametrize("views, expected", [(1, {0}), (2, {0, 5}), (5, {0, 2, 5})])
+def test_the_first_stage_sees_the_frames_that_points_come_from_and_leaves_the_network_alone(clip, model, views, expected):
     seen = []
     clip_ = SimpleNamespace(**(vars(clip) | {"image": lambda t: seen.append(t) or clip.image(t)}))
-    config = a_config(preload_bytes=0)
+    config = a_config(preload_bytes=0, views=views)
     untrained = training.start(clip, model, config).deformation.control.state_dict()
     _, deformation, _ = training.train_head(clip_, model, config, stop_at=8)
-    assert set(seen) == {0}
+    assert set(seen) == expected
     for name, tensor in deformation.control.state_dict().items():
         assert torch.equal(tensor, untrained[name]), name
 
@@ -138,12 +139,37 @@ def test_decoded_frames_stay_within_the_memory_given(clip):
 
 
 def test_points_start_where_the_first_frame_shows_the_head(clip, model):
-    gaussians, deformation = training.initial_cloud(clip, model, a_config())
+    gaussians, deformation = training.initial_cloud(clip, model, a_config(views=1))
     moved = training.deform(gaussians, deformation, clip.track.motion, 0, learned=False)
     px, _ = clip.track.camera_at(0).project(moved.means[:-60])  # the last 60 are teeth and tongue
     inside = clip.head_mask(0)[px[:, 1].long().clamp(0, SIZE - 1), px[:, 0].long().clamp(0, SIZE - 1)] > 0
     assert inside.all()
     assert len(gaussians) == 900
+
+
+def test_points_of_several_frames_lie_where_each_shows_the_head(clip, model):
+    """Carried into a frame's expression, its points lie on its depth map, in front of its pixels of their colour; every patch comes from the frame that
+    looks at it: points of the head's left side from the one that turns it to the camera.
+    """
+    config, depths = a_config(), clip.depths()
+    gaussians, deformation = training.initial_cloud(clip, model, config)
+    moved_by = lambda t: training.deform(gaussians, deformation, clip.track.motion, t, learned=False).means
+    off, colour = [], []
+    for t, depth in depths.items():
+        px, z = clip.track.camera_at(t).project(moved_by(t)[:-60])
+        column, row = px.long().clamp(0, SIZE - 1).T.numpy()
+        off.append(np.nan_to_num(np.abs(z.numpy() - depth[row, column]), nan=9.0))
+        colour.append(np.abs(gaussians.colors[:-60].numpy() - clip.image(t)[row, column] / 255).max(1))
+    owner = np.argmin(off, 0)
+    counts = np.bincount(owner, minlength=3)
+    assert len(gaussians) == 900 and (counts > 30).all(), counts
+    assert np.min(off, 0).max() < 1e-3  # dm: carried there and back, in float32
+    assert np.take_along_axis(np.stack(colour), owner[None], 0).max() < 1e-6
+    canonical = clip.track.motion.landmarks[0, training._LIPS_AND_LIDS]
+    assert not owner[torch.cdist(moved_by(0)[:-60], canonical).amin(1).numpy() < 0.05].any()  # lips and lids are the first frame's
+    yaw = clip.track.motion.T_camera_head[list(depths), 2, 0]  # of the head's x axis in depth: the more negative, the more its left side is turned to us
+    side = [gaussians.means[:-60][owner == k, 0].mean() for k in range(3)]
+    assert side[int(yaw.argmin())] > side[int(yaw.argmax())] + 0.1, (side, yaw)
 
 
 def test_a_nan_stops_the_run_and_names_step_and_term(clip, model, monkeypatch):
@@ -155,7 +181,7 @@ def test_a_nan_stops_the_run_and_names_step_and_term(clip, model, monkeypatch):
 @pytest.mark.parametrize("preset", ["draft", "standard", "paper"])
 def test_presets_are_the_papers_three_stages(preset):
     names = [(s.name, s.frames, s.deform, s.density) for s in head_preset(preset).stages]
-    assert names == [("initialise", "first", False, True), ("deform", "all", True, True), ("refine", "all", True, False)]
+    assert names == [("initialise", "views", False, True), ("deform", "all", True, True), ("refine", "all", True, False)]
 
 
 def test_the_paper_preset_is_the_papers_schedule_and_network():

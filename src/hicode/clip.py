@@ -8,7 +8,7 @@ samples 640 i … 640 (i + 1).
     frames/000000.png …           RGB, lossless
     masks/person/, masks/head/    grey, 0 … 255, soft
     track.safetensors             FaceTrack
-    depth.safetensors             of the first training frame
+    depth.safetensors             of the first training frame and of those that show the head from other sides
     audio.wav                     16 kHz mono as recorded; `Clip.audio` corrects the measured offset
     audio.<encoder>.safetensors   speech features of the corrected sound
 """
@@ -157,10 +157,10 @@ class Clip:
             raise InputError(f"{self.path} has no sound, and this avatar is moved by speech features. Use a clip with sound.")
         self.track = replace(self.track, motion=replace(self.track.motion, speech=features.reshape(self.frame_count, -1)))
 
-    def depth(self) -> Float32[np.ndarray, "h w"]:
-        """Camera depth (dm) of the first training frame; NaN outside the head."""
-        tensors, _ = load_tensors(self.path / "depth.safetensors", "hicode-depth", 1)
-        return tensors["depth"].numpy()
+    def depths(self) -> dict[int, Float32[np.ndarray, "h w"]]:
+        """Camera depth (dm) by frame, NaN outside the head: the first training frame, then those that turn farthest from it and from each other."""
+        tensors, _ = load_tensors(self.path / "depth.safetensors", "hicode-depth", 2)
+        return dict(zip(tensors["frames"].tolist(), tensors["depth"].numpy()))
 
     def audio(self) -> Float32[np.ndarray, "n"] | None:
         """16 kHz mono, 640 samples a frame, moved by the measured offset so that it fits the picture; None for a video

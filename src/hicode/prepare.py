@@ -173,7 +173,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     work.step("masks", 1, {}, ("fit",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
     aligned = ("track.safetensors", "skull.safetensors")
     work.step("track", 5, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
-    work.step("depth", 2, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
+    work.step("depth", 3, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
     if sound["usable"]:
@@ -603,17 +603,26 @@ def _segment(work: _Work, train: range, count: int) -> dict:
     return {"hair_drop": round(drop, 3)}
 
 
+_DEPTH_VIEWS, _DEPTH_SPACING_DEG = 5, 6.0  # frames that the cloud starts from, and how far apart they look at the head
+
+
 def _depth(work: _Work, train: range) -> dict:
+    """Depth of the first training frame and of those that show the head from other sides."""
     from hicode.face.depth import head_depth
     from hicode.face.model import HeadModel
-    from hicode.face.skull import Skull, corrected_depth
+    from hicode.face.skull import Skull, choose_keyframes, corrected_depth
 
-    track = load_track(work.folder / "track.safetensors")
-    mask = read_png(work.folder / f"masks/head/{train.start:06d}.png", grey=True)
+    track, model = load_track(work.folder / "track.safetensors"), HeadModel.load()
     skull = Skull(**load_tensors(work.folder / "skull.safetensors", "hicode-skull", 1)[0])
-    depth = corrected_depth(head_depth(HeadModel.load(), track, train.start, mask), skull, track, train.start)
-    save_tensors(work.folder / "depth.safetensors", {"depth": torch.as_tensor(depth)}, "hicode-depth", 1)
-    return {}
+    seen = np.array([t for t in train if track.confidence[t] > 0 or t == train.start])
+    frames = choose_keyframes(track.motion.T_camera_head.double().numpy(), seen, _DEPTH_VIEWS, _DEPTH_SPACING_DEG)
+    depths = []
+    for t in frames:
+        mask = read_png(work.folder / f"masks/head/{t:06d}.png", grey=True)
+        depths.append(corrected_depth(head_depth(model, track, int(t), mask), skull, track, int(t)))
+    tensors = {"frames": torch.from_numpy(frames), "depth": torch.from_numpy(np.stack(depths))}
+    save_tensors(work.folder / "depth.safetensors", tensors, "hicode-depth", 2)
+    return {"frames": frames.tolist()}
 
 
 # --- the sound --------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM, N_LANDMARKS
 
 TURN_UNIT = 0.1  # sine of a common turn of the head: what `sway` sees is about 1
 SWAY_UNIT = 0.1  # of `max_offset`: at the control's own pace a step of the linear layer moves all hair at once
+LIGHT_UNIT = 0.1  # of a colour, for the same reason
 STYLE_TOKENS = 8  # what the 3DMM vector becomes for a cross-attention block to attend to
 
 
@@ -41,8 +42,9 @@ class DeformationConfig:
     """c: width of the embeddings that attention and AdaIN work in"""
     hidden: int = 64
     """width of the small MLPs"""
-    position_frequencies: int = 10
-    """octaves of the sinusoidal embedding of Gaussian positions (as Deformable-3D-Gaussians)"""
+    position_frequencies: int = 5
+    """octaves of the sinusoidal embedding of Gaussian positions. Deformable-3D-Gaussians' ten, the paper's, let neighbours 1 mm apart move on their own:
+    on unseen frames lips are some 10 % farther from their place (docs/log.md)"""
     landmark_frequencies: int = 10
     """octaves of the sinusoidal embedding of landmarks"""
     anchors: int = 4096
@@ -61,6 +63,9 @@ class DeformationConfig:
     """whether the control also shifts colours (not in Eq. 7): a mouth darkens as it opens, skin folds shade; off: the paper"""
     sway: bool = True
     """whether positions also follow the head's turn (not in Eq. 7), each by a linear map of its own: loose hair hangs, the neck stays; off: the paper"""
+    relight: bool = True
+    """whether colours also follow the head's turn, each by a linear map of its own (not in Eq. 7; read with `shade` only): light comes from
+    one side, and skin that turns to it brightens; off: the paper"""
     sway_reach: float = 0.2
     """head units (dm): the face does not sway, what is farther than this from it does. There a map learned in the training clip's turns goes wrong
     beyond them: lips 0.6 px beside their place on a clip whose test part turns 16 degrees further. 0: all sways alike"""
@@ -103,6 +108,14 @@ def landmark_attention(
     moments = attention @ torch.cat([v, v * v], 1)
     mean, second = moments.chunk(2, 1)
     return mean, ((second - mean * mean).clamp_min(0) + 1e-5).sqrt()
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer that starts as nothing."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class CrossAttention(nn.Module):
@@ -154,15 +167,12 @@ class HierarchicalControl(nn.Module):
         if config.coarse == "attention":
             self.tokens = nn.Linear(EXPRESSION_DIM + IDENTITY_DIM, 2 * c * STYLE_TOKENS)
             self.coarse_attention = CrossAttention(c)
-        if config.sway:
+        self.sway = _zero_linear(c, 9) if config.sway else None
+        self.relight = _zero_linear(c, 9) if config.relight and config.shade else None
+        if self.sway or self.relight:
             self.register_buffer("turn_mean", torch.eye(3))
-            self.sway = nn.Linear(c, 9)
-            nn.init.zeros_(self.sway.weight)
-            nn.init.zeros_(self.sway.bias)
         features = c * (1 + (config.fine == "concat") + (config.coarse == "concat"))
-        self.head = nn.Sequential(nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 13 if config.shade else 10))
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.zeros_(self.head[-1].bias)
+        self.head = nn.Sequential(nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), _zero_linear(h, 13 if config.shade else 10))
 
     def set_statistics(
         self,
@@ -172,7 +182,7 @@ class HierarchicalControl(nn.Module):
         turn: Float[Tensor, "t 3 3"] | None = None,
     ) -> None:
         """Normalisation of the control signals, from training frames only."""
-        if self.config.sway and turn is not None:
+        if hasattr(self, "turn_mean") and turn is not None:
             u, _, v = torch.linalg.svd(turn.mean(0))  # the rotation nearest to the mean
             self.turn_mean.copy_(u @ v)
         if self.config.coarse == "audio":
@@ -184,13 +194,21 @@ class HierarchicalControl(nn.Module):
         self.landmark_mean.copy_(landmarks.mean(0))
         self.landmark_std.copy_((landmarks - landmarks.mean(0)).std(correction=0).clamp_min(1e-3))
 
-    def sway_field(self, points: Float[Tensor, "m 3"], query: Float[Tensor, "m c"]) -> Float[Tensor, "m 3 3"]:
-        """How each point's position follows the turn: not at all on the landmarks, wholly far from them."""
-        field = SWAY_UNIT * self.sway(query).view(-1, 3, 3)
-        if not self.config.sway_reach:
-            return field
-        distance = torch.cdist(points, self.landmark_mean).amin(1)
-        return field * -torch.expm1(-((distance / self.config.sway_reach) ** 2))[:, None, None]
+    def turn_field(self, points: Float[Tensor, "m 3"], query: Float[Tensor, "m c"]) -> Float[Tensor, "m o 3"] | None:
+        """What a turn adds to each offset, per unit of `turned`: positions sway, not at all on the landmarks, wholly far from them; colours are
+        relit, everywhere. None where the head's turn moves nothing.
+        """
+        if not (self.sway or self.relight):
+            return None
+        field = query.new_zeros(len(points), 13 if self.config.shade else 10, 3)
+        if self.sway:
+            field[:, :3] = SWAY_UNIT * self.sway(query).view(-1, 3, 3)
+            if reach := self.config.sway_reach:
+                distance = torch.cdist(points, self.landmark_mean).amin(1)
+                field[:, :3] *= -torch.expm1(-((distance / reach) ** 2))[:, None, None]
+        if self.relight:
+            field[:, 10:] = LIGHT_UNIT * self.relight(query).view(-1, 3, 3)
+        return field
 
     def turned(self, turn: Float[Tensor, "3 3"]) -> Float[Tensor, "3"]:
         """How far a head's rotation is from the clip's mean one: sine times axis, over TURN_UNIT."""
@@ -247,9 +265,9 @@ class HierarchicalControl(nn.Module):
         elif coarse == "concat":
             beside.append(self.shift(normalized))
         delta = self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
-        if self.config.sway and turn is not None:
+        if turn is not None and (field := self.turn_field(points, q)) is not None:
             # Linear, so that a turn beyond the training clip's goes on as the ones before it did.
-            delta = delta + F.pad(self.sway_field(points, q) @ self.turned(turn), (0, delta.shape[1] - 3))
+            delta = delta + field @ self.turned(turn)
         return delta
 
 
@@ -508,7 +526,8 @@ class Deformation(nn.Module):
         turn: Float[Tensor, "3 3"] | None = None,
     ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 4"], Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
         """(Δl, Δr, Δs) of Eq. 7 for canonical positions `means`, and the shift of colours (zeros without `shade`). `speech`, a frame's features, is
-        needed (InputError) and read with `coarse="audio"` only; `turn`, the head's rotation to the camera, with `sway` only: without one, the mean.
+        needed (InputError) and read with `coarse="audio"` only; `turn`, the head's rotation to the camera, with `sway` or `relight` only: without
+        one, the mean.
 
         Gradients reach the network, not the canonical positions through their embedding: with anchors fixed points stand for them, and without
         anchors the embedding's gradient only fights the photometric one.
@@ -538,8 +557,8 @@ class Deformation(nn.Module):
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Deformation":
-        # Files from before shade and sway have neither; for a while faces swayed too.
-        cfg = DeformationConfig(**({"shade": False, "sway": False, "sway_reach": 0.0} | config))
+        # Files from before shade, sway and relight have none of them; for a while faces swayed too.
+        cfg = DeformationConfig(**({"shade": False, "sway": False, "sway_reach": 0.0, "relight": False} | config))
         net = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         carrier = None
         if cfg.base == "mesh":

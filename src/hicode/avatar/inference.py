@@ -46,7 +46,7 @@ class FrameDeformer:
         points = gaussians.means if anchors is None else anchors.points
         query = control.embed(points)
         self._normal = _array(normalize_over_points(query))
-        self._sway = control.sway_field(points, query) if control.config.sway else None
+        self._turn_field = control.turn_field(points, query)
         self._query = query * query.shape[1] ** -0.5
         self._query_norm = float(self._query.norm(dim=1).max())
         if anchors is None:
@@ -70,8 +70,8 @@ class FrameDeformer:
         """The Gaussians at one frame (Eqs 7-12); `turn` is the head's rotation to the camera."""
         deformation, n = self.deformation, len(self.gaussians)
         offsets = self._offsets(expression, landmarks)
-        if self._sway is not None and turn is not None:
-            offsets[:, :3] += self._sway @ deformation.control.turned(turn)
+        if self._turn_field is not None and turn is not None:
+            offsets += self._turn_field @ deformation.control.turned(turn)
         offsets[:, :3] *= deformation.config.max_offset
         moved = residual = torch.zeros(0, 3)
         if deformation.carrier is not None:

@@ -100,7 +100,7 @@ def align_skull(
     seen = track.confidence.numpy() > 0
     usable = np.array([t for t in train if seen[t]])
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, min(config.structure_frames, len(usable))).round().astype(int))]
-    keys = choose_keyframes(tracked, chosen, config)
+    keys = choose_keyframes(tracked, chosen, config.keyframes, config.spacing_deg, least=3)
     structure = np.unique(np.concatenate([chosen, keys]))
     focal = float(track.camera.K[0, 0])
     centre = track.camera.K[:2, 2].double().numpy()
@@ -184,18 +184,21 @@ def face_origin(poses: Float[np.ndarray, "t 4 4"], track: FaceTrack, frames: Int
     return origin
 
 
-def choose_keyframes(poses: Float[np.ndarray, "t 4 4"], frames: np.ndarray, config: SkullConfig) -> np.ndarray:
-    """The first of `frames` and those that turn farthest from the ones already chosen, down to `spacing_deg` or up to `keyframes`."""
+def choose_keyframes(
+    poses: Float[np.ndarray, "t 4 4"], frames: Int[np.ndarray, "m"], most: int, spacing_deg: float, least: int = 1
+) -> Int[np.ndarray, "k"]:
+    """The first of `frames` and those that turn farthest from the ones already chosen, down to `spacing_deg` (`least` whatever they turn) or up to `most`."""
     chosen = [int(frames[0])]
     nearest = np.array([_angle(poses[t], poses[chosen[0]]) for t in frames])
-    while len(chosen) < min(config.keyframes, len(frames)) and (len(chosen) < 3 or nearest.max() > np.radians(config.spacing_deg)):
+    while len(chosen) < min(most, len(frames)) and (len(chosen) < least or nearest.max() > np.radians(spacing_deg)):
         chosen.append(int(frames[nearest.argmax()]))
         nearest = np.minimum(nearest, [_angle(poses[t], poses[chosen[-1]]) for t in frames])
     return np.array(chosen)
 
 
-# Points of keyframes that turn further than this away from a frame may lie on what it does not show.
-_NEAR_DEG = 8.0
+# Points of keyframes that turn further than this away from a frame may lie on what it does not show. At 8 degrees half of a speaker's points went
+# unheard: depth was 12 mm off at hair on one side of the head (docs/results.md).
+_NEAR_DEG = 25.0
 _BLUR_PX = 8.0  # how far a point's depth speaks for its neighbours
 _LEAST_SIGMA_DM = 0.02
 _MESH_SIGMA_DM = 0.08  # of the mesh's depth where points say otherwise: about the mean correction found on real heads (5-10 mm)

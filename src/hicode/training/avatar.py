@@ -8,14 +8,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
-from hicode.avatar.deformation import Carrier, Deformation, bind
+from hicode.avatar.deformation import Binding, Carrier, Deformation, bind
 from hicode.camera import Camera
 from hicode.clip import Clip
 from hicode.errors import InputError
@@ -23,6 +27,7 @@ from hicode.face.model import HeadModel
 from hicode.files import load_tensors, save_tensors
 from hicode.gaussians import Gaussians, gaussians_from_points
 from hicode.geometry import rigid, rotation_from_axis_angle
+from hicode.motion import LEFT_EYE_RING, LIPS, RIGHT_EYE_RING
 from hicode.render import RasterStats, rasterize
 from hicode.training.density import GradientStatistics, apply_plan, plan_density
 from hicode.training.losses import Box, HeadLoss, PerceptualLoss, WingLandmarks, check_finite, crop_around, random_crop
@@ -31,6 +36,7 @@ from hicode.training.stages import HeadConfig, Stage
 CHECKPOINT_SCHEMA, CHECKPOINT_VERSION = "hicode-head-checkpoint", 1
 VGG_CROP_PX = 128
 WINDOW_MARGIN_PX = 12
+_LIPS_AND_LIDS = np.concatenate([LIPS, LEFT_EYE_RING, RIGHT_EYE_RING])
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -41,9 +47,11 @@ Log = Callable[[int, dict[str, float]], None]
 class TrainingFrames:
     """Frames, head masks and mouth boxes of the training part, cut to the window that the head touches; as many as the memory given allows are kept decoded."""
 
-    def __init__(self, clip: Clip, preload_bytes: int, validation: int = 0):
+    def __init__(self, clip: Clip, preload_bytes: int, validation: int = 0, views: int = 1):
+        """`views`: as `HeadConfig`'s; which frames (their places) these are, `self.views` says, those held back left out."""
         self.clip = clip
         self.frames, _ = training_split(clip, validation)
+        self.views = [self.frames.index(t) for t in islice(clip.depths(), views) if t in self.frames]
         self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
         x0, y0, x1, y1 = self.window
         self._room = preload_bytes // ((x1 - x0) * (y1 - y0) * 4)  # frames with their masks
@@ -107,31 +115,22 @@ def head_window(masks: list[UInt8[np.ndarray, "h w"]]) -> tuple[int, int, int, i
 
 
 def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gaussians, Deformation]:
-    """Depth-based initialisation (Remark on 3DGS Initialization): a point per sampled pixel of the first training frame's head, and a Deformation
-    bound to it. Points seen in that frame's expression are carried back to the canonical, neutral one. Table 2's random initialisation has random
-    points instead.
+    """Depth-based initialisation (Remark on 3DGS Initialization): points on the head as some training frames show it, and a Deformation bound to
+    them. Points seen in a frame's expression are carried back to the canonical, neutral one. Table 2's random initialisation has random points instead.
     """
     rng = np.random.default_rng((config.seed, 1))
-    track, t = clip.track, clip.train[0]
+    track = clip.track
     expression, landmarks = track.motion.expression, track.motion.landmarks
     train = slice(clip.train[0], clip.train[-1] + 1)
 
-    depth, mask, image = clip.depth(), clip.head_mask(t), clip.image(t)
-    ys, xs = np.where((mask > 127) & np.isfinite(depth))
-    if len(ys) < 100:
-        raise InputError(f"Only {len(ys)} px of the first training frame (frame {t}) show the head. Trim the clip's start.")
-    chosen = rng.choice(len(ys), min(config.gaussians - config.mouth_gaussians, len(ys)), replace=False)
-    ys, xs = ys[chosen], xs[chosen]
-    pixels = torch.from_numpy(np.stack([xs + 0.5, ys + 0.5], 1).astype(np.float32))
-    points = track.camera_at(t).unproject(pixels, torch.from_numpy(depth[ys, xs].astype(np.float32)))
-    colors = torch.from_numpy(image[ys, xs].astype(np.float32) / 255)
-
-    vertices = model.vertices(track.identity, expression[t])
+    parts = _seen_points(clip, config.views, config.gaussians - config.mouth_gaussians, rng)
+    first = parts[0][2]
+    vertices = model.vertices(track.identity, expression[first])
     if config.mouth_gaussians:
-        inner, inner_colors = _mouth_points(vertices, model, config.mouth_gaussians, rng)
-        points, colors = torch.cat([points, inner]), torch.cat([colors, inner_colors])
+        parts.append((*_mouth_points(vertices, model, config.mouth_gaussians, rng), first))
     if config.initialisation == "random":
-        points, colors = _random_points(vertices, config.gaussians, rng)
+        parts = [(*_random_points(vertices, config.gaussians, rng), first)]
+    points, colors = (torch.cat(p) for p in list(zip(*parts))[:2])
 
     center = vertices.mean(0)
     radius = float((points - center).norm(dim=1).quantile(0.99))
@@ -147,10 +146,63 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
     motion_extent = landmarks[train].std(0).norm(dim=1)
     deformation.register_buffer("landmark_motion", motion_extent)
     if carrier is not None:
-        deformation.binding = bind(points, vertices, model.triangles, landmarks[t])
-        points = points - deformation.carry(expression[t], landmarks[t])
+        at_rest, bindings = [], []
+        for seen, _, t in parts:
+            deformation.binding = bind(seen, model.vertices(track.identity, expression[t]), model.triangles, landmarks[t])
+            at_rest.append(seen - deformation.carry(expression[t], landmarks[t]))
+            bindings.append(deformation.binding)
+        points, deformation.binding = torch.cat(at_rest), reduce(Binding.cat, bindings)
     cloud = gaussians_from_points(points, colors, config.initial_opacity, max_scale=0.1)
     return cloud, deformation
+
+
+_NORMAL_PX = 4.0  # at 512: depth is smoothed over so many pixels before its slope is taken
+_MOVING_DM = 0.12  # about lips and lids
+
+
+def _seen_points(clip: Clip, views: int, count: int, rng: np.random.Generator) -> list[tuple[Tensor, Tensor, int]]:
+    """(points "n 3" of the head frame, their colours, the frame that shows them) by frame; at most `count`, the first training frame's first.
+
+    Each of the first `views` frames whose depth is known gives the pixels that face its camera more than any other's: a cheek comes from the frame that turns it to
+    the camera, where its depth is sure, and no patch of skin comes twice. Lips and eyes come from the first alone: open in one frame and shut in the next,
+    they cannot be pieced together. Pixels are drawn evenly. InputError where the first frame shows no head.
+    """
+    track, depths = clip.track, dict(islice(clip.depths().items(), views))
+    eyes = {t: torch.linalg.inv(track.motion.T_camera_head[t].double())[:3, 3].float() for t in depths}
+    found = []
+    for t, depth in depths.items():
+        camera = track.camera_at(t)
+        ys, xs = np.where((clip.head_mask(t) > 127) & np.isfinite(depth))
+        if not found and len(ys) < 100:
+            raise InputError(f"Only {len(ys)} px of the first training frame (frame {t}) show the head. Trim the clip's start.")
+        pixels = torch.from_numpy(np.stack([xs + 0.5, ys + 0.5], 1).astype(np.float32))
+        points = camera.unproject(pixels, torch.from_numpy(depth[ys, xs].astype(np.float32)))
+        normals = _normals(depth, camera)[ys, xs]
+        facing = {k: (normals * F.normalize(eye - points, dim=1)).sum(1) for k, eye in eyes.items()}
+        own = torch.stack(list(facing.values())).amax(0) == facing[t]
+        moving = torch.cdist(points, track.motion.landmarks[t, _LIPS_AND_LIDS]).amin(1) < _MOVING_DM
+        own = own & ~moving if found else own | moving
+        found.append((points[own], clip.image(t)[ys[own], xs[own]], t))
+    sizes = [len(points) for points, _, _ in found]
+    chosen = np.sort(rng.choice(sum(sizes), min(count, sum(sizes)), replace=False))
+    parts = []
+    for (points, image, t), end in zip(found, np.cumsum(sizes)):
+        rows = chosen[(chosen >= end - len(points)) & (chosen < end)] - (end - len(points))
+        parts.append((points[torch.from_numpy(rows)], torch.from_numpy(image[rows].astype(np.float32) / 255), t))
+    return parts
+
+
+def _normals(depth: Float32[np.ndarray, "h w"], camera: Camera) -> Float[Tensor, "h w 3"]:
+    """Unit normals of a depth map's surface in the head frame, towards the camera."""
+    h, w = depth.shape
+    smooth = cv2.GaussianBlur(np.where(np.isfinite(depth), depth, np.nanmax(depth)), (0, 0), _NORMAL_PX * max(h, w) / 512)
+    x, y = np.meshgrid(np.arange(w) + 0.5, np.arange(h) + 0.5)
+    pixels = torch.from_numpy(np.stack([x.ravel(), y.ravel()], 1).astype(np.float32))
+    surface = camera.unproject(pixels, torch.from_numpy(smooth.ravel().astype(np.float32))).view(h, w, 3)
+    down, right = torch.gradient(surface, dim=(0, 1))
+    normal = F.normalize(torch.linalg.cross(down, right), dim=-1)
+    eye = torch.linalg.inv(camera.T_camera_head.double())[:3, 3].float()
+    return normal * ((eye - surface) * normal).sum(-1, keepdim=True).sign()
 
 
 def _random_points(vertices: Tensor, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -231,7 +283,7 @@ def train_head(
     With `checkpoint`, state is written there every `config.checkpoint_seconds` and on interruption, and training goes on from what is found.
     `log(iteration, scalars)` is called each iteration. `stop_at` ends early (tests). Raises TrainingError at a NaN, naming step and tensor.
     """
-    frames = TrainingFrames(clip, config.preload_bytes, config.validation_frames)
+    frames = TrainingFrames(clip, config.preload_bytes, config.validation_frames, config.views)
     state = start(clip, model, config, device)
     if checkpoint is not None and checkpoint.exists():
         load_checkpoint(checkpoint, state, config)
@@ -274,7 +326,7 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     stage, within = stage_at(config, state.iteration)
     if stage.deform and (within == 0 or (stage.name == "refine" and within == stage.iterations // 2)):
         state.deformation.place_anchors(state.params["means"])
-    k = 0 if stage.frames == "first" else _shuffled_frame(config, state.iteration, len(frames))
+    k = frames.views[within % len(frames.views)] if stage.frames == "views" else _shuffled_frame(config, state.iteration, len(frames))
     t = frames.frames[k]
     chance = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
     background = torch.rand(3, generator=chance).to(state.device)

@@ -1,10 +1,11 @@
 """Stages and presets of the head's training: the paper's three stages, and how long each lasts.
 
-| stage      | frames         | deformation | adding and pruning |
-|------------|----------------|-------------|--------------------|
-| initialise | the first only | off         | yes                |
-| deform     | all            | on          | yes                |
-| refine     | all            | on          | no                 |
+| stage      | frames                          | deformation | adding and pruning |
+|------------|---------------------------------|-------------|--------------------|
+| initialise | those that points come from;    | off         | yes                |
+|            | the paper's: the first only     |             |                    |
+| deform     | all                             | on          | yes                |
+| refine     | all                             | on          | no                 |
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ class Stage:
 
     name: str
     iterations: int
-    frames: Literal["first", "all"]
+    frames: Literal["views", "all"]
+    """the frames whose depth the points come from (`HeadConfig.views`), or all"""
     deform: bool
     density: bool
 
@@ -32,7 +34,7 @@ class Stage:
 class LearningRates:
     """Adam's step sizes at the start; positions and network fall by a cosine to 2 %, the rest to 10 %."""
 
-    means: float = 3e-4
+    means: float = 6e-4
     """head units (dm) a step"""
     quats: float = 1e-3
     log_scales: float = 5e-3
@@ -51,7 +53,9 @@ class HeadConfig:
     gaussians: int = 30_000
     """points of the depth-based initialisation; density control may add to it"""
     initialisation: Literal["depth", "random"] = "depth"
-    """points from the first frame's depth, or (Table 2) anywhere in the head's bounding box, of any colour"""
+    """points from depth, or (Table 2) anywhere in the head's bounding box, of any colour"""
+    views: int = 5
+    """most frames that points come from, each what it shows best; 1: the first training frame alone (the paper). Long hair and wide turns want them"""
     mouth_gaussians: int = 1_500
     """of them, points on teeth and tongue, which the first frame may not show"""
     initial_opacity: float = 0.5
@@ -95,7 +99,7 @@ class Ablation:
     def apply(self, config: HeadConfig) -> HeadConfig:
         """`config` with this row's control; budgets, losses and seed stay."""
         ours = self.base == "mesh"  # what Eqs 7-12 do not have stays out of the rows that are about them
-        changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours, sway=ours)
+        changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours, sway=ours, relight=ours)
         return replace(config, deformation=changed, initialisation=self.initialisation)
 
 
@@ -115,13 +119,13 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "full": Ablation("Ours (full)", "Eqs 9-12 with a learned style in Eq. 12; no carrier"),
     "literal": Ablation("Eq. 12 as printed", "as full, the second AdaIN's style being mean and deviation of the 3DMM vector", coarse="literal"),
-    "mesh": Ablation("hicode", "full over the mesh carrier, with shade and sway: what ships", base="mesh"),
+    "mesh": Ablation("hicode", "full over the mesh carrier, with shade, sway and relight: what ships", base="mesh"),
 }
 
 
 def _stages(initialise: int, deform: int, refine: int) -> tuple[Stage, ...]:
     return (
-        Stage("initialise", initialise, "first", deform=False, density=True),
+        Stage("initialise", initialise, "views", deform=False, density=True),
         Stage("deform", deform, "all", deform=True, density=True),
         Stage("refine", refine, "all", deform=True, density=False),
     )
@@ -135,8 +139,9 @@ def head_preset(preset: Preset) -> HeadConfig:
         return HeadConfig(_stages(500, 1_000, 6_500), loss=LossWeights())
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
-        deformation=DeformationConfig(anchors=0, base="none", shade=False, sway=False),
+        deformation=DeformationConfig(anchors=0, base="none", shade=False, sway=False, relight=False, position_frequencies=10),
         initial_opacity=0.1,
+        views=1,
         mouth_gaussians=0,
         loss=LossWeights(),
         vgg_layers="full",
