@@ -112,7 +112,9 @@ def test_the_past_beyond_the_window_is_forgotten(encoder):
     level = speech_level(sound)
     a, b = encoder.encode(sound, level), encoder.encode(other, level)
     settled = 6 * 50 + encoder.window.rows + 50  # the high-pass forgets within a second
-    torch.testing.assert_close(a[settled:], b[settled:], atol=1e-4, rtol=1e-4)
+    # What is remembered of steady noise fades within some seconds: a hundredth of what features differ by is left of it.
+    atol = 2e-2 if encoder.variant else 1e-4
+    torch.testing.assert_close(a[settled:], b[settled:], atol=atol, rtol=1e-4)
 
 
 def test_a_later_sound_gives_the_same_features_later(encoder):
@@ -164,7 +166,7 @@ def test_log_mel_follows_its_definition():
     n, f = np.arange(400), np.arange(201)[:, None]
     spectrum = (audio * (0.5 - 0.5 * np.cos(2 * np.pi * n / 400)) * np.exp(-2j * np.pi * f * n / 400)).sum(1)
     expected = (np.log10(np.maximum(E.mel_filters() @ np.abs(spectrum) ** 2, 10**-6)) + 4) / 4
-    np.testing.assert_allclose(E._LogMel()(torch.from_numpy(audio).float())[:, 0], expected, atol=1e-4)
+    np.testing.assert_allclose(E.log_mel(E._MelPower()(torch.from_numpy(audio).float()))[:, 0], expected, atol=1e-4)
 
 
 def test_the_embedded_encoder_matches_the_graph_it_was_taken_from():
@@ -184,7 +186,7 @@ def test_the_embedded_encoder_matches_the_graph_it_was_taken_from():
             model += _encode_varint(number << 3 | 2) + _encode_varint(len(value)) + value
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     sound = _sound(8)
-    mel = ours._mel(F.pad(torch.from_numpy(sound) / speech_level(sound), (200, 200)))[:, :800][None]
+    mel = E.log_mel(ours._power(F.pad(torch.from_numpy(sound) / speech_level(sound), (200, 200))))[:, :800][None]
     (theirs,) = session.run(["add_268"], {"input_features": mel.numpy()})
 
     weights = E._onnx_weights(path)

@@ -28,7 +28,7 @@ from hicode.camera import Camera
 from hicode.errors import FileFormatError, InputError
 from hicode.files import load_tensors, read_json, save_tensors
 from hicode.motion import FaceTrack, Motion
-from hicode.speech.encoder import AudioEncoder, Window, create_encoder, match_frames, usual_window
+from hicode.speech.encoder import AudioEncoder, Window, create_encoder, match_frames, usual_variant, usual_window
 
 SCHEMA, VERSION = "hicode-clip", 1
 AUDIO_RATE_HZ = 16000
@@ -190,6 +190,7 @@ class Clip:
         if file.exists():
             tensors, config = load_tensors(file, FEATURES_SCHEMA, 1)
             same = config["offset_frames"] == self.audio_offset_frames and config.get("window") == list(window)
+            same = same and config.get("variant") == usual_variant(encoder)
             if same and len(tensors["features"]) == 2 * self.frame_count:
                 return tensors["features"]
         made = create_encoder(encoder, window=window)
@@ -208,6 +209,7 @@ def frame_features(
     """What a clip stores of a sound that is moved by `offset_frames` already: features, and how they were made."""
     config = {
         "encoder": encoder.name,
+        "variant": encoder.variant,
         "dim": encoder.dim,
         "rate_hz": encoder.rate_hz,
         "window": list(encoder.window),

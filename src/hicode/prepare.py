@@ -182,7 +182,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
         state["audio_offset_frames"] = offset["frames"]
         features = f"audio.{config.encoder}.safetensors"
         work.step(
-            "features", 2, encoder, ("sound", "offset"), (features,), lambda: _features(work, count, offset["frames"])
+            "features", 3, encoder, ("sound", "offset"), (features,), lambda: _features(work, count, offset["frames"])
         )
     else:
         offset = None

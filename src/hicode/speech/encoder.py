@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hicode import assets
 from hicode.errors import InputError
+from hicode.speech.noise import SteadyNoise
 
 AUDIO_RATE_HZ = 16000
 FEATURE_RATE_HZ = 50
@@ -49,10 +50,12 @@ class Window(NamedTuple):
 
 
 class AudioEncoder(Protocol):
-    """What turns 16 kHz mono sound into features; files record `name`, `dim` and `rate_hz`, and consumers check them.
-    `window` and `margin` (samples that a row sees beyond its own 20 ms on either side) say when a feature is known."""
+    """What turns 16 kHz mono sound into features; files record `name`, `variant`, `dim` and `rate_hz`, and consumers check them.
+    `window` and `margin` (samples that a row sees beyond its own 20 ms on either side) say when a feature is known; `variant`, what else than the
+    name and the window made it: another is another encoder."""
 
     name: str
+    variant: str | None
     dim: int
     rate_hz: int
     window: Window
@@ -87,6 +90,11 @@ def usual_window(name: EncoderName) -> Window:
     if name not in encoders:
         raise _unknown(name)
     return encoders[name].window
+
+
+def usual_variant(name: EncoderName) -> str | None:
+    """The variant of an encoder by that name, likewise."""
+    return EmbeddedEncoder.variant if name == "embedded" else None
 
 
 def match_frames(features: Float[Tensor, "t d"], frames: int) -> Float[Tensor, "2*frames d"]:
@@ -179,6 +187,7 @@ class EncoderStream:
         # Not yet turned into rows; starts `margin` before the next row. Silence comes before the beginning.
         self._samples = np.zeros(encoder.window.lead * SAMPLES_PER_FEATURE + encoder.margin, np.float32)
         self._rows: Tensor | None = None
+        self._memory = encoder._begin()
         self._blocker = DcBlocker()
         self._received, self._emitted, self._finished = 0, 0, False
 
@@ -214,7 +223,7 @@ class EncoderStream:
                 level = self._running.update(_frame_rms(self._samples[encoder.margin : encoder.margin + n]))
             audio = torch.from_numpy(self._samples[: n + 2 * encoder.margin]) / level
             self._samples = self._samples[n:]
-            rows = encoder._local(audio)
+            rows = encoder._local(audio, self._memory)
             self._rows = rows if self._rows is None else torch.cat([self._rows, rows])
             windows = (len(self._rows) - window.rows) // window.hop + 1
             if windows > 0:
@@ -240,20 +249,25 @@ def checked_sound(samples) -> Float[np.ndarray, "n"]:
 
 class _WindowedEncoder:
     """Sliding-window encoding out of two pieces: `_local` turns sound into one row per 20 ms, `_contextual` turns windows of rows into features.
+    What `_local` must remember of a sound from piece to piece, if anything, `_begin` makes.
 
     margin  samples that a row sees beyond its own 20 ms on either side
     batch   windows that are worked on at once
     """
 
     name: str
+    variant: str | None = None
     dim: int
     rate_hz = FEATURE_RATE_HZ
     window: Window
     margin = 0
     batch = 16
 
-    def _local(self, audio: Float[Tensor, "n"]) -> Float[Tensor, "t c"]:
-        """(n - 2 margin) / 320 rows."""
+    def _begin(self) -> "_Hearing | None":
+        return None
+
+    def _local(self, audio: Float[Tensor, "n"], memory: "_Hearing | None") -> Float[Tensor, "t c"]:
+        """(n - 2 margin) / 320 rows, of a sound that goes on where the last piece ended, 2 margin before its end."""
         raise NotImplementedError
 
     def _contextual(self, rows: Float[Tensor, "b w c"]) -> Float[Tensor, "b hop d"]:
@@ -298,8 +312,8 @@ def mel_filters(n_mels: int = N_MELS, n_fft: int = N_FFT, rate_hz: int = AUDIO_R
     return triangle * (2 / (high - low))
 
 
-class _LogMel:
-    """Whisper's 80 log-mel energies (25 ms Hann windows every 10 ms), scaled to about [-1, 1.5], against a fixed reference."""
+class _MelPower:
+    """Power in Whisper's 80 mel bands (25 ms Hann windows every 10 ms)."""
 
     def __init__(self):
         self.filters = torch.from_numpy(mel_filters()).float()
@@ -307,9 +321,12 @@ class _LogMel:
 
     def __call__(self, audio: Float[Tensor, "n"]) -> Float[Tensor, "80 t"]:
         """Frames lie wholly inside the audio: t = (n - 400) / 160 + 1, the first centred on sample 200."""
-        power = torch.fft.rfft(audio.unfold(0, N_FFT, MEL_HOP) * self.hann).abs().square()
-        log_power = (self.filters @ power.T).clamp(min=1e-10).log10()
-        return (log_power.clamp(min=LOG_MEL_REFERENCE - LOG_MEL_DECADES) + 4) / 4
+        return self.filters @ torch.fft.rfft(audio.unfold(0, N_FFT, MEL_HOP) * self.hann).abs().square().T
+
+
+def log_mel(power: Float[Tensor, "80 t"]) -> Float[Tensor, "80 t"]:
+    """Scaled to about [-.5, 1.5], against a fixed reference."""
+    return (power.clamp(min=10 ** (LOG_MEL_REFERENCE - LOG_MEL_DECADES)).log10() + 4) / 4
 
 
 class LogMelEncoder(_WindowedEncoder):
@@ -318,11 +335,11 @@ class LogMelEncoder(_WindowedEncoder):
     name, dim, window, margin = "logmel", 2 * N_MELS, Window(4, 4, 0), 120
 
     def __init__(self):
-        self._mel = _LogMel()
+        self._power = _MelPower()
 
-    def _local(self, audio: Tensor) -> Tensor:
+    def _local(self, audio: Tensor, memory: None = None) -> Tensor:
         # Frames centred 80 and 240 samples into each row: the margin is 200 - 80.
-        frames = self._mel(audio).T
+        frames = log_mel(self._power(audio)).T
         return frames.reshape(-1, self.dim)
 
     def _contextual(self, rows: Tensor) -> Tensor:
@@ -336,10 +353,11 @@ class EmbeddedEncoder(_WindowedEncoder):
     """The input of the third encoder layer (`add_268`) of Smart Turn v3.2, a Whisper-tiny-derived network; 384-d.
 
     Rebuilt in torch from the graph's weights: onnxruntime would run the int8 graph (whose features differ: cosine about .97) with a fixed
-    8 s window, 40 times the arithmetic. Here convolutions run once over the sound, and the second layer only where it is read.
+    8 s window, 40 times the arithmetic. Here convolutions run once over the sound, and the second layer only where it is read. Steady noise is
+    taken off the mel power before (`speech/noise.py`).
     """
 
-    name, dim, margin = "embedded", 384, 360
+    name, variant, dim, margin = "embedded", "less steady noise", 384, 360
     # Of ridge regressions to unseen speakers' mouths (opening's correlation; docs/log.md): 160 ms of future .68, 80 ms .67, 40 ms .66; 2 s of past
     # .68, 1.5 s .67, 1 s .65. A hop of two frames costs half of what one frame does.
     window = Window(lead=92, hop=4, look=4)
@@ -348,7 +366,7 @@ class EmbeddedEncoder(_WindowedEncoder):
     def __init__(self, window: Window | None = None):
         self.window = window or self.window
         w = _onnx_weights(assets.path("speech_encoder"))
-        self._mel = _LogMel()
+        self._power = _MelPower()
         prefix = "inner.encoder."
         self._conv1 = (w[prefix + "conv1.weight"], w[prefix + "conv1.bias"])
         self._conv2 = (w[prefix + "conv2.weight"], w[prefix + "conv2.bias"])
@@ -372,10 +390,13 @@ class EmbeddedEncoder(_WindowedEncoder):
             layer["k_heads"], layer["v_heads"] = k.permute(1, 2, 0).contiguous(), v.transpose(0, 1).contiguous()  # h c d, h d c
             self._layers.append(layer)
 
+    def _begin(self) -> "_Hearing":
+        return _Hearing()
+
     @torch.no_grad()
-    def _local(self, audio: Tensor) -> Tensor:
+    def _local(self, audio: Tensor, memory: "_Hearing") -> Tensor:
         # Row t is conv2's output centred on mel frame 2t; mel frame m is centred on sample 160 (m + 1), the middle of a 20 ms span.
-        h = F.gelu(F.conv1d(self._mel(audio)[None], *self._conv1))
+        h = F.gelu(F.conv1d(log_mel(memory(self._power(audio)))[None], *self._conv1))
         return F.gelu(F.conv1d(h, *self._conv2, stride=2))[0].T.contiguous()
 
     @torch.no_grad()
@@ -407,6 +428,22 @@ class EmbeddedEncoder(_WindowedEncoder):
         mean = (asked @ z.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1) @ z
         values = mean.unflatten(1, (self.HEADS, -1)) @ p["v_heads"]
         return values.transpose(1, 2).flatten(2) + p["qkv_bias"][2 * d :]
+
+
+class _Hearing:
+    """Mel power of a sound in pieces without its steady noise. Pieces overlap: a row of 20 ms sees some frames of its neighbours'."""
+
+    OVERLAP = (2 * EmbeddedEncoder.margin - N_FFT) // MEL_HOP + 1  # frames that the last piece has ended with
+
+    def __init__(self):
+        self._noise, self._kept = SteadyNoise(), None
+
+    def __call__(self, power: Float[Tensor, "80 t"]) -> Float[Tensor, "80 t"]:
+        new = power if self._kept is None else power[:, self.OVERLAP :]
+        new = torch.from_numpy(self._noise(new.T.numpy())).T
+        power = new if self._kept is None else torch.cat([self._kept, new], 1)
+        self._kept = power[:, -self.OVERLAP :].clone()
+        return power
 
 
 def _onnx_weights(path: Path) -> dict[str, Tensor]:
@@ -522,7 +559,7 @@ class HubertEncoder(_WindowedEncoder):
             raise InputError(f"No HuBERT model at {path} ({reason}). Give a local folder, or use --encoder embedded.") from error
         self.dim = self._model.config.hidden_size
 
-    def _local(self, audio: Tensor) -> Tensor:
+    def _local(self, audio: Tensor, memory: None = None) -> Tensor:
         return audio.reshape(-1, SAMPLES_PER_FEATURE)
 
     @torch.no_grad()

@@ -579,8 +579,8 @@ def _example(cache: Path | str, taken: Taken) -> SpeechExample:
 
 
 def encoder_key(encoder: AudioEncoder) -> list:
-    """Name, size, and the window: rows of past, read at once, of future."""
-    return [encoder.name, encoder.dim, list(encoder.window)]
+    """Name, size, the window (rows of past, read at once, of future), and what else made it."""
+    return [encoder.name, encoder.dim, list(encoder.window), encoder.variant]
 
 
 def _disagreement(result: SyncResult) -> str:
