@@ -16,8 +16,9 @@ from hicode.avatar.compositor import (
     background_plate,
     compose,
     dilate_mask,
-    hidden_mask,
     fill_smoothly,
+    hidden_mask,
+    outlined,
     plain_composite,
     seam_of,
 )
@@ -52,6 +53,64 @@ def trained_looking(seed: int = 0) -> Compositor:
     compositor = Compositor()
     torch.nn.init.normal_(compositor.out.weight, std=0.02)
     return compositor.for_inference()
+
+
+# --- the outline ---------------------------------------------------------------------------------------------------------
+
+
+def rendered_disc(centre: tuple[float, float], size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """A disc that is red on the left and blue on the right of the picture's middle: (rgb over black, alpha)."""
+    alpha = disc(size, 60, centre).astype(np.float32) / 255
+    left = np.arange(size) < size // 2
+    return alpha[..., None] * np.where(left[None, :, None], np.float32([0.8, 0.1, 0.1]), np.float32([0.1, 0.1, 0.8])), alpha
+
+
+def test_above_the_mouth_the_outline_is_the_masks():
+    """A render 4 px to the right of its mask: what it lacks on the left is given the left's colour, what stands out on the right is cut to 1 px."""
+    mask = disc(256, 60, (128, 128))
+    rgb, alpha = rendered_disc((132, 128))
+    out, cover = outlined(rgb, alpha, mask, above=300)
+    inside, outside = mask == 255, cv2.dilate(mask, np.ones((3, 3), np.uint8)) == 0
+    assert (cover[inside] > 0.99).all() and (alpha[inside] < 0.5).sum() > 100
+    assert (cover[outside] == 0).all() and (alpha[outside] > 0.5).sum() > 50
+    lacking = inside & (alpha < 0.5)
+    assert np.abs(out[lacking] - [0.8, 0.1, 0.1]).max() < 0.02  # its neighbours' colour
+    np.testing.assert_allclose(out[outside], 0)
+    as_it_was = inside & (alpha == 1)
+    np.testing.assert_array_equal(out[as_it_was], rgb[as_it_was])
+
+
+def test_below_the_mouth_the_outline_is_the_renders():
+    mask, above = disc(256, 60, (128, 128)), 120.0
+    rgb, alpha = rendered_disc((132, 128))
+    before = rgb.copy(), alpha.copy()
+    out, cover = outlined(rgb, alpha, mask, above)
+    below = int(above)
+    np.testing.assert_array_equal(out[below:], rgb[below:])
+    np.testing.assert_array_equal(cover[below:], alpha[below:])
+    assert np.abs(cover[: below - 12] - alpha[: below - 12]).max() > 0.5
+    np.testing.assert_array_equal(rgb, before[0])  # the caller's render is not touched
+    np.testing.assert_array_equal(alpha, before[1])
+
+
+def test_a_part_of_the_mask_far_from_the_render_is_not_painted():
+    """A second, wrong island of the mask."""
+    mask = np.maximum(disc(256, 30, (80, 128)), disc(256, 15, (200, 128)))
+    alpha = disc(256, 30, (80, 128)).astype(np.float32) / 255
+    out, cover = outlined(alpha[..., None] * np.float32([0.8, 0.5, 0.3]), alpha, mask, 300)
+    assert (cover[:, 170:] == 0).all() and (out[:, 170:] == 0).all()
+
+
+@pytest.mark.parametrize("above", [-5.0, 0.0, 1000.0])
+def test_an_outline_without_a_head_changes_nothing(above):
+    rgb, alpha = rendered_disc((128, 128))
+    for mask, a in ((np.zeros((256, 256), np.uint8), alpha), (disc(256), np.zeros_like(alpha))):
+        out, cover = outlined(rgb, a, mask, above)
+        np.testing.assert_array_equal(out, rgb)
+        np.testing.assert_array_equal(cover, a)
+
+
+# --- the composite -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("generator", [None, trained_looking()], ids=["plain", "generator"])

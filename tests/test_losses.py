@@ -12,6 +12,7 @@ from hicode.training.losses import (
     WingLandmarks,
     check_finite,
     crop_around,
+    depth_spread,
     mouth_weight,
     photometric,
     photometric_reference,
@@ -246,6 +247,37 @@ def test_head_loss_is_the_weighted_sum_of_its_parts(cheap_vgg):
     )
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert set(HeadLoss(weights)(rendered, target, mouth, crop, mouth, landmarks_px)[1]) == {"l1", "ssim"}
+
+
+def layers(distances, opacity=0.6, size=24):
+    """Flat Gaussians that fill the picture, one layer a distance (dm) along the axis of a camera that looks at them."""
+    from hicode.camera import Camera
+    from hicode.gaussians import Gaussians
+
+    n = len(distances)
+    camera = Camera(torch.tensor([[30.0, 0, size / 2], [0, 30, size / 2], [0, 0, 1]]), torch.eye(4), size, size)
+    means = torch.stack([torch.zeros(n), torch.zeros(n), torch.tensor(distances)], 1).requires_grad_()
+    flat = torch.tensor([3.0, 3.0, 1e-3]).log().expand(n, 3)
+    quats = torch.tensor([1.0, 0, 0, 0]).expand(n, 4)
+    return Gaussians(means, flat, quats, torch.full((n,), opacity).logit(), torch.rand(n, 3)), camera
+
+
+def test_depth_spread_is_the_variance_of_depth_along_a_ray():
+    cloud, camera = layers([5.0, 5.04])
+    weight = torch.tensor([0.6, 0.4 * 0.6])  # the second behind the first
+    share = weight / weight.sum()
+    z = torch.tensor([0.0, 0.04])
+    variance = float(weight.sum() * ((share * z * z).sum() - (share * z).sum() ** 2))
+    spread = depth_spread(cloud, camera)
+    assert spread.item() == pytest.approx(variance / (1 + variance / 0.01), rel=0.05)
+    spread.backward()
+    near, far = cloud.means.grad[:, 2]
+    assert near < 0 < far  # descending draws them together
+
+
+def test_a_surface_has_no_depth_spread():
+    cloud, camera = layers([5.0, 5.0, 5.0])
+    assert depth_spread(cloud, camera).item() < 1e-8
 
 
 def test_crops_stay_inside_and_repeat_with_the_generator():

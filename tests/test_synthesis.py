@@ -62,6 +62,7 @@ class FakeAvatar:
     source: dict = field(default_factory=dict)
     plate: np.ndarray = field(default_factory=lambda: np.full((SIZE, SIZE, 3), 60, np.uint8))
     shown: list = field(default_factory=list)  # (motion, thread) of each rendered frame
+    followed: list[bool] = field(default_factory=list)  # whether its frame was said to have the head's pose
 
     def __post_init__(self):
         self.mouth_expression = torch.arange(64) < 40
@@ -93,7 +94,8 @@ class FakeAvatar:
         colour = torch.stack([motion.expression[t, 0], motion.expression[t, 50], motion.landmarks[t, 400, 0]]).sigmoid()
         return Rendering(alpha[..., None] * colour, alpha)
 
-    def composed(self, rendering: Rendering, motion: Motion, t: int, frame: np.ndarray, head_mask: np.ndarray, index: int) -> np.ndarray:
+    def composed(self, rendering: Rendering, motion: Motion, t: int, frame: np.ndarray, head_mask: np.ndarray, index: int, same_pose: bool) -> np.ndarray:
+        self.followed.append(same_pose)
         out = compose(rendering.rgb, rendering.alpha, frame, head_mask, self.plate)
         out[30, 32, 0] = index % 251  # as grain does, it tells one frame from the next
         return out
@@ -640,6 +642,14 @@ def test_a_source_that_is_another_video_is_refused(tmp_path, wav):
             avatar, wav, tmp_path / "out.mp4", original_size=True, source_video=tmp_path / "short.mp4", progress=False
         )
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_a_held_frames_head_moves_before_its_mask_and_a_played_one_has_its_outline():
+    for still in (False, True):
+        avatar = FakeAvatar()
+        for _ in synthesize(avatar, speechlike(0.5), still=still):
+            pass
+        assert avatar.followed and set(avatar.followed) == {not still}
 
 
 def test_grain_goes_by_the_frame_and_stands_still_with_a_held_one():

@@ -305,7 +305,8 @@ class Stream:
         with seconds.clocked("rasterise"):
             rendering = avatar.rasterized(deformed, motion, 0)
         with seconds.clocked("composite"):
-            out = avatar.composed(rendering, motion, 0, frame, mask, waiting.index)
+            # The head of a held frame moves a little before its mask.
+            out = avatar.composed(rendering, motion, 0, frame, mask, waiting.index, same_pose=not self.still)
         seconds.count()
         return out
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
-from hicode.avatar.compositor import Compositor, compose
+from hicode.avatar.compositor import Compositor, compose, outlined
 from hicode.avatar.deformation import Deformation
 from hicode.avatar.grain import Grain
 from hicode.avatar.images import Images
@@ -22,7 +22,7 @@ from hicode.camera import Camera
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
 from hicode.gaussians import Gaussians
-from hicode.motion import Motion
+from hicode.motion import LIPS, Motion
 from hicode.render import Rendering, rasterize
 from hicode.speech.faceformer import SpeechModels
 
@@ -121,13 +121,21 @@ class Avatar:
         """Where the landmarks of frame t of a motion fall in the picture."""
         return self.camera.with_pose(motion.T_camera_head[t]).project(motion.landmarks[t])[0].numpy()
 
+    def outlined(
+        self, rendering: Rendering, motion: Motion, t: int, head_mask: UInt8[np.ndarray, "h w"]
+    ) -> tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w"]]:
+        """The head rendered over black at frame t of a motion, and its alpha, with the outline that the mask of a frame of the same pose has above the mouth."""
+        return outlined(rendering.rgb, rendering.alpha, head_mask, float(self.landmarks_px(motion, t)[LIPS, 1].mean()))
+
     def composed(
-        self, rendering: Rendering, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], index: int
-    ) -> UInt8[np.ndarray, "h w 3"]:
+        self, rendering: Rendering, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], index: int,
+        same_pose: bool = True,
+    ) -> UInt8[np.ndarray, "h w 3"]:  # fmt: skip
         """The head rendered at frame t of a motion, composited onto `frame` within its dilated head mask (Eqs 17-18); `index` tells one frame's grain
-        from the next one's."""
+        from the next one's. `same_pose`: the frame's head has the motion's pose, so that its outline is known."""
+        rgb, alpha = self.outlined(rendering, motion, t, head_mask) if same_pose else (rendering.rgb, rendering.alpha)
         grain = self.grain.layer(self.landmarks_px(motion, t), index) if self.grain is not None else None
-        return compose(rendering.rgb, rendering.alpha, frame, head_mask, self.plate, self.compositor, grain)
+        return compose(rgb, alpha, frame, head_mask, self.plate, self.compositor, grain)
 
     def synthesize_frame(
         self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], backend: str = "auto"

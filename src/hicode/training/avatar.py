@@ -29,7 +29,7 @@ from hicode.gaussians import Gaussians, gaussians_from_points
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.render import RasterStats, rasterize
 from hicode.training.density import GradientStatistics, apply_plan, plan_density
-from hicode.training.losses import Box, HeadLoss, PerceptualLoss, WingLandmarks, check_finite, crop_around, random_crop
+from hicode.training.losses import Box, HeadLoss, PerceptualLoss, WingLandmarks, check_finite, crop_around, depth_spread, random_crop
 from hicode.training.stages import HeadConfig, Stage
 
 CHECKPOINT_SCHEMA, CHECKPOINT_VERSION = "hicode-head-checkpoint", 1
@@ -339,6 +339,10 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     if stage.deform and state.iteration % config.wing_every == 0:
         landmarks = frames.landmarks_px(t)
     loss, terms = head_loss(rendering.rgb, frames.target(t, background), frames.mouth_box(t), face_crop=crop, landmarks_px=landmarks)
+    if config.spread and state.iteration % config.spread_every == 0:
+        spread = depth_spread(moved, frames.camera(t).with_pose(pose.detach()))
+        loss = loss + config.spread_every * config.spread * spread
+        terms["spread"] = spread.detach()
     check_finite(state.iteration, terms, state.params | dict(state.deformation.control.named_parameters()))
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -1,4 +1,4 @@
-"""Losses of the Gaussians' training (Eqs 15-16).
+"""Losses of the Gaussians' training (Eqs 15-16, and one on their depth).
 
 A rendered face I and its truth are "h w 3" in [0, 1], both over the same background colour; a box is (x0, y0, x1, y1)
 in px, the end exclusive.
@@ -13,7 +13,7 @@ in the L1 term is a map of pixel weights, so both terms are one pass over the im
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +25,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from hicode.camera import Camera
 from hicode.errors import TrainingError
+from hicode.gaussians import Gaussians
 from hicode.perceptual import LPIPS_LAYERS, Features
+from hicode.render import rasterize
 from hicode.threads import run_on_threads, take
 
 if TYPE_CHECKING:
@@ -425,6 +428,29 @@ class WingLandmarks:
         points, presence = self.landmarker.landmarks(rendered.clamp(0, 1).permute(2, 0, 1)[None], roi)
         loss = wing(points[0, :, :2] - wanted[0, :, :2], self.width_px, self.curvature_px).sum(-1)
         return (loss if weight is None else loss * weight).mean() * presence[0].detach()
+
+
+# ------------------------------------------------------------------------------------------------------------- geometry
+
+
+_FAR_DM2 = 0.01  # a spread of 10 cm: hair before a neck is two surfaces, and must not be drawn into one
+
+
+def depth_spread(gaussians: Gaussians, camera: Camera) -> Tensor:
+    """Mean over the pixels of the variance of depth along the ray (dm², as the rendering weighs its Gaussians, times its coverage); saturates.
+
+    A head seen from one side only explains its pictures as well with Gaussians strewn along the rays as on a surface, and falls apart when it turns further.
+    A cousin of the distortion loss of Mip-NeRF 360 (Barron et al. 2022), whose pairwise distances need a kernel of their own: a variance takes one more
+    rendering, of z and z² in the place of colours.
+    """
+    turn = camera.T_camera_head[2]
+    z = gaussians.means @ turn[:3]
+    z = z - z.detach().mean()  # near 0, so that the difference of squares keeps its digits
+    first, second, cover = rasterize(
+        replace(gaussians, colors=torch.stack([z, z * z, torch.ones_like(z)], 1)), camera, torch.zeros(3, device=z.device)
+    ).rgb.unbind(-1)
+    spread = torch.where(cover > 0.3, second - first * first / cover.clamp_min(0.3), 0.0)
+    return (spread / (1 + spread.detach() / _FAR_DM2)).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------- together

@@ -269,8 +269,8 @@ class _Samples:
                 landmarks=motion.landmarks + noise(0.004, 1, 1, 3) + noise(0.003, 1, 478, 3),
                 T_camera_head=motion.T_camera_head @ turn,
             )
-        rendering = self.avatar.render(motion, 0)
-        return rendering.rgb, rendering.alpha, self.clip.image(t), self.clip.head_mask(t)
+        mask = self.clip.head_mask(t)
+        return *self.avatar.outlined(self.avatar.render(motion, 0), motion, 0, mask), self.clip.image(t), mask
 
 
 def _source(clip: Clip) -> dict:

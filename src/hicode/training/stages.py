@@ -72,6 +72,11 @@ class HeadConfig:
     vgg_start: float = 0.3
     """fraction of the iterations after which the perceptual term begins"""
     wing_every: int = 10
+    spread: float = 3.0
+    """weight of the variance of depth along the rays (dm²; not in Eq. 15): without it skin that training frames show at a grazing angle is mottled when
+    the head turns further. 0: the paper"""
+    spread_every: int = 4
+    """iterations between two looks at it, each weighing as much more"""
     validation_frames: int = 6
     """last frames of the training part that the head does not learn from: the compositor is judged on them"""
     seed: int = 0
@@ -148,5 +153,6 @@ def head_preset(preset: Preset) -> HeadConfig:
         vgg_every=1,
         vgg_start=0.0,
         wing_every=1,
+        spread=0.0,
     )
     return replace(config, rates=replace(config.rates, pose=0.0))
