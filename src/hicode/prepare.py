@@ -172,7 +172,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     fitted = work.step("fit", 1, {}, ("landmarks",), ("fit.safetensors",), lambda: _fit(work, train))
     work.step("masks", 1, {}, ("fit",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
     aligned = ("track.safetensors", "skull.safetensors")
-    work.step("track", 5, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
+    work.step("track", 6, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
     work.step("depth", 3, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
@@ -556,18 +556,19 @@ def _align(work: _Work, train: range) -> dict:
     """Poses from the rigid points of the whole head, then expressions and landmarks anew under them."""
     from hicode.face.fit import fit_report, refit_expressions
     from hicode.face.model import HeadModel
+    from hicode.face.skin import follow_skin
     from hicode.face.skull import align_skull
 
     saved = _load_landmarks(work)
     model = HeadModel.load()
     track = load_track(work.folder / "fit.safetensors")
+    image = lambda t: read_png(work.folder / f"frames/{t:06d}.png", grey=False)
+    mask = lambda t: read_png(work.folder / f"masks/head/{t:06d}.png", grey=True)
     with progress_bar("Aligning the head", work.show) as report:
-        poses, skull, found = align_skull(
-            lambda t: read_png(work.folder / f"frames/{t:06d}.png", grey=False),
-            lambda t: read_png(work.folder / f"masks/head/{t:06d}.png", grey=True),
-            track, model, train, progress=lambda done: report(round(100 * done), 100),
-        )  # fmt: skip
+        poses, skull, found = align_skull(image, mask, track, model, train, progress=lambda done: report(round(100 * done), 100))
     track = refit_expressions(track, poses, saved["points_px"], saved["found"], model, train)
+    with progress_bar("Following the skin", work.show) as report:
+        track, skin = follow_skin(image, mask, track, skull, model, train, progress=lambda done: report(round(100 * done), 100))
     save_track(work.folder / "track.safetensors", track)
     save_tensors(work.folder / "skull.safetensors", skull.tensors(), "hicode-skull", 1)
     figures = fit_report(track, model)
@@ -577,6 +578,8 @@ def _align(work: _Work, train: range) -> dict:
         "turned_deg": found.turned_deg,
         "origin_mm": found.origin_mm,
         "unmatched": found.unmatched,
+        "skin_matches": skin.matches,
+        "skin_px": skin.moved_px,
         "jitter_deg": figures.jitter_deg,
         "jitter_px": figures.jitter_px,
     }

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, UInt8
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
@@ -109,7 +109,7 @@ def align_skull(
     out = tracked.copy()
 
     def matches(t: int, gray: np.ndarray) -> list["_Match"]:
-        near = np.argsort([_angle(tracked[t], tracked[k.t]) if k.t != t else np.inf for k in views])[: config.nearest]
+        near = np.argsort([angle_between(tracked[t], tracked[k.t]) if k.t != t else np.inf for k in views])[: config.nearest]
         own = [_match(views[n], n, gray, out[t], out[views[n].t], focal, centre) for n in near if views[n].t != t]
         return [m for m in own if len(m.rows)]
 
@@ -118,7 +118,7 @@ def align_skull(
     for _ in range(config.rounds):
         found: dict[int, list[_Match]] = {}
         for t in structure:
-            found[int(t)] = matches(int(t), _gray(image(t)))
+            found[int(t)] = matches(int(t), gray_image(image(t)))
             done += 1
             progress(done / work)
         out[structure], depths, sigma = _adjust(views, structure, found, tracked, out[structure], depths, focal, centre, config)
@@ -126,7 +126,7 @@ def align_skull(
     placed = [_head_points(view, d, out[view.t], focal, centre)[0] for view, d in zip(views, depths)]
     residuals, counts, matched = [], [], np.zeros(len(track), bool)
     for t in range(len(track)):
-        gray = None if t in found or not seen[t] else _gray(image(t))
+        gray = None if t in found or not seen[t] else gray_image(image(t))
         for _ in range(1 if t in found else config.rounds):
             own = [] if not seen[t] else found[t] if t in found else matches(t, gray)
             x = np.concatenate([placed[m.key][m.rows] for m in own]) if own else np.zeros((0, 3))
@@ -135,14 +135,14 @@ def align_skull(
                 out[t] = _resect(tracked[t], out[t], x, px, focal, centre, config)
         if len(x) >= config.least_points:
             matched[t] = True
-            residuals.append(np.median(np.linalg.norm(_project(out[t], x, focal, centre) - px, axis=1)))
+            residuals.append(np.median(np.linalg.norm(project(out[t], x, focal, centre) - px, axis=1)))
             counts.append(len(x))
         progress((done + config.rounds * (t + 1)) / work)
     origin = face_origin(out, track, structure[matched[structure]])
     out[matched, :3, 3] += out[matched, :3, :3] @ origin
     placed = [x - origin for x in placed]
     delta = np.linalg.inv(tracked) @ out
-    turned = np.degrees([_angle(np.eye(4), d) for d in delta])
+    turned = np.degrees([angle_between(np.eye(4), d) for d in delta])
     report = SkullReport(
         len(views),
         sum(len(v.pixels) for v in views),
@@ -189,10 +189,10 @@ def choose_keyframes(
 ) -> Int[np.ndarray, "k"]:
     """The first of `frames` and those that turn farthest from the ones already chosen, down to `spacing_deg` (`least` whatever they turn) or up to `most`."""
     chosen = [int(frames[0])]
-    nearest = np.array([_angle(poses[t], poses[chosen[0]]) for t in frames])
+    nearest = np.array([angle_between(poses[t], poses[chosen[0]]) for t in frames])
     while len(chosen) < min(most, len(frames)) and (len(chosen) < least or nearest.max() > np.radians(spacing_deg)):
         chosen.append(int(frames[nearest.argmax()]))
-        nearest = np.minimum(nearest, [_angle(poses[t], poses[chosen[-1]]) for t in frames])
+        nearest = np.minimum(nearest, [angle_between(poses[t], poses[chosen[-1]]) for t in frames])
     return np.array(chosen)
 
 
@@ -211,7 +211,7 @@ def corrected_depth(
     """The mesh's depth of frame t drawn towards the rigid points near it: ears and hair, which the mesh does not have, get their place."""
     poses = track.motion.T_camera_head.double().numpy()
     keys = skull.keyframe.numpy()
-    near = np.isin(keys, [k for k in np.unique(keys) if _angle(poses[k], poses[t]) < np.radians(_NEAR_DEG)])
+    near = np.isin(keys, [k for k in np.unique(keys) if angle_between(poses[k], poses[t]) < np.radians(_NEAR_DEG)])
     pixels, z = track.camera_at(t).project(skull.points[torch.from_numpy(near)])
     column, row = pixels.numpy().astype(int).T
     height, width = depth.shape
@@ -249,12 +249,12 @@ class _Match:
     pixels: np.ndarray
 
 
-def _gray(image: np.ndarray) -> np.ndarray:
+def gray_image(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
 def _keyframe(image: np.ndarray, mask: np.ndarray, track: FaceTrack, model: HeadModel, t: int, config: SkullConfig) -> _Keyframe:
-    gray = _gray(image)
+    gray = gray_image(image)
     depth = head_depth(model, track, t, mask)
     allowed = _rigid_region(mask, depth, track, t)
     corners = cv2.goodFeaturesToTrack(gray, config.points, 0.001, 5, mask=allowed)
@@ -262,14 +262,18 @@ def _keyframe(image: np.ndarray, mask: np.ndarray, track: FaceTrack, model: Head
     at = pixels.round().astype(int)
     z = depth[at[:, 1], at[:, 0]] if len(at) else np.zeros(0)
     good = np.isfinite(z)
-    h, w = gray.shape
+    return _Keyframe(t, gray, pixels[good] + 0.5, z[good].astype(np.float64), smooth_surface(depth))
+
+
+def smooth_surface(depth: Float32[np.ndarray, "h w"]) -> Float32[np.ndarray, "h4 w4"]:
+    """A depth map at a quarter of its size, smoothly continued beside the head (where it is NaN)."""
+    h, w = depth.shape
     known = np.isfinite(depth).astype(np.float32)
     small = (-(-w // _STRIDE), -(-h // _STRIDE))
     weight = cv2.resize(known, small, interpolation=cv2.INTER_AREA)
     mean = cv2.resize(np.nan_to_num(depth), small, interpolation=cv2.INTER_AREA)
     nearest = distance_transform_edt(weight <= 0.5, return_distances=False, return_indices=True)
-    surface = cv2.GaussianBlur((mean / np.maximum(weight, 1e-6))[tuple(nearest)], (0, 0), 1.0)
-    return _Keyframe(t, gray, pixels[good] + 0.5, z[good].astype(np.float64), surface)
+    return cv2.GaussianBlur((mean / np.maximum(weight, 1e-6))[tuple(nearest)], (0, 0), 1.0)
 
 
 def _rigid_region(mask: np.ndarray, depth: np.ndarray, track: FaceTrack, t: int) -> np.ndarray:
@@ -306,14 +310,7 @@ def _match(view: _Keyframe, key: int, gray: np.ndarray, pose: np.ndarray, pose_k
     if not len(view.pixels):
         return _Match(key, np.zeros(0, int), np.zeros((0, 2)))
     h, w = gray.shape
-    rows, columns = view.surface.shape
-    across, down = ((np.arange(n) + 0.5) * size / n for n, size in ((columns, w), (rows, h)))
-    grid = np.stack(np.meshgrid(across, down), -1).reshape(-1, 2)
-    ray = np.concatenate([(grid - centre) / focal, np.ones((len(grid), 1))], 1)
-    x = (ray * view.surface.reshape(-1, 1) - pose_k[:3, 3]) @ pose_k[:3, :3]
-    where = (_project(pose, x, focal, centre) - 0.5).astype(np.float32).reshape(rows, columns, 2)
-    where = cv2.resize(where, (w, h), interpolation=cv2.INTER_LINEAR)
-    drawn = cv2.remap(gray, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    where, drawn = through_surface(view.surface, gray, pose, pose_k, focal, centre)
     start = (view.pixels - 0.5).astype(np.float32)[:, None]
     flags = cv2.OPTFLOW_USE_INITIAL_FLOW
     there, ok, _ = cv2.calcOpticalFlowPyrLK(view.gray, drawn, start, start.copy(), flags=flags, **_SEARCH)
@@ -325,10 +322,25 @@ def _match(view: _Keyframe, key: int, gray: np.ndarray, pose: np.ndarray, pose_k
     return _Match(key, rows, at[rows].astype(np.float64) + 0.5)
 
 
+def through_surface(
+    surface: Float32[np.ndarray, "h4 w4"], gray: UInt8[np.ndarray, "h w"], pose: np.ndarray, pose_k: np.ndarray, focal: float, centre: np.ndarray
+) -> tuple[Float32[np.ndarray, "h w 2"], UInt8[np.ndarray, "h w"]]:
+    """A frame drawn as the camera of a keyframe would see it, through the keyframe's surface and both poses; and where in the frame each pixel lies."""
+    h, w = gray.shape
+    rows, columns = surface.shape
+    across, down = ((np.arange(n) + 0.5) * size / n for n, size in ((columns, w), (rows, h)))
+    grid = np.stack(np.meshgrid(across, down), -1).reshape(-1, 2)
+    ray = np.concatenate([(grid - centre) / focal, np.ones((len(grid), 1))], 1)
+    x = (ray * surface.reshape(-1, 1) - pose_k[:3, 3]) @ pose_k[:3, :3]
+    where = (project(pose, x, focal, centre) - 0.5).astype(np.float32).reshape(rows, columns, 2)
+    where = cv2.resize(where, (w, h), interpolation=cv2.INTER_LINEAR)
+    return where, cv2.remap(gray, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
 # ---- geometry ----
 
 
-def _angle(a: np.ndarray, b: np.ndarray) -> float:
+def angle_between(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.arccos(np.clip((np.trace(a[:3, :3].T @ b[:3, :3]) - 1) / 2, -1, 1)))
 
 
@@ -338,7 +350,7 @@ def _head_points(view: _Keyframe, depth: np.ndarray, pose: np.ndarray, focal: fl
     return (ray * depth[:, None] - pose[:3, 3]) @ pose[:3, :3], ray @ pose[:3, :3]
 
 
-def _project(pose: np.ndarray, x: np.ndarray, focal: float, centre: np.ndarray) -> np.ndarray:
+def project(pose: np.ndarray, x: np.ndarray, focal: float, centre: np.ndarray) -> np.ndarray:
     y = x @ pose[:3, :3].T + pose[:3, 3]
     return focal * y[:, :2] / y[:, 2:] + centre
 
