@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 from benchmarks import scene
-from hicode.avatar.compositor import Compositor, compose
+from hicode.avatar.compositor import Compositor, compose, outlined
 from hicode.avatar.deformation import DeformationConfig
 from hicode.avatar.inference import FrameDeformer
 from hicode.errors import HicodeError
+from hicode.motion import LIPS
 from hicode.render import rasterize
 from hicode.runtime import share_cores, tune_allocator
 from hicode.training import avatar as training
@@ -140,7 +141,9 @@ def composition() -> Timed:
     def with_generator(generator: Compositor | None):
         return lambda: _none(compose(rendering.rgb, rendering.alpha, frame, mask, avatar.plate, generator))
 
-    return {"composition plain": with_generator(None), "composition generator": with_generator(avatar.compositor)}
+    above = float(avatar.landmarks_px(avatar.driving, 0)[LIPS, 1].mean())
+    outline = lambda: _none(outlined(rendering.rgb, rendering.alpha, mask, above))
+    return {"composition outline": outline, "composition plain": with_generator(None), "composition generator": with_generator(avatar.compositor)}
 
 
 def prepare() -> Timed:

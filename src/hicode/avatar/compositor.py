@@ -342,8 +342,9 @@ def _solid_halved(rgb, alpha):
                 for x in range(2 * j, min(2 * j + 2, w)):
                     if alpha[y, x] >= np.float32(SOLID):
                         count += np.float32(1)
+                        whole = np.float32(1) / alpha[y, x]
                         for c in range(3):
-                            cell[c] += rgb[y, x, c] / alpha[y, x]
+                            cell[c] += rgb[y, x, c] * whole
             if count > 0:
                 for c in range(3):
                     cell[c] /= count
