@@ -443,7 +443,7 @@ def depth_spread(gaussians: Gaussians, camera: Camera) -> Tensor:
     A cousin of the distortion loss of Mip-NeRF 360 (Barron et al. 2022), whose pairwise distances need a kernel of their own: a variance takes one more
     rendering, of z and z² in the place of colours.
     """
-    turn = camera.T_camera_head[2]
+    turn = camera.T_camera_head[2].to(gaussians.means.device)
     z = gaussians.means @ turn[:3]
     z = z - z.detach().mean()  # near 0, so that the difference of squares keeps its digits
     first, second, cover = rasterize(
