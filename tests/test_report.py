@@ -80,7 +80,7 @@ def write_clip(path, sound=True, test=None, sha256="abc"):
     if sound:
         write_audio(path / "audio.wav", 0.3 * np.sin(np.arange(640 * FRAMES) / 9).astype(np.float32), 16000)
         features = torch.arange(2 * FRAMES)[:, None].repeat(1, 3).float()
-        config = {"encoder": "embedded", "dim": 3, "rate_hz": 50, "offset_frames": 0.0, "window": list(EmbeddedEncoder.window)}
+        config = {"encoder": "embedded", "variant": EmbeddedEncoder.variant, "dim": 3, "rate_hz": 50, "offset_frames": 0.0, "window": list(EmbeddedEncoder.window)}
         save_tensors(path / "audio.embedded.safetensors", {"features": features}, "hicode-speech-features", 1, config)
     write_json(
         path / "clip.json",
