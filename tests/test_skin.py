@@ -127,3 +127,11 @@ def test_eliminating_frames_gives_the_whole_systems_solution():
                     A += w * np.outer(d, d)
                     b += w * np.outer(d, e[t, j, i])
         np.testing.assert_allclose(found[:, i], np.linalg.solve(A, b)[rows], atol=1e-6)
+
+
+def test_a_head_without_rigid_points_keeps_its_landmarks(scene, monkeypatch):
+    poses, drawn = scene
+    track = tracked(poses, poses)
+    nothing = Skull(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    found, report = follow_skin(lambda t: drawn[t][0], lambda t: np.isfinite(drawn[t][1]).astype(np.uint8), track, nothing, None, TRAIN, CONFIG)
+    assert torch.equal(found.motion.landmarks, track.motion.landmarks) and report.matches == 0
