@@ -73,7 +73,7 @@ def control() -> Timed:
     motion, cases = clip.track.motion, {}
     for anchors in (0, 2048, 4096):
         cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig((), deformation=DeformationConfig(anchors=anchors)))
-        parameters, signals = list(deformation.control.parameters()), (motion.expression[1], motion.landmarks[1])
+        parameters, signals = list(deformation.control.parameters()), motion.control_at(1)
         gradient = [torch.randn(N, k) for k in (3, 4, 3, 3)]
 
         def forward(cloud=cloud, deformation=deformation, signals=signals):
@@ -86,7 +86,7 @@ def control() -> Timed:
         cases |= {f"control {anchors} forward": forward, f"control {anchors} both": both}
     cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig(()))
     deformer = FrameDeformer(deformation.requires_grad_(False), cloud)
-    return cases | {"control 4096 speaking": lambda: _none(deformer(*signals))}
+    return cases | {"control 4096 speaking": lambda: _none(deformer(motion.expression[1], motion.landmarks[1], motion.T_camera_head[1, :3, :3]))}
 
 
 def loss() -> Timed:

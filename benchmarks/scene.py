@@ -128,7 +128,7 @@ def drawn_avatar(n: int, size: int, config: HeadConfig, encoder: str = "embedded
     return Avatar(
         cloud, deformation.eval().requires_grad_(False), clip.track.camera, clip.track.motion, Images.encode(frames, ".jpg"),
         Images.encode([clip.head_mask(k) for k in clip.train], ".png"), frames[0], model.mouth_expression, model.mouth_landmark_weight,
-        generator, speech,
+        generator, speech=speech,
     )  # fmt: skip
 
 
