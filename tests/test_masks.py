@@ -9,7 +9,7 @@ import pytest
 
 from hicode import assets
 from hicode.errors import AssetError
-from hicode.face.masks import JAW, Segmenter, _guided, hair_drop, head_mask, refine_edge
+from hicode.face.masks import JAW, Segmenter, _guided, head_mask, refine_edge
 from hicode.motion import FACE_OVAL
 
 LANDMARKS = np.load(Path(__file__).parent / "golden" / "mediapipe_landmarks.npz")["points_px"]
@@ -90,18 +90,18 @@ def test_the_edge_is_soft():
     assert np.abs(np.diff(column)).max() < 200
 
 
-def test_long_hair_is_kept_to_the_chin():
-    person = drawn_person(long_hair=True)
-    drop = hair_drop([person] * 3, [LANDMARKS] * 3)
-    assert drop > 0.9
-    assert hair_drop([drawn_person(long_hair=False)] * 3, [LANDMARKS] * 3) < 0.1
+def test_hair_that_hangs_below_the_mouth_stays_with_the_body():
+    head = head_mask(drawn_person(long_hair=True), LANDMARKS).astype(int)
     x, corner = LANDMARKS[:468, 0].mean(), LANDMARKS[[132, 361], 1].mean()
     for side in (-1, 1):
-        column = int(x + side * 0.6 * HEIGHT)
-        above_chin, below_chin = int((corner + CHIN[1]) / 2 + 5), int(CHIN[1] + 0.12 * HEIGHT)
-        long, short = head_mask(person, LANDMARKS, drop), head_mask(person, LANDMARKS, 0.0)
-        assert long[above_chin, column] > 200 and short[above_chin, column] < 50
-        assert long[below_chin, column] < 50
+        column = head[:, int(x + side * 0.6 * HEIGHT)]
+        start = int(LANDMARKS[:468, 1].mean() - 0.2 * HEIGHT)
+        cut = start + int(np.argmax(column[start:] < 128))  # in the head's upright, which leans
+        assert abs(cut - corner - 0.05 * HEIGHT) < 0.2 * HEIGHT and cut < CHIN[1]
+        assert column[cut - int(0.04 * HEIGHT)] > 240 and column[cut + int(0.09 * HEIGHT) :].max() < 10
+        # its lower half is long drawn, and never more than half: there the frame shows through
+        fading = column[cut : cut + int(0.04 * HEIGHT)]
+        assert fading.min() > 20 and (np.diff(fading) <= 0).all() and -np.diff(fading[1:]).max() < 40
 
 
 def test_the_cut_turns_with_the_head():
@@ -109,8 +109,8 @@ def test_the_cut_turns_with_the_head():
     centre = LANDMARKS[:468, :2].mean(0)
     turn = cv2.getRotationMatrix2D((float(centre[0] - 0.5), float(centre[1] - 0.5)), 15, 1)  # by index
     points = (LANDMARKS[:, :2] - 0.5) @ turn[:, :2].T + turn[:, 2] + 0.5
-    turned_after = cv2.warpAffine(head_mask(person, LANDMARKS, 1.0), turn, SHAPE[::-1])
-    turned_before = head_mask(cv2.warpAffine(person, turn, SHAPE[::-1]), points, 1.0)
+    turned_after = cv2.warpAffine(head_mask(person, LANDMARKS), turn, SHAPE[::-1])
+    turned_before = head_mask(cv2.warpAffine(person, turn, SHAPE[::-1]), points)
     apart = np.abs(turned_after.astype(int) - turned_before)
     assert apart.mean() < 2.0  # of 255: resampling along the outline
     assert (apart > 100).mean() < 0.002
@@ -119,16 +119,16 @@ def test_the_cut_turns_with_the_head():
 def test_the_cut_moves_smoothly_with_the_landmarks():
     """A pixel more or less in the landmarks moves the edge by about a pixel, nowhere else anything."""
     person = drawn_person(long_hair=True)
-    first = head_mask(person, LANDMARKS, 1.0).astype(int)
+    first = head_mask(person, LANDMARKS).astype(int)
     for shift in ([1, 0], [0, 1], [-1, -1]):
-        moved = head_mask(person, LANDMARKS[:, :2] + shift, 1.0)
+        moved = head_mask(person, LANDMARKS[:, :2] + shift)
         assert np.abs(moved - first).mean() < 2.5
 
 
 def test_a_face_cut_off_by_the_frame_is_no_error():
     person = np.full((200, 200), 255, np.uint8)
     for shift in ([0, 60], [-150, 0], [0, -150]):
-        mask = head_mask(person, LANDMARKS[:, :2] + shift, 0.5)
+        mask = head_mask(person, LANDMARKS[:, :2] + shift)
         assert mask.shape == (200, 200)
 
 

@@ -170,7 +170,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
         "landmarks", 2, limits, ("crop",), ("landmarks.safetensors",), lambda: _find_landmarks(work, video, count)
     )
     fitted = work.step("fit", 1, {}, ("landmarks",), ("fit.safetensors",), lambda: _fit(work, train))
-    work.step("masks", 1, {}, ("fit",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
+    work.step("masks", 2, {}, ("fit",), ("masks/person", "masks/head"), lambda: _segment(work, train, count))
     aligned = ("track.safetensors", "skull.safetensors")
     work.step("track", 6, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
     work.step("depth", 3, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
@@ -586,7 +586,7 @@ def _align(work: _Work, train: range) -> dict:
 
 
 def _segment(work: _Work, train: range, count: int) -> dict:
-    from hicode.face.masks import Segmenter, hair_drop, head_mask
+    from hicode.face.masks import Segmenter, head_mask
 
     segmenter = Segmenter()
     points = load_track(work.folder / "fit.safetensors").landmarks_px.numpy()
@@ -596,14 +596,12 @@ def _segment(work: _Work, train: range, count: int) -> dict:
         head.mkdir()
         for t, mask in enumerate(segmenter.persons(_frames(work, count, "Person masks"))):
             write_png(person / f"{t:06d}.png", mask)
-        some = np.linspace(train.start, train.stop - 1, min(12, len(train))).round().astype(int)
-        drop = hair_drop((read_png(person / f"{t:06d}.png", grey=True) for t in some), points[some])
         with progress_bar("Head masks", work.show) as report:
             for t in range(count):
-                mask = head_mask(read_png(person / f"{t:06d}.png", grey=True), points[t], hair_drop=drop)
+                mask = head_mask(read_png(person / f"{t:06d}.png", grey=True), points[t])
                 write_png(head / f"{t:06d}.png", mask)
                 report(t + 1, count)
-    return {"hair_drop": round(drop, 3)}
+    return {}
 
 
 _DEPTH_VIEWS, _DEPTH_SPACING_DEG = 5, 6.0  # frames that the cloud starts from, and how far apart they look at the head

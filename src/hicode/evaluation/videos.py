@@ -311,7 +311,7 @@ class _Face:
 def _follow(pair: _Pair, report: Callable[[int, int], None]) -> _Face:
     """Landmarks and head masks of the reference, as `prepare` makes them: segmentation looks at a square about the head."""
     from hicode.face.landmarks import track_faces
-    from hicode.face.masks import Segmenter, hair_drop, head_mask
+    from hicode.face.masks import Segmenter, head_mask
 
     t, width, height = pair.count, pair.reference.width, pair.reference.height
     try:
@@ -331,15 +331,13 @@ def _follow(pair: _Pair, report: Callable[[int, int], None]) -> _Face:
         persons.append(_packed(mask))
         report(t + i + 1, 2 * t)
     inside = points[:, :, :2] - [x, y]
-    some = np.flatnonzero(found)[np.linspace(0, found.sum() - 1, min(12, int(found.sum()))).round().astype(int)]
-    drop = hair_drop((_unpacked(persons[i]) for i in some), inside[some])
     masks = []
     for i in range(t):
         if not found[i]:
             masks.append(b"")
             continue
         whole = np.zeros((height, width), np.uint8)
-        whole[square] = head_mask(_unpacked(persons[i]), inside[i], hair_drop=drop)
+        whole[square] = head_mask(_unpacked(persons[i]), inside[i])
         masks.append(_packed(whole))
     return _Face(points, found, masks, square)
 

@@ -107,40 +107,21 @@ def _guided(p: Float[np.ndarray, "h w"], guide: Float[np.ndarray, "h w 3"], radi
     return cv2.transform(a * guide, np.ones((1, 3), np.float32)) + b
 
 
-def hair_drop(persons: Iterable[UInt8[np.ndarray, "h w"]], landmarks_px: Iterable[Float[np.ndarray, "478 d"]]) -> float:
-    """How far the hair hangs down beside the face over some frames of a clip, 0 (ends at the ears) to 1 (to the chin or beyond).
+def head_mask(person: UInt8[np.ndarray, "h w"], landmarks_px: Float[np.ndarray, "478 d"]) -> UInt8[np.ndarray, "h w"]:
+    """The head within a person mask: face, ears and hair, down to the jaw; beside the jaw down to a little below the mouth.
 
-    One number for a clip, so that the head's lower edge does not change from frame to frame: give it a dozen frames spread over the clip.
-    """
-    drops = []
-    for person, points in zip(persons, landmarks_px, strict=True):
-        head = _Upright(points, person.shape)
-        hanging = _hanging(head.turn(person) > 127, head)
-        corner, chin = head.corner_y, head.chin_y
-        rows = hanging[int(corner) : int(chin) + 1]
-        beside = (head.columns < head.left) | (head.columns > head.right)
-        wide = 0.08 * (head.right - head.left)  # an ear or a jaw is narrower than this beside the oval
-        drops.append(float(((rows & beside).sum(1) > 2 * wide).mean()) if rows.size else 0.0)
-    return float(np.clip(np.median(drops) if drops else 0.0, 0, 1))
-
-
-def head_mask(
-    person: UInt8[np.ndarray, "h w"], landmarks_px: Float[np.ndarray, "478 d"], hair_drop: float = 0.0
-) -> UInt8[np.ndarray, "h w"]:
-    """The head within a person mask: face, ears and hair down to the jaw; long hair (see `hair_drop`) down to the chin's height.
-
-    Below the face the cut follows the jaw, beside it it is level: a little below the mouth for short hair, at the chin for long hair, where it is
-    soft over 4 % of the face's height (further down the hair lies on the shoulders and does not follow the head). What does not hang
-    from above (shoulders, collar) stays out. "Level" and "below" are in the head's own upright.
+    Hair that hangs further lies on the shoulders: it stays with the body, as the neck does, and moves by ten px against a head that turns. Its cut is level
+    and long drawn: half of it within 1 % of the face's height, the other half, below one half, where composition sees the frame through it, over 6 %.
+    What does not hang from above (shoulders, collar) stays out. "Level" and "below" are in the head's own upright.
     """
     head = _Upright(landmarks_px, person.shape)
     hanging = _hanging(head.turn(person) > 20, head)
     rows = np.arange(hanging.shape[0], dtype=np.float32)[:, None] + 0.5
     short = head.corner_y + 0.05 * head.height
-    drop = short + hair_drop * (head.chin_y - short)
-    beside = _above(rows, drop, head.height * (0.012 + 0.03 * hair_drop))
+    soft = 0.012 * head.height
+    beside = np.where(rows < short, _above(rows, short, soft), 0.5 * _above(rows, short + 0.03 * head.height, 0.06 * head.height))
     # The chin's own edge is in, and so is the wedge between jaw and ear.
-    below = _above(rows, np.maximum(head.jaw_y + 0.015 * head.height, short), 0.012 * head.height)
+    below = _above(rows, np.maximum(head.jaw_y + 0.015 * head.height, short), soft)
     inside = np.clip(np.minimum(head.columns - head.left, head.right - head.columns) / (0.03 * (head.right - head.left)) + 0.5, 0, 1)
     keep = (inside * below + (1 - inside) * beside) * (hanging | (inside > 0))
     keep = cv2.GaussianBlur(keep.astype(np.float32), (0, 0), max(0.004 * head.height, 0.5))
