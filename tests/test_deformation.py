@@ -280,11 +280,21 @@ def test_state_round_trips_bit_for_bit():
     deformation = a_deformation(base="mesh", anchors=64)
     points = a_head()
     deformation.register_buffer("landmark_motion", torch.rand(478))
-    deformation.binding = bind(points, torch.randn(12, 3, generator=G(4)), torch.randint(0, 12, (9, 3), generator=G(5)), signals()[1])
+    deformation.carrier.hair_points, hair = 0.5 * torch.randn(9, 3, generator=G(50)), torch.randn(9, 3, generator=G(51))
+    triangles = torch.randint(0, 12, (9, 3), generator=G(5))
+    deformation.binding = bind(points, torch.randn(12, 3, generator=G(4)), triangles, 9 + signals()[1], hair=deformation.carrier.hair_points)
     deformation.place_anchors(points)
-    again = Deformation.from_state(*deformation.state())
-    for a, b in zip(deformation(points, *signals()), again(points, *signals())):
+    tensors, config = deformation.state()
+    again = Deformation.from_state(tensors, config)
+    for a, b in zip(deformation(points, *signals(), hair=hair), again(points, *signals(), hair=hair)):
         assert torch.equal(a, b)
+    assert not torch.equal(again(points, *signals(), hair=hair)[0], again(points, *signals())[0])
+    # a file from before hair was followed
+    deformation.carrier.hair_points = torch.zeros(0, 3)
+    deformation.binding = bind(points, torch.randn(12, 3, generator=G(4)), triangles, 9 + signals()[1])
+    tensors, config = deformation.state()
+    old = Deformation.from_state({k: v for k, v in tensors.items() if k != "net.carrier.hair_points"}, config)
+    assert torch.equal(deformation(points, *signals())[0], old(points, *signals())[0])
 
 
 def test_sway_is_linear_in_the_turn_and_nothing_at_the_mean():

@@ -1,5 +1,7 @@
 """The deformation at speaking time equals the deformation that training uses; so does the frame made of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,9 +44,9 @@ def a_turn(seed=3):
     return rotation_from_axis_angle(0.3 * torch.randn(3, generator=G(seed + 30)))
 
 
-def reference(deformation, cloud, expression, landmarks, turn=None):
+def reference(deformation, cloud, expression, landmarks, turn=None, hair=None):
     with torch.no_grad():
-        return cloud.deformed(*deformation(cloud.means, expression, landmarks, turn=turn))
+        return cloud.deformed(*deformation(cloud.means, expression, landmarks, turn=turn, hair=hair))
 
 
 # Float32 sums of 478 terms in another order: 1e-6 relative each, through four layers whose outputs are of order 1.
@@ -63,6 +65,21 @@ def test_it_equals_the_deformation_of_training(base, shade, anchors, n):
         assert bool((expected.colors != cloud.colors).any()) == shade
         for name, tensor in expected.tensors().items():
             torch.testing.assert_close(getattr(got, name), tensor, **CLOSE)
+
+
+def test_followed_hair_is_carried_as_in_training():
+    deformation, cloud = a_frozen(), a_cloud()
+    deformation.carrier.hair_points = torch.randn(7, 3, generator=G(40))
+    binding, n = deformation.binding, len(cloud)
+    index, weights = 478 + torch.randint(0, 7, (n, 6), generator=G(41)), torch.rand(n, 6, generator=G(42))
+    deformation.binding = replace(
+        binding, landmarks=torch.cat([binding.landmarks, index], 1), landmark_weights=torch.cat([binding.landmark_weights, weights], 1)
+    )
+    deformer, hair = FrameDeformer(deformation, cloud), 0.1 * torch.randn(7, 3, generator=G(43))
+    signal = *signals(), a_turn()
+    torch.testing.assert_close(deformer(*signal, hair).means, reference(deformation, cloud, *signal, hair).means, **CLOSE)
+    torch.testing.assert_close(deformer(*signal).means, reference(deformation, cloud, *signal).means, **CLOSE)  # a motion that knows of none
+    assert (deformer(*signal, hair).means - deformer(*signal).means).abs().max() > 0.01
 
 
 def test_attention_may_be_as_sharp_as_it_likes():

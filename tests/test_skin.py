@@ -8,7 +8,7 @@ import torch
 from test_skull import FRAMES, TRAIN, draw, tracked, true_poses
 
 from hicode.face import skin
-from hicode.face.skin import IRISES, SkinConfig, _solve_keyframes, follow_skin
+from hicode.face.skin import IRISES, SkinConfig, follow_skin, solve_keyframes
 from hicode.face.skull import Skull
 from hicode.motion import LIPS
 
@@ -115,7 +115,7 @@ def test_eliminating_frames_gives_the_whole_systems_solution():
     for j, row in enumerate(rows):
         e[row, j] = np.nan  # a keyframe is not matched to itself
     config = SkinConfig(rounds=1)
-    found = _solve_keyframes(e, rows, 1.0, config)
+    found = solve_keyframes(e, rows, 1.0, config)
     for i in range(n):
         A, b = config.network * np.eye(s), np.zeros((s, 3))
         for t in range(s):

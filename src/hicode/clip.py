@@ -144,7 +144,11 @@ class Clip:
 
     @cached_property
     def track(self) -> FaceTrack:
-        return load_track(self.path / "track.safetensors")
+        track = load_track(self.path / "track.safetensors")
+        if not (self.path / "hair.safetensors").exists():  # prepared before hair was followed
+            return track
+        tensors, _ = load_tensors(self.path / "hair.safetensors", "hicode-hair", 1)
+        return replace(track, motion=replace(track.motion, hair=tensors["displacement"]), hair_points=tensors["points"])
 
     def hear(self, encoder: str = "embedded") -> None:
         """Give the track's motion the sound's features, the two rows of each frame side by side: for avatars that are moved by

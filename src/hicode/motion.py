@@ -3,7 +3,7 @@
 Frames run at `fps`; the 478 landmarks are MediaPipe's, in the canonical head frame: the pose is taken out, so speech can predict them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class Motion:
     """t frames of control: expression "t 64", landmarks "t 478 3" (canonical, head units), T_camera_head "t 4 4".
 
     speech  "t s" the sound's features of each frame, where an avatar is moved by them directly (an ablation); usually absent
+    hair    "t p 3" how far points on the head outside the face are from their places on the skull (head frame, head units), where they were followed
+            (`hicode.face.hair`); they belong to one track's `hair_points`
     """
 
     expression: Float[Tensor, "t 64"]
@@ -44,6 +46,7 @@ class Motion:
     T_camera_head: Float[Tensor, "t 4 4"]
     fps: float = 25.0
     speech: Float[Tensor, "t s"] | None = None
+    hair: Float[Tensor, "t p 3"] | None = None
 
     def __len__(self) -> int:
         return self.expression.shape[0]
@@ -55,14 +58,15 @@ class Motion:
             landmarks=self.landmarks[frames],
             T_camera_head=self.T_camera_head[frames],
             speech=None if self.speech is None else self.speech[frames],
+            hair=None if self.hair is None else self.hair[frames],
         )
 
     def control_at(
         self, t: int, device: torch.device | str = "cpu"
-    ) -> tuple[Float[Tensor, "64"], Float[Tensor, "478 3"], Float[Tensor, "s"] | None, Float[Tensor, "3 3"]]:
-        """(expression, landmarks, speech, the head's rotation to the camera) of frame t, what deforms a head, on the head's device."""
-        speech = None if self.speech is None else self.speech[t].to(device)
-        return self.expression[t].to(device), self.landmarks[t].to(device), speech, self.T_camera_head[t, :3, :3].to(device)
+    ) -> tuple[Float[Tensor, "64"], Float[Tensor, "478 3"], Float[Tensor, "s"] | None, Float[Tensor, "3 3"], Float[Tensor, "p 3"] | None]:
+        """(expression, landmarks, speech, the head's rotation to the camera, hair) of frame t, what deforms a head, on the head's device."""
+        speech, hair = (None if values is None else values[t].to(device) for values in (self.speech, self.hair))
+        return self.expression[t].to(device), self.landmarks[t].to(device), speech, self.T_camera_head[t, :3, :3].to(device), hair
 
     def __post_init__(self):
         t = self.expression.shape[0]
@@ -70,13 +74,14 @@ class Motion:
         assert self.landmarks.shape == (t, N_LANDMARKS, 3), self.landmarks.shape
         assert self.T_camera_head.shape == (t, 4, 4), self.T_camera_head.shape
         assert self.speech is None or len(self.speech) == t, (len(self.speech), t)
+        assert self.hair is None or (len(self.hair) == t and self.hair.shape[2:] == (3,)), (self.hair.shape, t)
 
     def tensors(self) -> dict[str, Tensor]:
         return {
             "expression": self.expression,
             "landmarks": self.landmarks,
             "T_camera_head": self.T_camera_head,
-        } | ({} if self.speech is None else {"speech": self.speech})
+        } | {k: v for k, v in (("speech", self.speech), ("hair", self.hair)) if v is not None}
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class FaceTrack:
     identity     "80"       of the 3DMM, from training frames only
     landmarks_px "t 478 2"  as detected, in crop pixels (continuous, pixel centres at +0.5)
     confidence   "t"        face presence in [0, 1]; 0 where the frame had no face and the values are interpolated
+    hair_points  "p 3"      the places on the skull (head frame) that `motion.hair` tells of; none where hair was not followed
     """
 
     motion: Motion
@@ -93,6 +99,7 @@ class FaceTrack:
     camera: Camera
     landmarks_px: Float[Tensor, "t 478 2"]
     confidence: Float[Tensor, "t"]
+    hair_points: Float[Tensor, "p 3"] = field(default_factory=lambda: torch.zeros(0, 3))
 
     def __len__(self) -> int:
         return len(self.motion)

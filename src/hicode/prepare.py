@@ -174,6 +174,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     aligned = ("track.safetensors", "skull.safetensors")
     work.step("track", 6, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
     work.step("depth", 3, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
+    work.step("hair", 1, {}, ("depth",), ("hair.safetensors",), lambda: _hair(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
     if sound["usable"]:
@@ -624,6 +625,26 @@ def _depth(work: _Work, train: range) -> dict:
     tensors = {"frames": torch.from_numpy(frames), "depth": torch.from_numpy(np.stack(depths))}
     save_tensors(work.folder / "depth.safetensors", tensors, "hicode-depth", 2)
     return {"frames": frames.tolist()}
+
+
+def _hair(work: _Work, train: range) -> dict:
+    """Where hair goes beside the skull."""
+    from hicode.face.hair import follow_hair
+    from hicode.face.model import HeadModel
+    from hicode.face.skull import Skull
+
+    track = load_track(work.folder / "track.safetensors")
+    skull = Skull(**load_tensors(work.folder / "skull.safetensors", "hicode-skull", 1)[0])
+    views = load_tensors(work.folder / "depth.safetensors", "hicode-depth", 2)[0]
+    depths = dict(zip(views["frames"].tolist(), views["depth"].numpy()))
+    image = lambda t: read_png(work.folder / f"frames/{t:06d}.png", grey=False)
+    mask = lambda t: read_png(work.folder / f"masks/head/{t:06d}.png", grey=True)
+    with progress_bar("Following the hair", work.show) as report:
+        points, displacement, found = follow_hair(
+            image, mask, depths, track, skull, HeadModel.load(), train, progress=lambda done: report(round(100 * done), 100)
+        )
+    save_tensors(work.folder / "hair.safetensors", {"points": points, "displacement": displacement}, "hicode-hair", 1)
+    return {"points": found.points, "matches": found.matches, "moved_px": found.moved_px}
 
 
 # --- the sound --------------------------------------------------------------------------------------------------------

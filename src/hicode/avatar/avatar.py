@@ -22,7 +22,7 @@ from hicode.camera import Camera
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
 from hicode.gaussians import Gaussians
-from hicode.motion import LIPS, Motion
+from hicode.motion import LIPS, FaceTrack, Motion
 from hicode.render import Rendering, rasterize
 from hicode.speech.faceformer import SpeechModels
 
@@ -87,12 +87,20 @@ class Avatar:
         model = HeadModel.load()
         return model.landmarks(model.expression_basis)
 
+    def own_hair(self, track: FaceTrack) -> Motion:
+        """A track's motion, without its hair where that was followed by other points than this avatar's (another clip's): then hair goes with the skull."""
+        carrier = self.deformation.carrier
+        if carrier is not None and torch.equal(carrier.hair_points.cpu(), track.hair_points):
+            return track.motion
+        return replace(track.motion, hair=None)
+
     @torch.no_grad()
     def deformed(self, motion: Motion, t: int) -> Gaussians:
         """Eqs 7-8 at frame t of a motion."""
         deformer = self._deformer()
         if deformer is not None:
-            return deformer(motion.expression[t], motion.landmarks[t], motion.T_camera_head[t, :3, :3])
+            expression, landmarks, _, turn, hair = motion.control_at(t)
+            return deformer(expression, landmarks, turn, hair)
         means = self.gaussians.means
         return self.gaussians.deformed(*self.deformation(means, *motion.control_at(t, means.device)))
 

@@ -276,13 +276,14 @@ class Binding:
     """How each Gaussian rides on the face: fixed when it is made, inherited by its offspring.
 
     vertices  "n 3"  mesh vertices of the nearest triangle · weights  "n 3"  their barycentric weights times a fall-off with distance
-    landmarks "n 8"  nearest landmarks                     · landmark_weights "n 8"  weights of their residual
+    landmarks "n 14" nearest landmarks (8) and hair points (6, their indices from 478 on) · landmark_weights "n 14" weights of the former's residual
+                     and of the latter's displacement; 8 of each where there are no hair points
     """
 
     vertices: Int[Tensor, "n 3"]
     weights: Float[Tensor, "n 3"]
-    landmarks: Int[Tensor, "n 8"]
-    landmark_weights: Float[Tensor, "n 8"]
+    landmarks: Int[Tensor, "n l"]
+    landmark_weights: Float[Tensor, "n l"]
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: getattr(self, k) for k in ("vertices", "weights", "landmarks", "landmark_weights")}
@@ -300,8 +301,9 @@ def bind(
     triangles: Int[Tensor, "f 3"],
     landmarks: Float[Tensor, "478 3"],
     reach: float = 0.25,
+    hair: Float[Tensor, "p 3"] | None = None,
 ) -> Binding:
-    """Bind points to a mesh and landmarks in the same expression as the points.
+    """Bind points to a mesh and landmarks in the same expression as the points, and to the points on the head that hair is followed by.
 
     The nearest surface point is found among samples of each triangle (15 per triangle: finer than the mesh's curvature). The carrier fades with
     exp(-(distance / reach)^2): hair far from the face stays put. `reach` in head units (0.25 = 25 mm).
@@ -320,6 +322,9 @@ def bind(
     # Kernel width follows the local landmark spacing (the 4th neighbour), so that lips do not pull on the nose.
     kernel = np.exp(-((lm_distance / (0.5 * lm_distance[:, 3:4] + 0.03)) ** 2))
     kernel = kernel / np.maximum(kernel.sum(1, keepdims=True), 1e-6) * np.exp(-((lm_distance[:, :1] / reach) ** 2))
+    if hair is not None and len(hair):
+        hair_index, hair_weights = _hair_binding(xyz, hair.detach().cpu().numpy(), lm_distance[:, 0])
+        lm_index, kernel = np.concatenate([lm_index, N_LANDMARKS + hair_index], 1), np.concatenate([kernel, hair_weights], 1)
     return Binding(
         triangles.cpu()[torch.from_numpy(nearest // len(steps))].long(),
         torch.from_numpy(barycentric.astype(np.float32)),
@@ -328,20 +333,39 @@ def bind(
     )
 
 
+HAIR_NEAR, HAIR_WIDE, HAIR_REACH = 0.12, 0.3, 0.5  # dm: points this near count; where none is, the nearest; beyond the last none moves anything
+HAIR_FACE = 0.2  # dm from the landmarks over which hair takes over from the face
+
+
+def _hair_binding(xyz: np.ndarray, hair: np.ndarray, from_face: np.ndarray) -> tuple[Int[np.ndarray, "n 6"], Float[np.ndarray, "n 6"]]:
+    """The six nearest points of the hair (fewer where there are fewer, then padded by nothing) and their weights: 0 on the face, 1 in all in the hair."""
+    from scipy.spatial import cKDTree
+
+    k = min(6, len(hair))
+    distance, index = cKDTree(hair).query(xyz, k=k)
+    distance, index = distance.reshape(len(xyz), k), index.reshape(len(xyz), k)
+    weights = np.exp(-((distance / HAIR_NEAR) ** 2)) + 1e-6 * np.exp(-distance / HAIR_WIDE)
+    weights *= np.exp(-((distance[:, :1] / HAIR_REACH) ** 2)) * -np.expm1(-((from_face[:, None] / HAIR_FACE) ** 2)) / np.maximum(weights.sum(1, keepdims=True), 1e-12)
+    pad = ((0, 0), (0, 6 - k))
+    return np.pad(index, pad), np.pad(weights, pad)
+
+
 class Carrier(nn.Module):
-    """The carrier of `base="mesh"`: where the 3DMM surface and the landmarks take each bound Gaussian. Linear in the motion, nothing trained."""
+    """The carrier of `base="mesh"`: where the 3DMM surface, the landmarks and followed hair take each bound Gaussian. Linear in the motion, nothing trained."""
 
     def __init__(
         self,
         expression_basis: Float[Tensor, "64 v 3"],
         landmark_neutral: Float[Tensor, "478 3"],
         landmark_basis: Float[Tensor, "64 478 3"],
+        hair_points: Float[Tensor, "p 3"] | None = None,
     ):
         super().__init__()
         self.register_buffer("expression_basis", expression_basis.clone())
         self.register_buffer("landmark_neutral", landmark_neutral.clone())
         self.register_buffer("landmark_basis", landmark_basis.clone())
         self.register_buffer("residual_mean", torch.zeros(N_LANDMARKS, 3))
+        self.register_buffer("hair_points", torch.zeros(0, 3) if hair_points is None else hair_points.clone())
 
     def residual(self, expression: Float[Tensor, "*b 64"], landmarks: Float[Tensor, "*b 478 3"]) -> Float[Tensor, "*b 478 3"]:
         """What the landmarks say beyond the 3DMM."""
@@ -352,14 +376,20 @@ class Carrier(nn.Module):
         """The constant part of the residual is shape, not motion: it is learned by the canonical positions and taken out here."""
         self.residual_mean.copy_(self.residual(expression, landmarks).mean(0))
 
+    def beside_the_mesh(
+        self, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"], hair: Float[Tensor, "p 3"] | None = None
+    ) -> Float[Tensor, "l 3"]:
+        """Displacements that `Binding.landmarks` tells of: the landmarks' residual, then the hair's (nothing where the motion has none)."""
+        residual = self.residual(expression, landmarks) - self.residual_mean
+        return torch.cat([residual, torch.zeros_like(self.hair_points) if hair is None else hair]) if len(self.hair_points) else residual
+
     @torch.no_grad()
     def forward(
-        self, binding: Binding, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"]
+        self, binding: Binding, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"], hair: Float[Tensor, "p 3"] | None = None
     ) -> Float[Tensor, "n 3"]:
         moved = torch.tensordot(expression, self.expression_basis, 1)
-        residual = self.residual(expression, landmarks) - self.residual_mean
         return _weighted_rows(moved, binding.vertices, binding.weights) + _weighted_rows(
-            residual, binding.landmarks, binding.landmark_weights
+            self.beside_the_mesh(expression, landmarks, hair), binding.landmarks, binding.landmark_weights
         )
 
 
@@ -513,9 +543,9 @@ class Deformation(nn.Module):
         busy = spread[index].mean(1) / max(spread.max(), 1e-6)
         return torch.from_numpy((1 + near * (1 + 2 * busy)).astype(np.float32))
 
-    def carry(self, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"]) -> Tensor | float:
+    def carry(self, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"], hair: Float[Tensor, "p 3"] | None = None) -> Tensor | float:
         """Displacement by the carrier, "n 3", or 0 without one."""
-        return self.carrier(self.binding, expression, landmarks) if self.carrier is not None else 0.0
+        return self.carrier(self.binding, expression, landmarks, hair) if self.carrier is not None else 0.0
 
     def forward(
         self,
@@ -524,10 +554,11 @@ class Deformation(nn.Module):
         landmarks: Float[Tensor, "478 3"],
         speech: Float[Tensor, "s"] | None = None,
         turn: Float[Tensor, "3 3"] | None = None,
+        hair: Float[Tensor, "p 3"] | None = None,
     ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 4"], Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
         """(Δl, Δr, Δs) of Eq. 7 for canonical positions `means`, and the shift of colours (zeros without `shade`). `speech`, a frame's features, is
         needed (InputError) and read with `coarse="audio"` only; `turn`, the head's rotation to the camera, with `sway` or `relight` only: without
-        one, the mean.
+        one, the mean. `hair`, where followed hair is, is the carrier's.
 
         Gradients reach the network, not the canonical positions through their embedding: with anchors fixed points stand for them, and without
         anchors the embedding's gradient only fights the photometric one.
@@ -543,7 +574,7 @@ class Deformation(nn.Module):
         delta = self.control(points, landmarks, expression, self.identity, query, speech, turn)
         if self.anchors is not None:
             delta = _Interpolate.apply(delta, self.anchors)
-        d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks)
+        d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks, hair)
         return d_means, delta[:, 3:7], delta[:, 7:10], delta[:, 10:] if self.config.shade else torch.zeros_like(means)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
@@ -562,7 +593,8 @@ class Deformation(nn.Module):
         net = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         carrier = None
         if cfg.base == "mesh":
-            carrier = Carrier(net["carrier.expression_basis"], net["carrier.landmark_neutral"], net["carrier.landmark_basis"])
+            net.setdefault("carrier.hair_points", torch.zeros(0, 3))  # files from before hair was followed
+            carrier = Carrier(*(net[f"carrier.{k}"] for k in ("expression_basis", "landmark_neutral", "landmark_basis", "hair_points")))
         deformation = Deformation(cfg, net["identity"], net["control.center"], float(net["control.radius"]), carrier)
         if "landmark_motion" in net:
             deformation.register_buffer("landmark_motion", net["landmark_motion"].clone())

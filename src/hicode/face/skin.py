@@ -67,7 +67,7 @@ def follow_skin(
 
     `image(t)` is RGB uint8, `mask(t)` the head mask; frames are read one by one. Frames without a face are left alone.
     """
-    view = _View(track, train)
+    view = View(track, train)
     seen = track.confidence.numpy() > 0
     keys = np.unique(skull.keyframe.numpy())
     frames = np.array([t for t in train if seen[t]])
@@ -90,7 +90,7 @@ def follow_skin(
     for row, t in enumerate(structure):
         at_structure[row] = matches(int(t))
         progress((row + 1) / (len(structure) + len(track)))
-    anchors = _solve_keyframes(at_structure, np.searchsorted(structure, keys), view.px_per_dm, config)
+    anchors = solve_keyframes(at_structure, np.searchsorted(structure, keys), view.px_per_dm, config)
 
     corrections = np.zeros((len(track), N_LANDMARKS, 3))
     trust = np.zeros(N_LANDMARKS)
@@ -99,13 +99,13 @@ def follow_skin(
     for t in range(len(track)):
         if seen[t]:
             e = at_structure[known[t]] if t in known else matches(t)
-            corrections[t], weights = _solve_frame(e, anchors, view.px_per_dm, config)
+            corrections[t], weights = solve_frame(e, anchors, view.px_per_dm, config)
             trust += weights.sum(0) if t in train else 0  # no training frame may depend on a test frame
             count += int((weights > 0).sum())
         progress((len(structure) + t + 1) / (len(structure) + len(track)))
     usual = track.motion.landmarks[structure].mean(0).numpy()
     for segment in np.split(np.arange(len(track)), [t for t in (train.start, train.stop) if 0 < t < len(track)]):
-        corrections[segment] = _smoothed(corrections[segment], seen[segment], config.smooth_frames)
+        corrections[segment] = smoothed(corrections[segment], seen[segment], config.smooth_frames)
     corrections = _spread(corrections, trust / max(1, len(frames)), usual, ~matchable, config)
     corrections[~seen] = 0
     moved = torch.from_numpy(corrections).float()
@@ -113,14 +113,14 @@ def follow_skin(
     return replace(track, motion=replace(track.motion, landmarks=track.motion.landmarks + moved)), report
 
 
-class _View:
-    """A track in numpy."""
+class View:
+    """A track in numpy, in pictures of `scale` times the crop's size."""
 
-    def __init__(self, track: FaceTrack, train: range):
+    def __init__(self, track: FaceTrack, train: range, scale: float = 1.0):
         self.poses = track.motion.T_camera_head.double().numpy()
         self.landmarks = track.motion.landmarks.double().numpy()
         self.expression = track.motion.expression.double().numpy()
-        self.focal, self.centre = float(track.camera.K[0, 0]), track.camera.K[:2, 2].double().numpy()
+        self.focal, self.centre = scale * float(track.camera.K[0, 0]), scale * track.camera.K[:2, 2].double().numpy()
         self.px_per_dm = self.focal / float(self.poses[train.start : train.stop, 2, 3].mean())
 
     def pixels(self, t: int, pose: int | None = None) -> Float[np.ndarray, "l 2"]:
@@ -135,7 +135,7 @@ class _View:
 
 
 def _match(
-    view: _View, key: int, picture: np.ndarray, surface: np.ndarray, t: int, gray: np.ndarray, which: Bool[np.ndarray, "l"], config: SkinConfig
+    view: View, key: int, picture: np.ndarray, surface: np.ndarray, t: int, gray: np.ndarray, which: Bool[np.ndarray, "l"], config: SkinConfig
 ) -> Float[np.ndarray, "n 3"]:
     """Lucas-Kanade from some landmarks of a keyframe to frame t, drawn as the keyframe's camera would see it; from the network's landmark there on."""
     where, drawn = through_surface(surface, gray, view.poses[t], view.poses[key], view.focal, view.centre)
@@ -159,7 +159,7 @@ def _weights(residual: Float[np.ndarray, "*b 3"], px_per_dm: float, config: Skin
     return np.nan_to_num(1 / (1 + size * size) ** 2)
 
 
-def _solve_keyframes(
+def solve_keyframes(
     matches: Float[np.ndarray, "s k l 3"], key_rows: Int[np.ndarray, "k"], px_per_dm: float, config: SkinConfig
 ) -> Float[np.ndarray, "k l 3"]:
     """The keyframes' own corrections c: a match of keyframe j in frame t says that c_t - c_j is so much, the network that c is none.
@@ -200,7 +200,7 @@ def _solve_keyframes(
     return c[key_rows]
 
 
-def _solve_frame(
+def solve_frame(
     matches: Float[np.ndarray, "k l 3"], anchors: Float[np.ndarray, "k l 3"], px_per_dm: float, config: SkinConfig
 ) -> tuple[Float[np.ndarray, "l 3"], Float[np.ndarray, "k l"]]:
     """A frame's corrections from its matches and the keyframes' corrections, and what each match counted in the end."""
@@ -215,7 +215,7 @@ def _solve_frame(
     return c, w
 
 
-def _smoothed(values: Float[np.ndarray, "t l 3"], seen: Bool[np.ndarray, "t"], sigma: float) -> Float[np.ndarray, "t l 3"]:
+def smoothed(values: Float[np.ndarray, "t l 3"], seen: Bool[np.ndarray, "t"], sigma: float) -> Float[np.ndarray, "t l 3"]:
     """Over time, frames without a face left out."""
     weight = gaussian_filter1d(seen.astype(np.float64), sigma, mode="constant")
     total = gaussian_filter1d(values * seen[:, None, None], sigma, axis=0, mode="constant")

@@ -137,7 +137,7 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
         rest = model.vertices(track.identity)
         neutral = model.landmarks(rest)
         basis = torch.stack([model.landmarks(rest + b) - neutral for b in model.expression_basis])
-        carrier = Carrier(model.expression_basis, neutral, basis)
+        carrier = Carrier(model.expression_basis, neutral, basis, track.hair_points)
     torch.manual_seed(config.seed)
     deformation = Deformation(config.deformation, track.identity, center, radius, carrier)
     deformation.set_statistics(expression[train], landmarks[train], track.motion[train].speech, track.motion.T_camera_head[train, :3, :3])
@@ -146,8 +146,8 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
     if carrier is not None:
         at_rest, bindings = [], []
         for seen, _, t in parts:
-            deformation.binding = bind(seen, model.vertices(track.identity, expression[t]), model.triangles, landmarks[t])
-            at_rest.append(seen - deformation.carry(expression[t], landmarks[t]))
+            deformation.binding = bind(seen, model.vertices(track.identity, expression[t]), model.triangles, landmarks[t], hair=track.hair_points)
+            at_rest.append(seen - deformation.carry(expression[t], landmarks[t], None if track.motion.hair is None else track.motion.hair[t]))
             bindings.append(deformation.binding)
         points, deformation.binding = torch.cat(at_rest), reduce(Binding.cat, bindings)
     cloud = gaussians_from_points(points, colors, config.initial_opacity, max_scale=0.1)
@@ -358,10 +358,10 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
 
 def deform(gaussians: Gaussians, deformation: Deformation, motion, t: int, learned: bool = True) -> Gaussians:
     """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage)."""
-    control = motion.control_at(t, gaussians.means.device)
+    expression, landmarks, speech, turn, hair = motion.control_at(t, gaussians.means.device)
     if learned:
-        return gaussians.deformed(*deformation(gaussians.means, *control))
-    return gaussians.deformed(deformation.carry(*control[:2]), 0.0, 0.0)
+        return gaussians.deformed(*deformation(gaussians.means, expression, landmarks, speech, turn, hair))
+    return gaussians.deformed(deformation.carry(expression, landmarks, hair), 0.0, 0.0)
 
 
 def stage_at(config: HeadConfig, iteration: int) -> tuple[Stage, int]:

@@ -367,11 +367,12 @@ def _difference(old: dict, new: dict) -> str:
 
 
 def _pictures(clip: Clip) -> str:
-    """Changes with whatever head and compositor read of a clip, and with nothing else: its training frames and head masks, track and depth; of the
+    """Changes with whatever head and compositor read of a clip, and with nothing else: its training frames and head masks, track, depth and hair; of the
     sound nothing, but where its features move the head directly (`Clip.hear`)."""
     digest = hashlib.sha256(json.dumps([clip.width, clip.height, clip.train.start, clip.train.stop]).encode())
     pictures = [clip.path / kind / f"{t:06d}.png" for kind in ("frames", "masks/head") for t in clip.train]
-    for file in (clip.path / "track.safetensors", clip.path / "depth.safetensors", *pictures):
+    hair = [clip.path / "hair.safetensors"] if (clip.path / "hair.safetensors").exists() else []
+    for file in (clip.path / "track.safetensors", clip.path / "depth.safetensors", *hair, *pictures):
         try:
             digest.update(bytes.fromhex(sha256(file)))
         except OSError as error:
