@@ -135,6 +135,25 @@ def test_no_input_pixel_of_the_hidden_region_can_leak(generator):
     )
 
 
+def test_hair_below_its_cut_is_the_frames_own():
+    """A mask cut level with a long lower half (`head_mask`'s hair): the frame shows through it, up to the cut; an edge that is merely soft stays hidden."""
+    rows = np.arange(200)[:, None] + np.zeros((1, 200))
+    drawn = np.where(rows < 100, 255, np.clip(127 - 8 * (rows - 100), 0, 255)).astype(np.uint8)
+    drawn[:, :40] = drawn[:, 160:] = 0
+    soft = np.where(rows < 100, 255, np.clip(255 - 60 * (rows - 99), 0, 255)).astype(np.uint8)
+    soft[:, :40] = soft[:, 160:] = 0
+    for turned in (drawn, np.ascontiguousarray(drawn.T)):
+        below, hidden = (turned > 0) & (turned <= 127), hidden_mask(turned) > 0
+        assert hidden[turned > 127].all()
+        middle = below.copy()
+        middle[:, :50] = middle[:, 150:] = False
+        if turned is drawn:
+            assert not hidden[middle].any()
+        else:
+            assert hidden[60:140, 100].all()  # what falls sideways is an outline
+    assert hidden_mask(soft)[100, 100] > 0
+
+
 def test_untrained_generator_is_the_plain_composite():
     rgb, alpha, frame, mask, plate = scene()
     assert np.array_equal(

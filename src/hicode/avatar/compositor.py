@@ -247,7 +247,20 @@ def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     rim = max(3, 2 * round(hide) - 1)  # the diameter that leaves out what lies `hide` away and more
     head = cv2.threshold(head_mask[y0:y1, x0:x1], 127, 1, cv2.THRESH_BINARY)[1]
     hidden = cv2.dilate(head, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (rim, rim))) > 0
+    hidden &= ~_long_drawn(head_mask[y0:y1, x0:x1], _px(1 / 512, head_mask))
     return Seam((x0, y0, x1, y1), distance < reach, hidden, weight)
+
+
+def _long_drawn(head_mask: UInt8[np.ndarray, "h w"], unit: float) -> np.ndarray:
+    """Where a mask's lower half falls slowly and downwards: the cut of hanging hair (`face/masks.py`). The frame has the same hair there, not a head
+    to hide, and a plate behind half a render would show as a line. `unit`: px that one of 512 is."""
+    down, aside = max(1, round(3 * unit)), max(1, round(2 * unit))
+    below = cv2.copyMakeBorder(head_mask, 0, down, 0, 0, cv2.BORDER_REPLICATE)[down:]
+    fall = cv2.subtract(head_mask, below)  # saturates: 0 where it rises
+    wide = cv2.copyMakeBorder(head_mask, 0, 0, aside, aside, cv2.BORDER_REPLICATE)
+    across = cv2.convertScaleAbs(cv2.absdiff(wide[:, 2 * aside :], wide[:, : -2 * aside]), alpha=down / aside)  # to twice the slope of `fall`
+    per_px = down / unit
+    return (head_mask <= 127) & (fall > 3 * per_px) & (fall < 24 * per_px) & (across < fall)
 
 
 def plain_composite(

@@ -183,7 +183,8 @@ class _Work:
         if getattr(self.avatar, "hears", False):
             self.clip.hear(self.avatar.speech.encoder)
             self.findings.notes.append("Speech features move this avatar directly: its tracked row hears the test sound as its audio row does.")
-        tracked = self.avatar.own_hair(self.clip.track)[slice(self.test[0], self.test[-1] + 1)]
+        followed = getattr(self.avatar, "own_hair", lambda track: track.motion)(self.clip.track)
+        tracked = followed[slice(self.test[0], self.test[-1] + 1)]
         out: dict[str, Motion] = {}
         if "tracked" in modes:
             out["tracked"] = tracked
