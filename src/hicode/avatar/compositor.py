@@ -1,7 +1,8 @@
 """Head-background composition (HiCoDe, "Head-background Composition", Eqs 17-18): the rendered head goes back into the video frame.
 
 A frame is parted by its head mask, dilated to reach past hair and an opening jaw. Outside, every pixel stays the input's, exactly. On the head and a
-narrow rim around it, the *hidden* region, nothing of the input is read, so no true mouth or head can leak into the result. What lies inside the dilated
+narrow rim around it, the *hidden* region, nothing of the input is read, so no true mouth or head can leak into the result; below the level cut of hanging
+hair the rim is left out, the hair there is the frame's own. What lies inside the dilated
 mask is made of three things:
 
     fill   "h w 3"  in the hidden region the background plate, shifted smoothly so that it meets this frame at its border; the frame itself around it.
@@ -70,7 +71,7 @@ class Seam:
 
     box    (x0, y0, x1, y1)  the dilated mask's bounding box and some context, in px
     inside bool "bh bw"      the dilated mask: what composition may change
-    hidden bool "bh bw"      what it must not read: the head and `HIDE` around it
+    hidden bool "bh bw"      what it must not read: the head and `HIDE` around it, but for hair below its cut
     weight float "bh bw"     1 on the head, 0 on the dilated mask's border and outside
     """
 

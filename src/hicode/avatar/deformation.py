@@ -345,7 +345,8 @@ def _hair_binding(xyz: np.ndarray, hair: np.ndarray, from_face: np.ndarray) -> t
     distance, index = cKDTree(hair).query(xyz, k=k)
     distance, index = distance.reshape(len(xyz), k), index.reshape(len(xyz), k)
     weights = np.exp(-((distance / HAIR_NEAR) ** 2)) + 1e-6 * np.exp(-distance / HAIR_WIDE)
-    weights *= np.exp(-((distance[:, :1] / HAIR_REACH) ** 2)) * -np.expm1(-((from_face[:, None] / HAIR_FACE) ** 2)) / np.maximum(weights.sum(1, keepdims=True), 1e-12)
+    beside_the_face = -np.expm1(-((from_face[:, None] / HAIR_FACE) ** 2))
+    weights *= np.exp(-((distance[:, :1] / HAIR_REACH) ** 2)) * beside_the_face / np.maximum(weights.sum(1, keepdims=True), 1e-12)
     pad = ((0, 0), (0, 6 - k))
     return np.pad(index, pad), np.pad(weights, pad)
 

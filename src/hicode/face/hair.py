@@ -148,7 +148,9 @@ class _Keyframe:
     visible: Bool[np.ndarray, "p"]
 
     @staticmethod
-    def of(t: int, image: Callable, mask: Callable, points: np.ndarray, view: View, track: FaceTrack, skull: Skull, model: HeadModel, config: HairConfig) -> "_Keyframe":
+    def of(
+        t: int, image: Callable, mask: Callable, points: np.ndarray, view: View, track: FaceTrack, skull: Skull, model: HeadModel, config: HairConfig
+    ) -> "_Keyframe":
         gray, head = _halved(gray_image(image(t))), _halved(mask(t)) > 127
         surface = smooth_surface(corrected_depth(head_depth(model, track, t, mask(t)), skull, track, t))
         pixels = project(view.poses[t], points, view.focal, view.centre)
