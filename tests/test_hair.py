@@ -6,8 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_clip import write_clip
-from test_skull import FRAMES, TRAIN, draw, tracked, true_poses
 
 from hicode.avatar.avatar import Avatar
 from hicode.avatar.deformation import Carrier, bind
@@ -17,22 +15,16 @@ from hicode.face.hair import HairConfig, follow_hair
 from hicode.face.skull import Skull
 from hicode.files import save_tensors
 from hicode.geometry import rigid
+from test_clip import write_clip
+from test_skull import FRAMES, KEYS, PX_PER_DM, TRAIN, drawn_head, swings, tracked
 
 CONFIG = HairConfig(structure_frames=12, face_mm=0.0)  # the drawn head's landmarks lie all over it
-KEYS = torch.tensor([0, 6, 12, 17])
-PX_PER_DM = 330.0 / 4.5
-
-
-@pytest.fixture(scope="module")
-def scene():
-    poses = true_poses()
-    return poses, [draw(p) for p in poses]
 
 
 @pytest.fixture
-def follow(scene, monkeypatch):
+def follow(monkeypatch):
     """`follow_hair` where the picture stands `swing` "t 3" (dm, head frame) beside the skull that is tracked."""
-    poses, drawn = scene
+    poses, drawn = drawn_head()
     monkeypatch.setattr(hair, "head_depth", lambda model, track, t, mask: drawn[t][1])
     monkeypatch.setattr(hair, "corrected_depth", lambda depth, skull, track, t: depth)
     monkeypatch.setattr(hair, "SCALE", 1.0)  # it is drawn small
@@ -47,11 +39,6 @@ def follow(scene, monkeypatch):
         return follow_hair(lambda t: pictures[t], mask, depths, track, rigid_points, None, TRAIN, config)
 
     return run
-
-
-def swings():
-    t = torch.arange(FRAMES) / 5.0
-    return torch.stack([0.03 * torch.sin(t), 0.02 * torch.cos(1.3 * t), torch.zeros(FRAMES)], 1)
 
 
 def test_what_swings_beside_the_skull_is_followed(follow):
@@ -70,8 +57,8 @@ def test_a_head_that_moves_as_one_moves_no_hair(follow):
     assert float(moved[:, front].norm(dim=-1).mean()) * PX_PER_DM < 0.25 and report.moved_px < 0.5
 
 
-def test_no_training_frame_depends_on_a_test_frame(scene, follow):
-    images = [d[0] for d in scene[1]]
+def test_no_training_frame_depends_on_a_test_frame(follow):
+    images = [d[0] for d in drawn_head()[1]]
     rng = np.random.default_rng(1)
     other = [im if t in TRAIN else rng.integers(0, 255, im.shape, dtype=np.uint8) for t, im in enumerate(images)]
     (a, one, _), (b, two, _) = follow(swings()), follow(swings(), images=other)

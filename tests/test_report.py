@@ -119,10 +119,14 @@ class FakeAvatar:
         self.fault, self.motions = fault, []
         self.speech = FakeSpeech() if speech else None
         self.driving = clip.track.motion[: len(clip.train)]
+        self.plate, self.hears = np.zeros((clip.height, clip.width, 3), np.uint8), False
         self.mouth_expression = torch.arange(64) < 10
         self.mouth_landmark_weight = (torch.arange(478) < 100).float()
         self.info = {"preset": "draft", "seconds": {"speech": 1.0, "head": 20.0}, "peak_memory_mb": 321}
         self.source = {"sha256": "abc"}
+
+    def own_hair(self, track):
+        return track.motion
 
     def synthesize_frame(self, motion, t, frame, head_mask):
         if not any(motion is m for m in self.motions):

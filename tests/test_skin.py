@@ -5,28 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_skull import FRAMES, TRAIN, draw, tracked, true_poses
 
 from hicode.face import skin
 from hicode.face.skin import IRISES, SkinConfig, follow_skin, solve_keyframes
 from hicode.face.skull import Skull
 from hicode.motion import LIPS
+from test_skull import FRAMES, KEYS, PX_PER_DM, TRAIN, drawn_head, swings, tracked
 
 CONFIG = SkinConfig(structure_frames=12, outline_mm=1e-6)  # the drawn head's landmarks lie anywhere: none is an outline
-KEYS = torch.tensor([0, 6, 12, 17])
-PX_PER_DM = 330.0 / 4.5
-
-
-@pytest.fixture(scope="module")
-def scene():
-    poses = true_poses()
-    return poses, [draw(p) for p in poses]
 
 
 @pytest.fixture
-def follow(scene, monkeypatch):
+def follow(monkeypatch):
     """`follow_skin` where the network's landmarks stand `slide` "t 3" (dm, head frame) beside their skin."""
-    poses, drawn = scene
+    poses, drawn = drawn_head()
     monkeypatch.setattr(skin, "head_depth", lambda model, track, t, mask: drawn[t][1])
 
     def run(slide, images=None, confidence=None, config=CONFIG):
@@ -41,12 +33,6 @@ def follow(scene, monkeypatch):
     return run
 
 
-def slides(seed=0):
-    """Slow and as large as on real clips, 2-3 px; none along the depth, which nobody sees."""
-    t = torch.arange(FRAMES) / 5.0
-    return torch.stack([0.03 * torch.sin(t), 0.02 * torch.cos(1.3 * t), torch.zeros(FRAMES)], 1)
-
-
 def wandering_px(track):
     """How far the landmarks move over the head, px: mean distance from where each usually is (the front's, whose depth is across no ray)."""
     x = track.motion.landmarks
@@ -55,7 +41,7 @@ def wandering_px(track):
 
 
 def test_what_slides_over_the_skin_is_put_back(follow):
-    (found, report), track = follow(slides())
+    (found, report), track = follow(swings())
     assert wandering_px(track) > 1.5
     assert wandering_px(found) < 0.35 * wandering_px(track)
     assert report.matches > 1 and report.moved_px > 0.5
@@ -68,26 +54,26 @@ def test_landmarks_that_stay_on_the_skin_are_left_there(follow):
 
 
 def test_lips_lids_and_irises_go_with_the_skin_about_them(follow):
-    (found, _), track = follow(slides())
+    (found, _), track = follow(swings())
     moved = found.motion.landmarks - track.motion.landmarks
     for part in (LIPS, IRISES):
-        wanted = -(slides() - slides().mean(0))
+        wanted = -(swings() - swings().mean(0))
         left = (moved[:, part].mean(1) - moved[:, part].mean((0, 1)) - wanted)[:, :2].norm(dim=-1).mean()
         assert left < 0.5 * wanted.norm(dim=-1).mean(), (part, left)
 
 
 def test_corrections_fade_at_the_outline(follow):
-    (found, _), track = follow(slides(), config=replace(CONFIG, outline_mm=40.0))
+    (found, _), track = follow(swings(), config=replace(CONFIG, outline_mm=40.0))
     moved = (found.motion.landmarks - track.motion.landmarks).norm(dim=-1).mean(0)
     assert float(moved[torch.from_numpy(skin.FACE_OVAL)].max()) == 0 and float(moved.max()) > 0.005
 
 
-def test_no_training_landmark_depends_on_a_test_frame(scene, follow):
-    images = [d[0] for d in scene[1]]
+def test_no_training_landmark_depends_on_a_test_frame(follow):
+    images = [d[0] for d in drawn_head()[1]]
     rng = np.random.default_rng(1)
     other = [im if t in TRAIN else rng.integers(0, 255, im.shape, dtype=np.uint8) for t, im in enumerate(images)]
-    (a, _), _ = follow(slides())
-    (b, _), _ = follow(slides(), images=other)
+    (a, _), _ = follow(swings())
+    (b, _), _ = follow(swings(), images=other)
     assert torch.equal(a.motion.landmarks[: TRAIN.stop], b.motion.landmarks[: TRAIN.stop])
     assert not torch.equal(a.motion.landmarks, b.motion.landmarks)
 
@@ -95,13 +81,13 @@ def test_no_training_landmark_depends_on_a_test_frame(scene, follow):
 def test_frames_without_a_face_are_left_alone(follow):
     confidence = torch.ones(FRAMES)
     confidence[[4, 5, 22]] = 0
-    (found, _), track = follow(slides(), confidence=confidence)
+    (found, _), track = follow(swings(), confidence=confidence)
     assert torch.equal(found.motion.landmarks[[4, 5, 22]], track.motion.landmarks[[4, 5, 22]])
 
 
 def test_pictures_without_texture_change_nothing(follow):
     flat = [np.full((192, 192, 3), 128, np.uint8)] * FRAMES
-    (found, _), track = follow(slides(), images=flat)
+    (found, _), track = follow(swings(), images=flat)
     assert float((found.motion.landmarks - track.motion.landmarks).abs().max()) < 1e-3
 
 
@@ -129,8 +115,8 @@ def test_eliminating_frames_gives_the_whole_systems_solution():
         np.testing.assert_allclose(found[:, i], np.linalg.solve(A, b)[rows], atol=1e-6)
 
 
-def test_a_head_without_rigid_points_keeps_its_landmarks(scene, monkeypatch):
-    poses, drawn = scene
+def test_a_head_without_rigid_points_keeps_its_landmarks(monkeypatch):
+    poses, drawn = drawn_head()
     track = tracked(poses, poses)
     nothing = Skull(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0, dtype=torch.long))
     found, report = follow_skin(lambda t: drawn[t][0], lambda t: np.isfinite(drawn[t][1]).astype(np.uint8), track, nothing, None, TRAIN, CONFIG)

@@ -1,6 +1,7 @@
 """The rigid head on a drawn one: an ellipsoid with a texture of its own, seen under known poses."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from hicode.motion import FaceTrack, Motion
 
 SIZE, FOCAL, FRAMES = 192, 330.0, 26
 TRAIN = range(20)
+PX_PER_DM = FOCAL / 4.5
+KEYS = torch.tensor([0, 6, 12, 17])  # keyframes where a test names them itself
 RADII = np.array([0.8, 1.0, 0.9])
 CONFIG = SkullConfig(points=150, keyframes=6, structure_frames=12)
 
@@ -66,10 +69,22 @@ def tracked(poses, fit, seen_at=None, confidence=None):
     return FaceTrack(motion, torch.zeros(80), Camera.pinhole(FOCAL, SIZE, SIZE), detected(poses) if seen_at is None else seen_at, seen)
 
 
+@cache
+def drawn_head():
+    """(poses, [(picture, depth) of each frame]): drawn once for all tests that look at it."""
+    poses = true_poses()
+    return poses, [draw(p) for p in poses]
+
+
+def swings():
+    """"t 3" (dm): slow and as large as on real clips, 2-3 px; none along the depth, which nobody sees."""
+    t = torch.arange(FRAMES) / 5.0
+    return torch.stack([0.03 * torch.sin(t), 0.02 * torch.cos(1.3 * t), torch.zeros(FRAMES)], 1)
+
+
 @pytest.fixture(scope="module")
 def scene():
-    poses = true_poses()
-    drawn = [draw(p) for p in poses]
+    poses, drawn = drawn_head()
     return poses, [d[0] for d in drawn], [d[1] for d in drawn]
 
 

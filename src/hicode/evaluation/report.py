@@ -46,7 +46,7 @@ from hicode.evaluation.rows import (
 from hicode.evaluation.show import Pictures, ShownFrame, evenly, mouth_windows, print_table, worst_first
 from hicode.evaluation.syncnet import LipStream, SyncNet, crop, crop_boxes
 from hicode.files import check_writable, write_json
-from hicode.motion import Motion
+from hicode.motion import FaceTrack, Motion
 from hicode.progress import progress_bar
 from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device
@@ -78,10 +78,14 @@ class Evaluated(Protocol):
 
     speech: Speaker | None
     driving: Motion
+    plate: UInt8[np.ndarray, "h w 3"]
+    hears: bool
     mouth_expression: Tensor
     mouth_landmark_weight: Tensor
     info: dict
     source: dict
+
+    def own_hair(self, track: FaceTrack) -> Motion: ...
 
     def synthesize_frame(
         self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"]
@@ -166,8 +170,8 @@ class _Work:
                 f"{self.clip.path} has {len(self.clip.train)} training and {len(self.test)} test frames: "
                 "nothing to measure. Prepare a longer video."
             )
-        plate = getattr(self.avatar, "plate", None)
-        if plate is not None and plate.shape[:2] != (self.clip.height, self.clip.width):
+        plate = self.avatar.plate
+        if plate.shape[:2] != (self.clip.height, self.clip.width):
             raise InputError(
                 f"The avatar makes frames of {plate.shape[1]}x{plate.shape[0]}, "
                 f"the clip has {self.clip.width}x{self.clip.height}. Evaluate it on the clip that it was trained on."
@@ -180,11 +184,10 @@ class _Work:
 
     def motions(self, modes: Sequence[Mode]) -> dict[str, Motion]:
         """The test frames' motion in each driving mode that is asked for and possible."""
-        if getattr(self.avatar, "hears", False):
+        if self.avatar.hears:
             self.clip.hear(self.avatar.speech.encoder)
             self.findings.notes.append("Speech features move this avatar directly: its tracked row hears the test sound as its audio row does.")
-        followed = getattr(self.avatar, "own_hair", lambda track: track.motion)(self.clip.track)
-        tracked = followed[slice(self.test[0], self.test[-1] + 1)]
+        tracked = self.avatar.own_hair(self.clip.track)[slice(self.test[0], self.test[-1] + 1)]
         out: dict[str, Motion] = {}
         if "tracked" in modes:
             out["tracked"] = tracked

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hicode.face.depth import head_depth
 from hicode.face.model import HeadModel
-from hicode.face.skin import SkinConfig, View, smoothed, solve_frame, solve_keyframes
+from hicode.face.skin import SkinConfig, View, trajectories
 from hicode.face.skull import Skull, corrected_depth, gray_image, project, smooth_surface, through_surface
 from hicode.motion import FaceTrack
 
@@ -74,12 +74,10 @@ def follow_hair(
     view = View(track, train, SCALE)
     seen = track.confidence.numpy() > 0
     keys = np.unique(skull.keyframe.numpy())
-    frames = np.array([t for t in train if seen[t]])
     points = _points(mask, depths, track, train, config)
     p = len(points)
-    if not p or not len(keys) or not len(frames):
+    if not p or not len(keys) or not seen[train.start : train.stop].any():
         return torch.zeros(0, 3), torch.zeros(len(track), 0, 3), HairReport(0, 0.0, 0.0)
-    structure = np.unique(np.concatenate([frames[np.linspace(0, len(frames) - 1, min(config.structure_frames, len(frames))).round().astype(int)], keys]))
     keyframes = [_Keyframe.of(int(k), image, mask, points, view, track, skull, model, config) for k in keys]
 
     def matches(t: int) -> Float32[np.ndarray, "k p 3"]:
@@ -89,30 +87,13 @@ def follow_hair(
             out[j] = _match(view, keyframes[j], t, gray, head, config)
         return out
 
-    at_structure = np.empty((len(structure), len(keys), p, 3), np.float32)
-    for row, t in enumerate(structure):
-        at_structure[row] = matches(int(t))
-        progress((row + 1) / (len(structure) + len(track)))
-    anchors = solve_keyframes(at_structure, np.searchsorted(structure, keys), view.px_per_dm, config)
-
-    moved = np.zeros((len(track), p, 3), np.float32)
-    trust = np.zeros(p)
-    known = {int(t): row for row, t in enumerate(structure)}
-    count = 0
-    for t in range(len(track)):
-        if seen[t]:
-            e = at_structure[known[t]] if t in known else matches(t)
-            moved[t], weights = solve_frame(e, anchors, view.px_per_dm, config)
-            trust += weights.sum(0) if t in train else 0  # no training frame may depend on a test frame
-            count += int(np.isfinite(e[..., 0]).sum())
-        progress((len(structure) + t + 1) / (len(structure) + len(track)))
-    for segment in np.split(np.arange(len(track)), [t for t in (train.start, train.stop) if 0 < t < len(track)]):
-        moved[segment] = smoothed(moved[segment], seen[segment], config.smooth_frames)
-    blend = _neighbours(points, trust / len(frames), config)
-    for t in range(len(track)):
-        moved[t] = blend @ moved[t] if seen[t] else 0
-    moved -= np.where(seen[:, None, None], moved[frames].mean(0), 0)
-    report = HairReport(p, count / (max(1, int(seen.sum())) * p), float(np.linalg.norm(moved[seen], axis=-1).mean()) * view.px_per_dm / SCALE)
+    moved, trust, found = trajectories(matches, keys, p, track, train, view, config, progress)
+    blend = _neighbours(points, trust, config).astype(np.float32)
+    for t in range(len(track)):  # in place: clips may be long
+        moved[t] = blend @ moved[t]
+    learned = np.array([t for t in train if seen[t]])
+    moved[seen] -= sum(moved[t] for t in learned) / np.float32(len(learned))
+    report = HairReport(p, found / (int(seen.sum()) * p), float(np.linalg.norm(moved[seen], axis=-1).mean()) * view.px_per_dm / SCALE)
     return torch.from_numpy(points.astype(np.float32)), torch.from_numpy(moved), report
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from scipy.ndimage import gaussian_filter1d
 
 from hicode.face.depth import head_depth
@@ -68,11 +68,7 @@ def follow_skin(
     `image(t)` is RGB uint8, `mask(t)` the head mask; frames are read one by one. Frames without a face are left alone.
     """
     view = View(track, train)
-    seen = track.confidence.numpy() > 0
     keys = np.unique(skull.keyframe.numpy())
-    frames = np.array([t for t in train if seen[t]])
-    chosen = frames[np.unique(np.linspace(0, len(frames) - 1, min(config.structure_frames, len(frames))).round().astype(int))] if len(frames) else frames
-    structure = np.unique(np.concatenate([chosen, keys]))
     pictures = [gray_image(image(int(k))) for k in keys]
     surfaces = [smooth_surface(head_depth(model, track, int(k), mask(int(k)))) for k in keys]
     matchable = np.ones(N_LANDMARKS, bool)
@@ -86,30 +82,13 @@ def follow_skin(
             out[j, matchable] = _match(view, int(keys[j]), pictures[j], surfaces[j], t, gray, matchable, config)
         return out
 
-    at_structure = np.empty((len(structure), len(keys), N_LANDMARKS, 3), np.float32)
-    for row, t in enumerate(structure):
-        at_structure[row] = matches(int(t))
-        progress((row + 1) / (len(structure) + len(track)))
-    anchors = solve_keyframes(at_structure, np.searchsorted(structure, keys), view.px_per_dm, config)
-
-    corrections = np.zeros((len(track), N_LANDMARKS, 3))
-    trust = np.zeros(N_LANDMARKS)
-    known = {int(t): row for row, t in enumerate(structure)}
-    count = 0
-    for t in range(len(track)):
-        if seen[t]:
-            e = at_structure[known[t]] if t in known else matches(t)
-            corrections[t], weights = solve_frame(e, anchors, view.px_per_dm, config)
-            trust += weights.sum(0) if t in train else 0  # no training frame may depend on a test frame
-            count += int((weights > 0).sum())
-        progress((len(structure) + t + 1) / (len(structure) + len(track)))
-    usual = track.motion.landmarks[structure].mean(0).numpy()
-    for segment in np.split(np.arange(len(track)), [t for t in (train.start, train.stop) if 0 < t < len(track)]):
-        corrections[segment] = smoothed(corrections[segment], seen[segment], config.smooth_frames)
-    corrections = _spread(corrections, trust / max(1, len(frames)), usual, ~matchable, config)
+    corrections, trust, found = trajectories(matches, keys, N_LANDMARKS, track, train, view, config, progress)
+    seen = track.confidence.numpy() > 0
+    usual = track.motion.landmarks[structure_frames(keys, track, train, config)].mean(0).numpy()
+    corrections = _spread(corrections, trust, usual, ~matchable, config)
     corrections[~seen] = 0
-    moved = torch.from_numpy(corrections).float()
-    report = SkinReport(count / max(1, int(seen.sum()) * int(matchable.sum())), float(moved[torch.from_numpy(seen)].norm(dim=-1).mean()) * view.px_per_dm)
+    moved = torch.from_numpy(corrections)
+    report = SkinReport(found / max(1, int(seen.sum()) * int(matchable.sum())), float(moved[torch.from_numpy(seen)].norm(dim=-1).mean()) * view.px_per_dm)
     return replace(track, motion=replace(track.motion, landmarks=track.motion.landmarks + moved)), report
 
 
@@ -132,6 +111,54 @@ class View:
         angle = np.degrees([angle_between(self.poses[t], self.poses[k]) for k in keys]) / config.pose_deg
         face = np.linalg.norm(self.expression[t] - self.expression[keys], axis=1) / config.expression
         return np.argsort(np.where(keys == t, np.inf, angle + face))[: min(config.nearest, len(keys) - int(t in keys))]
+
+
+def structure_frames(keys: Int[np.ndarray, "k"], track: FaceTrack, train: range, config: SkinConfig) -> Int[np.ndarray, "s"]:
+    """Training frames with a face, spread over the part, from which the keyframes' own displacements are found; the keyframes are among them."""
+    frames = np.array([t for t in train if track.confidence[t] > 0], int)
+    chosen = frames[np.linspace(0, len(frames) - 1, min(config.structure_frames, len(frames))).round().astype(int)] if len(frames) else frames
+    return np.unique(np.concatenate([chosen, keys]))
+
+
+def trajectories(
+    matches: Callable[[int], Float[np.ndarray, "k n 3"]],
+    keys: Int[np.ndarray, "k"],
+    n: int,
+    track: FaceTrack,
+    train: range,
+    view: View,
+    config: SkinConfig,
+    progress: Callable[[float], None] = lambda done: None,
+) -> tuple[Float32[np.ndarray, "t n 3"], Float[np.ndarray, "n"], int]:
+    """One trajectory for each of n points from their matches to keyframes: displacements (dm), how well each is matched in a training frame, matches in all.
+
+    `matches(t)`: how far each keyframe has the points of frame t from where they are expected, NaN where there is no match; each frame is asked for once.
+    Smooth over time within the training part and beside it: no training frame depends on a test frame. Nothing moves in frames without a face.
+    """
+    seen = track.confidence.numpy() > 0
+    structure = structure_frames(keys, track, train, config)
+    steps = len(structure) + len(track)
+    at_structure = np.empty((len(structure), len(keys), n, 3), np.float32)
+    for row, t in enumerate(structure):
+        at_structure[row] = matches(int(t))
+        progress((row + 1) / steps)
+    anchors = solve_keyframes(at_structure, np.searchsorted(structure, keys), view.px_per_dm, config)
+
+    moved = np.zeros((len(track), n, 3), np.float32)
+    trust = np.zeros(n)
+    row_of = {int(t): row for row, t in enumerate(structure)}
+    found = 0
+    for t in range(len(track)):
+        if seen[t]:
+            e = at_structure[row_of[t]] if t in row_of else matches(t)
+            moved[t], weights = solve_frame(e, anchors, view.px_per_dm, config)
+            trust += weights.sum(0) if t in train else 0
+            found += int(np.isfinite(e[..., 0]).sum())
+        progress((len(structure) + t + 1) / steps)
+    for segment in np.split(np.arange(len(track)), [t for t in (train.start, train.stop) if 0 < t < len(track)]):
+        moved[segment] = smoothed(moved[segment], seen[segment], config.smooth_frames)
+    moved[~seen] = 0
+    return moved, trust / max(1, int(seen[train.start : train.stop].sum())), found
 
 
 def _match(
@@ -215,29 +242,31 @@ def solve_frame(
     return c, w
 
 
-def smoothed(values: Float[np.ndarray, "t l 3"], seen: Bool[np.ndarray, "t"], sigma: float) -> Float[np.ndarray, "t l 3"]:
+def smoothed(values: Float32[np.ndarray, "t n 3"], seen: Bool[np.ndarray, "t"], sigma: float) -> Float32[np.ndarray, "t n 3"]:
     """Over time, frames without a face left out."""
-    weight = gaussian_filter1d(seen.astype(np.float64), sigma, mode="constant")
+    weight = gaussian_filter1d(seen.astype(np.float32), sigma, mode="constant")
     total = gaussian_filter1d(values * seen[:, None, None], sigma, axis=0, mode="constant")
-    return total / np.maximum(weight, 1e-9)[:, None, None]
+    total /= np.maximum(weight, 1e-9)[:, None, None]
+    return total
 
 
 def _spread(
-    corrections: Float[np.ndarray, "t l 3"], trust: Float[np.ndarray, "l"], at: Float[np.ndarray, "l 3"], unmatched: Bool[np.ndarray, "l"], config: SkinConfig
-) -> Float[np.ndarray, "t l 3"]:
+    corrections: Float32[np.ndarray, "t l 3"], trust: Float[np.ndarray, "l"], at: Float[np.ndarray, "l 3"], unmatched: Bool[np.ndarray, "l"], config: SkinConfig
+) -> Float32[np.ndarray, "t l 3"]:
     """Smooth over the face: each landmark takes what its neighbours, and it, are trusted to say; far from all that is trusted, what is said farther off."""
     distance = np.linalg.norm(at[:, None] - at[None], axis=-1)
     inside = np.clip(distance[:, FACE_OVAL].min(1) / (config.outline_mm * 0.01), 0, 1)
     inside = inside * inside * (3 - 2 * inside)
     trust = trust * (inside > 0.2) * ~unmatched
 
-    def blurred(reach_mm: float) -> tuple[np.ndarray, np.ndarray]:
-        kernel = np.exp(-((distance / (reach_mm * 0.01)) ** 2)) * trust
-        total = kernel.sum(1)
-        return np.einsum("ij,tjc->tic", kernel / np.maximum(total, 1e-9)[:, None], corrections), total
+    def kernel(reach_mm: float) -> tuple[np.ndarray, np.ndarray]:
+        weight = np.exp(-((distance / (reach_mm * 0.01)) ** 2)) * trust
+        total = weight.sum(1)
+        return weight / np.maximum(total, 1e-9)[:, None], total
 
-    near, sure = blurred(config.reach_mm)
-    wide, _ = blurred(config.wide_mm)
-    own = (sure / (sure + 1.0))[None, :, None]
-    own[:, unmatched] = 0
-    return inside[None, :, None] * (own * near + (1 - own) * wide)
+    near, sure = kernel(config.reach_mm)
+    wide, _ = kernel(config.wide_mm)
+    own = (sure / (sure + 1.0))[:, None]
+    own[unmatched] = 0
+    blend = (inside[:, None] * (own * near + (1 - own) * wide)).astype(np.float32)  # all of it is linear: one matrix serves every frame
+    return np.matmul(blend, corrections)
