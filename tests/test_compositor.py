@@ -425,6 +425,28 @@ def test_a_generator_that_does_not_help_is_dropped(training):
     assert not found[0].kept and "plain composite" in str(found[0])
 
 
+def test_a_generator_that_shows_no_gain_is_given_up_at_its_trial_and_one_that_does_goes_on(training, tmp_path):
+    def perfect(t, seed):
+        _, alpha, frame, mask = blurred_samples(t, None)
+        return frame.astype(np.float32) / 255, np.ones_like(alpha), frame, mask
+
+    config = training.CompositorTraining(**SMALL | {"steps": 60, "trial": 24})
+
+    def run(samples, checkpoint=None):
+        steps, found = [], []
+        generator = training.train_compositor(
+            Sampled(samples), PLATE, config, checkpoint=checkpoint, log=lambda step, terms: steps.append(step), report=found.append
+        )
+        return generator, steps, found[0]
+
+    file = tmp_path / "compositor.safetensors"
+    generator, steps, first = run(perfect, file)
+    assert generator is None and steps[-1] == 24 and not first.kept and not first.promising
+    assert run(perfect, file) == (None, [], first), "what was given up is not trained further by another call"
+    generator, steps, found = run(blurred_samples)
+    assert generator is not None and steps[-1] == 60 and found.kept and found.promising
+
+
 def test_resumed_training_equals_an_uninterrupted_run(training, tmp_path):
     config = training.CompositorTraining(**SMALL)
 

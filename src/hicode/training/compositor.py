@@ -13,6 +13,7 @@ Deviation from Eq. 18: the adversarial term is least-squares (log(1 - D) saturat
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -77,6 +78,7 @@ class CompositorTraining:
     adversarial_from: fraction of the steps before the adversarial term counts
     learning_rate:    of both networks, falling by a cosine to 5 %
     validation:       most frames looked at to decide whether the generator is kept
+    trial:            step at which one that has won less than half of what it must is given up, a few seconds' look for minutes of training; 0: never
     checkpoint_every: steps between checkpoints
     """
 
@@ -96,17 +98,18 @@ class CompositorTraining:
     adversarial_from: float = 0.3
     learning_rate: float = 1e-3
     validation: int = 8
+    trial: int = 400
     checkpoint_every: int = 200
     seed: int = 0
     generator: CompositorConfig = field(default_factory=CompositorConfig)
 
 
 def compositor_preset(name: Literal["draft", "standard", "paper"], seed: int = 0) -> CompositorTraining:
-    """draft: about 30 s on two cores; standard: about 5 min; paper: as long as it helps."""
+    """draft: about 30 s on two cores; standard: about 5 min, half of it where the generator shows no gain by then; paper: as long as it may help."""
     if name == "draft":
         return CompositorTraining(steps=60, renders=40, crop_px=96, validation=5, seed=seed)
     return (
-        CompositorTraining(seed=seed) if name == "standard" else CompositorTraining(steps=4000, renders=300, seed=seed)
+        CompositorTraining(seed=seed) if name == "standard" else CompositorTraining(steps=4000, renders=300, trial=0, seed=seed)
     )
 
 
@@ -145,6 +148,11 @@ class CompositorReport:
     psnr: float
     lpips: float
     frames: int
+
+    @property
+    def promising(self) -> bool:
+        """Whether half of what makes a generator worth its time is won."""
+        return self.kept or self.psnr >= self.plain_psnr + _WORTH_DB / 2 or self.lpips <= (1 - _WORTH_LPIPS / 2) * self.plain_lpips
 
     def __str__(self) -> str:
         figures = (
@@ -191,11 +199,17 @@ def train_compositor(
     trainer = _Trainer(config, device)
     if checkpoint is not None and Path(checkpoint).exists():
         trainer.restore(checkpoint)
+    chosen = [judged[i] for i in np.unique(np.linspace(0, len(judged) - 1, config.validation).astype(int))]
+    given_up = False
     with _bar(config.steps, progress) as advance:
         if trainer.step < config.steps:
             pool = _draw_pool(samples, learned, plate, config)
             vgg = Features("vgg16", config.vgg_layers, dtype=fast_dtype()).to(device)
             while trainer.step < config.steps:
+                if config.trial and trainer.step == config.trial:
+                    _, found = _judge(deepcopy(trainer.averaged), validation, chosen, plate)  # judging changes what it judges
+                    if given_up := not found.promising:
+                        break
                 terms = trainer.train_step(pool, vgg)
                 if log is not None:
                     log(trainer.step, terms)
@@ -205,8 +219,10 @@ def train_compositor(
                 ):
                     trainer.save(checkpoint)
     trainer._check({"weights": sum(p.sum() for p in trainer.averaged.parameters())})  # of the last step
-    chosen = [judged[i] for i in np.unique(np.linspace(0, len(judged) - 1, config.validation).astype(int))]
-    compositor, found = _judge(trainer.averaged, validation, chosen, plate)
+    if given_up:
+        compositor = None
+    else:
+        compositor, found = _judge(trainer.averaged, validation, chosen, plate)
     if report is not None:
         report(found)
     if progress:
