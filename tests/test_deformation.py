@@ -159,9 +159,9 @@ def test_ablations_change_the_control_and_not_the_budget(name):
     config = ABLATIONS[name].apply(base)
     same = replace(config, deformation=base.deformation, initialisation=base.initialisation)
     assert same == base
-    kept = replace(config.deformation, fine="adain", coarse="adain", base="mesh", shade=True, sway=True, relight=True)
-    assert kept == base.deformation
-    assert (config.deformation.shade, config.deformation.sway, config.deformation.relight) == (name == "mesh",) * 3
+    ours = {k: getattr(base.deformation, k) for k in ("shade", "sway", "relight", "expression_reach")}
+    assert replace(config.deformation, fine="adain", coarse="adain", base="mesh", **ours) == base.deformation
+    assert {k: getattr(config.deformation, k) for k in ours} == (ours if name == "mesh" else dict.fromkeys(ours, 0))
 
 
 def test_cross_attention_is_a_residual_block():
@@ -357,3 +357,36 @@ def test_a_file_from_before_shade_sway_and_relight_still_loads():
     del config["shade"], config["sway"], config["sway_reach"], config["relight"]
     again = Deformation.from_state(tensors, config)
     assert not (again.config.shade or again.config.sway or again.config.relight) and again.config.sway_reach == 0
+
+
+def a_listener(deviations, **options):
+    """A control whose training clip moved along the first expressions of a random rotation by these deviations."""
+    control = a_deformation(base="none", **options).control
+    turned = torch.linalg.qr(torch.randn(64, 64, generator=G(7))).Q
+    part = torch.randn(4000, len(deviations), generator=G(8)) * torch.tensor(deviations)
+    control.set_statistics(part @ turned[: len(deviations)] * (control.expression_std + 0.02), torch.randn(4000, 478, 3, generator=G(9)))
+    return control
+
+
+def test_an_expression_is_heard_no_farther_than_the_training_clip_went():
+    control = a_listener([2.0, 1.0, 0.5], expression_reach=1.5)
+    std, directions = control.component_std[-3:], control.expression_components[-3:]
+    assert float(control.component_std[:-3].max()) < 1e-3
+    say = lambda part: control.heard(control.expression_mean + control.expression_std * (part @ directions)) @ directions.T
+    torch.testing.assert_close(say(0.05 * std), 0.05 * std, rtol=2e-3, atol=1e-6)  # small motions are heard as they are
+    for far in (3.0, 30.0):
+        assert (say(far * std) <= 1.5 * std * (1 + 1e-5)).all() and (say(far * std) > 1.4 * std).all()
+    unknown = control.expression_components[0] * 5
+    assert float(control.heard(control.expression_mean + control.expression_std * unknown).norm()) < 1e-2, "no training frame moved so"
+
+
+def test_a_file_from_before_expressions_were_bent_hears_them_as_they_are():
+    before = a_deformation(base="none", expression_reach=0.0)
+    before.control.set_statistics(torch.randn(30, 64, generator=G(4)), torch.randn(30, 478, 3, generator=G(6)))
+    tensors, config = before.state()
+    del config["expression_reach"]
+    again = Deformation.from_state(tensors, config)
+    expression = torch.randn(64, generator=G(3)) * 9
+    torch.testing.assert_close(again.control.heard(expression), (expression - before.control.expression_mean) / before.control.expression_std)
+    for a, b in zip(before(a_head(), *signals()), again(a_head(), *signals()), strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))

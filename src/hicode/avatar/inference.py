@@ -118,8 +118,7 @@ class FrameDeformer:
         deviation = (square - mean * mean).clamp_min(0).sqrt()
 
         # The second AdaIN is y * scale + shift per channel, and goes into the layer that follows.
-        normalized = (expression - control.expression_mean) / control.expression_std
-        style_std, style_mean = control.style(torch.cat([normalized, self.deformation.identity])).split(c)
+        style_std, style_mean = control.style(torch.cat([control.heard(expression), self.deformation.identity])).split(c)
         scale = (style_std / (deviation + 1e-5)).float()
         shift = style_mean - mean.float() * scale
         first, *rest = control.head

@@ -105,6 +105,8 @@ class Ablation:
         """`config` with this row's control; budgets, losses and seed stay."""
         ours = self.base == "mesh"  # what Eqs 7-12 do not have stays out of the rows that are about them
         changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours, sway=ours, relight=ours)
+        if not ours:
+            changed = replace(changed, expression_reach=0.0)
         return replace(config, deformation=changed, initialisation=self.initialisation)
 
 
@@ -144,7 +146,9 @@ def head_preset(preset: Preset) -> HeadConfig:
         return HeadConfig(_stages(500, 1_000, 6_500), loss=LossWeights())
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
-        deformation=DeformationConfig(anchors=0, base="none", shade=False, sway=False, relight=False, position_frequencies=10),
+        deformation=DeformationConfig(
+            anchors=0, base="none", shade=False, sway=False, relight=False, position_frequencies=10, expression_reach=0.0
+        ),
         initial_opacity=0.1,
         views=1,
         mouth_gaussians=0,
