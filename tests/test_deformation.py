@@ -159,7 +159,7 @@ def test_ablations_change_the_control_and_not_the_budget(name):
     config = ABLATIONS[name].apply(base)
     same = replace(config, deformation=base.deformation, initialisation=base.initialisation)
     assert same == base
-    ours = {k: getattr(base.deformation, k) for k in ("shade", "sway", "relight", "expression_reach")}
+    ours = {k: getattr(base.deformation, k) for k in ("shade", "sway", "relight", "attention_reach", "expression_reach")}
     assert replace(config.deformation, fine="adain", coarse="adain", base="mesh", **ours) == base.deformation
     assert {k: getattr(config.deformation, k) for k in ours} == (ours if name == "mesh" else dict.fromkeys(ours, 0))
 
@@ -380,13 +380,39 @@ def test_an_expression_is_heard_no_farther_than_the_training_clip_went():
     assert float(control.heard(control.expression_mean + control.expression_std * unknown).norm()) < 1e-2, "no training frame moved so"
 
 
-def test_a_file_from_before_expressions_were_bent_hears_them_as_they_are():
-    before = a_deformation(base="none", expression_reach=0.0)
+def test_a_file_from_before_expressions_were_bent_hears_them_as_they_are_and_landmarks_from_anywhere():
+    before = a_deformation(base="none", attention_reach=0.0, expression_reach=0.0)
     before.control.set_statistics(torch.randn(30, 64, generator=G(4)), torch.randn(30, 478, 3, generator=G(6)))
     tensors, config = before.state()
-    del config["expression_reach"]
+    del config["expression_reach"], config["attention_reach"]
     again = Deformation.from_state(tensors, config)
     expression = torch.randn(64, generator=G(3)) * 9
     torch.testing.assert_close(again.control.heard(expression), (expression - before.control.expression_mean) / before.control.expression_std)
     for a, b in zip(before(a_head(), *signals()), again(a_head(), *signals()), strict=True):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def test_landmarks_count_by_their_nearness():
+    """Whatever queries and keys say, a landmark several reaches farther off than the nearest is not heard; a point far from all hears its nearest."""
+    control = a_deformation(base="none", attention_reach=0.1).control
+    control.landmark_mean.copy_(torch.rand(478, 3, generator=G(1)))
+    points = torch.cat([torch.rand(20, 3, generator=G(2)), torch.full((1, 3), 9.0)])
+    near = control.nearness(points)
+    distance = torch.cdist(points, control.landmark_mean)
+    torch.testing.assert_close(near, (distance.amin(1, keepdim=True) ** 2 - distance**2) / 0.02, atol=2e-3, rtol=1e-3)
+    q, k = torch.randn(21, 8, generator=G(3)), torch.randn(478, 8, generator=G(4))
+    for i in (0, 20):
+        v = torch.zeros(478, 8)
+        v[distance[i].argsort()[60:], 0] = 1.0
+        assert float(landmark_attention(q, k, v, near)[0][i, 0]) < 0.2 < float(landmark_attention(q, k, v)[0][i, 0])
+    assert a_deformation(base="none", attention_reach=0.0).control.nearness(points) is None
+
+
+def test_nearness_is_kept_while_anchors_stand_and_made_anew_when_they_move():
+    deformation = a_deformation(base="none", anchors=40)
+    points = a_head()
+    deformation.place_anchors(points)
+    direct = lambda: deformation.control(deformation.anchors.points, *reversed(signals()), deformation.identity)
+    assert torch.allclose(_Interpolate.apply(direct(), deformation.anchors)[:, :3] * deformation.config.max_offset, deformation(points, *signals())[0], atol=1e-6)
+    deformation.place_anchors(points * 0.5)
+    assert torch.allclose(_Interpolate.apply(direct(), deformation.anchors)[:, :3] * deformation.config.max_offset, deformation(points * 0.5, *signals())[0], atol=1e-6)

@@ -69,6 +69,9 @@ class DeformationConfig:
     sway_reach: float = 0.2
     """head units (dm): the face does not sway, what is farther than this from it does. There a map learned in the training clip's turns goes wrong
     beyond them: lips 0.6 px beside their place on a clip whose test part turns 16 degrees further. 0: all sways alike"""
+    attention_reach: float = 0.15
+    """head units (dm): beside what a point's query says, landmarks count by their nearness to it, exp(-d² / 2 reach²). Without it attention stays as wide as
+    the face, and the control hears of the landmarks next to nothing (docs/log.md). 0: by the query alone (the paper)"""
     expression_reach: float = 1.5
     """the second AdaIN hears each principal component of the training clip's expressions bent towards this many of its deviations; 0: as it is (the
     paper). A clip of seconds shows what a few mixtures of the 64 parameters do; as they are, a smile beyond them comes out 5 % too narrow"""
@@ -100,14 +103,15 @@ def adain(x: Float[Tensor, "n c"], mean: Float[Tensor, "*n c"], std: Float[Tenso
 
 
 def landmark_attention(
-    q: Float[Tensor, "n c"], k: Float[Tensor, "l c"], v: Float[Tensor, "l c"]
+    q: Float[Tensor, "n c"], k: Float[Tensor, "l c"], v: Float[Tensor, "l c"], near: Float[Tensor, "n l"] | None = None
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
     """Mean and deviation of the landmarks' values as each point attends to them (Eqs 9-10).
 
-    Softmax over the landmarks, scores scaled by 1/√c (the paper leaves the scale out). The root is that of max(variance, 0) + 1e-5:
+    Softmax over the landmarks, scores scaled by 1/√c (the paper leaves the scale out) and shifted by `near` (`HierarchicalControl.nearness`). The root is that of max(variance, 0) + 1e-5:
     rounding makes the variance negative where attention is sharp.
     """
-    attention = torch.softmax((q * q.shape[1] ** -0.5) @ k.T, -1)
+    q = q * q.shape[1] ** -0.5
+    attention = torch.softmax(q @ k.T if near is None else torch.addmm(near, q, k.T), -1)
     moments = attention @ torch.cat([v, v * v], 1)
     mean, second = moments.chunk(2, 1)
     return mean, ((second - mean * mean).clamp_min(0) + 1e-5).sqrt()
@@ -226,6 +230,16 @@ class HierarchicalControl(nn.Module):
         away = self.turn_mean.T @ turn
         return torch.stack([away[2, 1] - away[1, 2], away[0, 2] - away[2, 0], away[1, 0] - away[0, 1]]) / (2 * TURN_UNIT)
 
+    def nearness(self, points: Float[Tensor, "m 3"]) -> Float[Tensor, "m 478"] | None:
+        """What distance adds to attention's scores, 0 at a point's nearest landmark: depends only on canonical positions, so callers may keep it.
+        None where nothing is added.
+        """
+        reach = self.config.attention_reach
+        if not reach or self.config.fine not in ("adain", "addition"):
+            return None
+        squared = torch.cdist(points, self.landmark_mean).square()
+        return (squared.amin(1, keepdim=True) - squared) / (2 * reach * reach)
+
     def heard(self, expression: Float[Tensor, "64"]) -> Float[Tensor, "64"]:
         """An expression as the style hears it: normalised and, with `expression_reach`, no farther from the mean than the training clip went."""
         normalized = (expression - self.expression_mean) / self.expression_std
@@ -247,8 +261,11 @@ class HierarchicalControl(nn.Module):
         query: Float[Tensor, "m c"] | None = None,
         speech: Float[Tensor, "s"] | None = None,
         turn: Float[Tensor, "3 3"] | None = None,
+        near: Float[Tensor, "m 478"] | None = None,
     ) -> Float[Tensor, "m o"]:
+        """`query` and `near` are `embed` and `nearness` of the points, where the caller has kept them."""
         q = self.embed(points) if query is None else query
+        near = self.nearness(points) if near is None else near
         c, fine, coarse = self.config.channels, self.config.fine, self.config.coarse
         if fine in ("adain", "addition", "attention"):
             position = (landmarks - self.center) / self.radius
@@ -256,9 +273,9 @@ class HierarchicalControl(nn.Module):
             kv = self.key_value(torch.cat([sinusoidal(position, self.config.landmark_frequencies), displacement], -1))
             k, v = (kv + self.landmark_code).chunk(2, 1)
             if fine == "adain":
-                y = adain(q, *landmark_attention(q, k, v))
+                y = adain(q, *landmark_attention(q, k, v, near))
             else:
-                y = self.fine_attention(q, k, v) if fine == "attention" else q + landmark_attention(q, k, v)[0]
+                y = self.fine_attention(q, k, v) if fine == "attention" else q + landmark_attention(q, k, v, near)[0]
         else:
             y = q
         beside = []  # concatenated to each point's features, the same for all points
@@ -523,6 +540,7 @@ class Deformation(nn.Module):
         self.binding: Binding | None = None
         self.anchors: Anchors | None = None
         self._query: Tensor | None = None
+        self._near: Tensor | None = None
 
     def _apply(self, fn, recurse=True):
         """What `.to(device)` does, to binding and anchors too."""
@@ -530,7 +548,7 @@ class Deformation(nn.Module):
             self.binding = Binding(**{k: fn(v) for k, v in self.binding.tensors().items()})
         if self.anchors is not None:
             self.anchors = Anchors(fn(self.anchors.points), fn(self.anchors.index), fn(self.anchors.weight))
-        self._query = None
+        self._query = self._near = None
         return super()._apply(fn, recurse)
 
     def set_statistics(
@@ -546,7 +564,7 @@ class Deformation(nn.Module):
 
     def place_anchors(self, means: Float[Tensor, "n 3"]) -> None:
         """Choose anchors for the cloud as it stands; call again after points were added, removed, or moved far."""
-        self._query = None
+        self._query = self._near = None
         if not self.config.anchors or len(means) <= self.config.anchors:
             self.anchors = None
             return
@@ -591,7 +609,9 @@ class Deformation(nn.Module):
             query = self._query = self.control.embed(points)
         elif torch.is_grad_enabled():
             query = self._query = None
-        delta = self.control(points, landmarks, expression, self.identity, query, speech, turn)
+        if self.anchors is not None and self._near is None:
+            self._near = self.control.nearness(points)  # anchors stand still, and nothing learns through their places
+        delta = self.control(points, landmarks, expression, self.identity, query, speech, turn, self._near)
         if self.anchors is not None:
             delta = _Interpolate.apply(delta, self.anchors)
         d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks, hair)
@@ -608,8 +628,9 @@ class Deformation(nn.Module):
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Deformation":
-        # Files from before shade, sway and relight have none of them; for a while faces swayed too; expressions were heard as they are.
-        before = {"shade": False, "sway": False, "sway_reach": 0.0, "relight": False, "expression_reach": 0.0}
+        # Files from before shade, sway and relight have none of them; for a while faces swayed too; expressions were heard as
+        # they are, and landmarks from anywhere.
+        before = {"shade": False, "sway": False, "sway_reach": 0.0, "relight": False, "attention_reach": 0.0, "expression_reach": 0.0}
         cfg = DeformationConfig(**(before | config))
         net = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         carrier = None

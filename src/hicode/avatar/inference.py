@@ -48,6 +48,7 @@ class FrameDeformer:
         self._normal = _array(normalize_over_points(query))
         self._turn_field = control.turn_field(points, query)
         self._query = query * query.shape[1] ** -0.5
+        self._near = control.nearness(points)
         self._query_norm = float(self._query.norm(dim=1).max())
         if anchors is None:
             self._anchor_index, self._anchor_weight = _starts(torch.arange(n)[:, None]), np.ones((n, 1), np.float32)
@@ -106,6 +107,8 @@ class FrameDeformer:
         for begin in range(0, m, BLOCK):
             q = self._query[begin : begin + BLOCK]
             block = torch.mm(q, keys, out=scores[: len(q)])
+            if self._near is not None:
+                block += self._near[begin : begin + BLOCK]  # 0 at most: a bounded score stays bounded, and every row keeps its nearest landmark
             if not bounded:
                 block -= block.amax(1, keepdim=True)
             torch.mm(block.exp_(), values, out=moments[begin : begin + BLOCK])

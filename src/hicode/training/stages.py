@@ -106,7 +106,7 @@ class Ablation:
         ours = self.base == "mesh"  # what Eqs 7-12 do not have stays out of the rows that are about them
         changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours, sway=ours, relight=ours)
         if not ours:
-            changed = replace(changed, expression_reach=0.0)
+            changed = replace(changed, attention_reach=0.0, expression_reach=0.0)
         return replace(config, deformation=changed, initialisation=self.initialisation)
 
 
@@ -147,7 +147,7 @@ def head_preset(preset: Preset) -> HeadConfig:
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
         deformation=DeformationConfig(
-            anchors=0, base="none", shade=False, sway=False, relight=False, position_frequencies=10, expression_reach=0.0
+            anchors=0, base="none", shade=False, sway=False, relight=False, position_frequencies=10, attention_reach=0.0, expression_reach=0.0
         ),
         initial_opacity=0.1,
         views=1,
