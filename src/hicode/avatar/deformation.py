@@ -246,7 +246,8 @@ class HierarchicalControl(nn.Module):
         if not self.config.expression_reach:
             return normalized
         limit = self.config.expression_reach * self.component_std
-        return (limit * torch.tanh(self.expression_components @ normalized / limit.clamp_min(1e-6))) @ self.expression_components
+        part = normalized[None] @ self.expression_components.T
+        return ((limit * torch.tanh(part / limit.clamp_min(1e-6))) @ self.expression_components)[0]
 
     def embed(self, points: Float[Tensor, "m 3"]) -> Float[Tensor, "m c"]:
         """Q: depends only on canonical positions, so callers may keep it while these stand still."""
