@@ -70,11 +70,11 @@ class DeformationConfig:
     """head units (dm): the face does not sway, what is farther than this from it does. There a map learned in the training clip's turns goes wrong
     beyond them: lips 0.6 px beside their place on a clip whose test part turns 16 degrees further. 0: all sways alike"""
     attention_reach: float = 0.15
-    """head units (dm): beside what a point's query says, landmarks count by their nearness to it, exp(-d² / 2 reach²). Without it attention stays as wide as
-    the face, and the control hears of the landmarks next to nothing (docs/log.md). 0: by the query alone (the paper)"""
+    """head units (dm): beside what a point's query says, landmarks count by their nearness to it, exp(-d² / 2 reach²). Without it trained
+    controls do not care where the landmarks are (docs/log.md). 0: by the query alone (the paper)"""
     expression_reach: float = 1.5
     """the second AdaIN hears each principal component of the training clip's expressions bent towards this many of its deviations; 0: as it is (the
-    paper). A clip of seconds shows what a few mixtures of the 64 parameters do; as they are, a smile beyond them comes out 5 % too narrow"""
+    paper). A clip of seconds shows what a few mixtures of the 64 parameters do, and an affine style goes on beyond them in a straight line"""
     max_offset: float = 0.1
     """head units (dm): Δl per unit of network output, so that the output layer learns at the pace of the others"""
 
