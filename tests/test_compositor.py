@@ -18,7 +18,9 @@ from hicode.avatar.compositor import (
     dilate_mask,
     fill_smoothly,
     hidden_mask,
+    face_mask,
     outlined,
+    seam_box,
     plain_composite,
     seam_of,
 )
@@ -99,6 +101,48 @@ def test_a_part_of_the_mask_far_from_the_render_is_not_painted():
     alpha = disc(256, 30, (80, 128)).astype(np.float32) / 255
     out, cover = outlined(alpha[..., None] * np.float32([0.8, 0.5, 0.3]), alpha, mask, 300)
     assert (cover[:, 170:] == 0).all() and (out[:, 170:] == 0).all()
+
+
+def test_an_outline_within_a_box_is_the_whole_ones_there():
+    mask = disc(256, 60, (128, 128))
+    rgb, alpha = rendered_disc((132, 128))
+    x0, y0, x1, y1 = box = (40, 80, 120, 150)
+    whole, part = outlined(rgb, alpha, mask, 300), outlined(rgb, alpha, mask, 300, box)
+    deep = np.s_[y0 + 16 : y1 - 16, x0 : x1 - 16]  # colours are carried on from within the box: none from beyond its edges
+    assert np.abs(part[1][deep] - whole[1][deep]).max() < 0.05 and np.abs(whole[1][deep] - alpha[deep]).max() > 0.5
+    assert np.abs(part[0][deep] - whole[0][deep]).max() < 0.05
+    outside = np.ones(mask.shape, bool)
+    outside[y0:y1, x0:x1] = False
+    np.testing.assert_array_equal(part[0][outside], rgb[outside])
+    np.testing.assert_array_equal(outlined(rgb, alpha, mask, 300, (0, 0, 20, 20))[1], alpha)  # no mask there
+
+
+def test_a_faces_mask_is_its_hull_on_the_head():
+    head, square = disc(256, 60, (128, 128)), np.float32([[100, 110], [150, 110], [150, 160], [100, 160]])
+    mask = face_mask(head, square)
+    assert (mask[110:160, 100:150] == 255).all() and mask[:109].max() == 0 and mask[:, 152:].max() == 0
+    both = face_mask(head, square, square + [0, 20])  # the frame's face and the one that goes there
+    assert (both[110:180, 100:150] == head[110:180, 100:150]).all() and both[:109].max() == 0
+    beyond = face_mask(head, square + [60, 0])
+    assert (beyond <= head).all() and beyond.max() == 255
+
+
+def test_a_composed_face_leaves_the_rest_of_the_head_as_it_is():
+    rng = np.random.default_rng(0)
+    frame, plate = rng.integers(0, 256, (2, 256, 256, 3), np.uint8)
+    head, square = disc(256, 90, (128, 128)), np.float32([[100, 110], [150, 110], [150, 160], [100, 160]])
+    rgb, alpha = rendered_disc((128, 128))
+    mask = face_mask(head, square)
+    out = compose(rgb, alpha, frame, mask, plate)
+    x0, y0, x1, y1 = seam_box(mask)
+    changed = (out != frame).any(-1)
+    assert changed[112:158, 102:148].all() and not changed[:100].any() and not changed[:, 160:].any()
+    assert not changed[:y0].any() and not changed[:, :x0].any() and not changed[y1:].any() and not changed[:, x1:].any()
+    assert (compose(rgb, alpha, frame, head, plate) != frame).any(-1)[70:100, 120:130].all()  # where the whole head goes in
+    hair = np.ones((256, 256), bool)
+    hair[60:200, 60:200] = False
+    np.testing.assert_array_equal(compose(rgb * ~hair[..., None], alpha * ~hair, frame, mask, plate), out)  # what is rendered far from it does not matter
+    assert seam_box(np.zeros((256, 256), np.uint8)) is None
 
 
 @pytest.mark.parametrize("above", [-5.0, 0.0, 1000.0])

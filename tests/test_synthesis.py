@@ -88,15 +88,18 @@ class FakeAvatar:
     def deformed(self, motion: Motion, t: int) -> Motion:
         return motion[t : t + 1]
 
-    def rasterized(self, deformed: Motion, motion: Motion, t: int) -> Rendering:
+    def face_mask(self, motion: Motion, t: int, head_mask: np.ndarray, frame_motion: Motion, frame_t: int) -> np.ndarray:
+        return np.where(np.arange(SIZE)[:, None] >= 24, head_mask, 0).astype(np.uint8)  # all but the top of the head
+
+    def rasterized(self, deformed: Motion, motion: Motion, t: int, within: tuple | None = None) -> Rendering:
         self.shown.append((deformed, threading.get_ident()))
         alpha = torch.from_numpy(self.driving_mask(0) / 255.0).float()
         colour = torch.stack([motion.expression[t, 0], motion.expression[t, 50], motion.landmarks[t, 400, 0]]).sigmoid()
         return Rendering(alpha[..., None] * colour, alpha)
 
-    def composed(self, rendering: Rendering, motion: Motion, t: int, frame: np.ndarray, head_mask: np.ndarray, index: int, same_pose: bool) -> np.ndarray:
+    def composed(self, rendering: Rendering, motion: Motion, t: int, frame: np.ndarray, head_mask: np.ndarray, index: int, same_pose: bool, shown: np.ndarray | None) -> np.ndarray:
         self.followed.append(same_pose)
-        out = compose(rendering.rgb, rendering.alpha, frame, head_mask, self.plate)
+        out = compose(rendering.rgb, rendering.alpha, frame, head_mask if shown is None else shown, self.plate)
         out[30, 32, 0] = index % 251  # as grain does, it tells one frame from the next
         return out
 
@@ -650,6 +653,19 @@ def test_a_held_frames_head_moves_before_its_mask_and_a_played_one_has_its_outli
         for _ in synthesize(avatar, speechlike(0.5), still=still):
             pass
         assert avatar.followed and set(avatar.followed) == {not still}
+
+
+def test_only_the_face_goes_into_a_played_frame_the_whole_head_where_wanted():
+    sound, top = speechlike(0.4), np.s_[17:21, 28:36]  # of the head, above the face that `face_mask` has
+    frame = FakeAvatar().driving_frame(0)
+    face, head, still = (
+        next(synthesize(FakeAvatar(), sound, **options)) for options in ({}, {"region": "head"}, {"still": True, "start": 0, "region": "face"})
+    )
+    assert np.array_equal(face[top], frame[top]) and not np.array_equal(face[30:40, 28:36], frame[30:40, 28:36])
+    assert (head[top] != frame[top]).any(-1).all()
+    assert (still[top] != frame[top]).any(-1).all()  # its head moves in the frame
+    with pytest.raises(InputError, match="Choose face or head"):
+        Stream(FakeAvatar(), region="hair")
 
 
 def test_grain_goes_by_the_frame_and_stands_still_with_a_held_one():

@@ -100,7 +100,7 @@ def _train() -> Callable:
 
 
 def _speak() -> Callable:
-    from hicode.synthesis import speak
+    from hicode.synthesis import Region, speak
 
     def run(
         avatar: AvatarFile,
@@ -113,6 +113,7 @@ def _speak() -> Callable:
         still: bool = False,
         blinks: bool = True,
         seed: int = 0,
+        region: Region = "face",
         device: Device = "auto",
     ) -> None:
         """Make an avatar speak: an MP4 with sound.
@@ -129,12 +130,14 @@ def _speak() -> Callable:
                 the head are generated.
             blinks: Blink where the driving video has no blink for long; with --still, at all.
             seed: Of blinks, gaze and head.
+            region: What of the rendered head goes into the driving video: the face (hair, ears and neck stay the video's), or the whole head.
+                With --still always the head.
             device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         _check_device(device)
         spoken = speak(
             avatar, audio, out, original_size=original_size, source_video=source_video, start=start, rest=rest, still=still, blinks=blinks,
-            seed=seed, device=device,
+            seed=seed, region=region, device=device,
         )  # fmt: skip
         print(spoken)
 

@@ -6,6 +6,9 @@ Frame i shows while samples 640 i … 640 (i + 1) of the 16 kHz sound are heard,
 the avatar's driving track, which runs back and forth as long as the sound lasts; where it never blinks, blinks are added. Or one driving frame is held,
 still, and eyes and head idle (`hicode.avatar.idle`). Memory does not grow with the sound.
 
+What is rendered goes back into the driving frame. Its head has the rendered one's pose (unless it is held), so hair, ears and neck are right in it: only
+the face is taken from the rendering, or, on demand, the whole head, as the paper has it.
+
 Frames do not depend on each other once their motion is known: each is rendered by one thread from beginning to end, a few at once, and they come out
 in order. Sound and video encoding run meanwhile on the caller's thread.
 """
@@ -20,13 +23,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from hicode.avatar.compositor import dilate_mask
+from hicode.avatar.compositor import dilate_mask, seam_box
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.avatar.idle import Idler, head_room, near_own_blinks, neck, own_blinks, still_frame
 from hicode.errors import InputError, OutputError
@@ -47,6 +50,7 @@ from hicode.threads import frame_pool
 if TYPE_CHECKING:
     from hicode.avatar.avatar import Avatar
 
+Region = Literal["face", "head"]
 AUDIO_RATE_HZ = 16000
 SAMPLES_PER_FRAME = 640
 # Sound goes to the encoder in pieces of this size whatever comes in, so that the pieces of a live source and of a file give the same frames,
@@ -128,12 +132,13 @@ class Stream:
     A frame comes at most `latency_s` after its sound has ended. `level` is the speech's RMS where it is known beforehand (a file), else a running estimate;
     `rest=False` leaves the mouth to the speech models in silence too. `start` is the driving frame to begin with (the first); with `still`, the one
     that is held (one that holds well), while blinks, gaze and small movements of the head are generated from `seed`. Blinks are also added to a running
-    driving track where it has none for long; `blinks=False` adds none. Raises InputError where the avatar has no speech models or no such frame.
+    driving track where it has none for long; `blinks=False` adds none. `region` is what of the rendered head goes into the driving frame: the face, or all
+    of it; a held frame, whose head moves, always gets all. Raises InputError where the avatar has no speech models or no such frame.
     """
 
     def __init__(
         self, avatar: "Avatar", level: float | None = None, start: int | None = None, rest: bool = True, encoder=None,
-        still: bool = False, blinks: bool = True, seed: int = 0,
+        still: bool = False, blinks: bool = True, seed: int = 0, region: Region = "face",
     ):  # fmt: skip
         if avatar.speech is None:
             raise InputError("The avatar has no speech models: its clip had no sound. Train it on a clip with sound.")
@@ -143,7 +148,9 @@ class Stream:
             raise InputError(
                 f"The avatar's speech models take features of the {avatar.speech.encoder} encoder, not {encoder.name}. Leave the encoder out."
             )
-        self.avatar = avatar
+        if region not in ("face", "head"):
+            raise InputError(f"There is no region {region!r} of the head to render. Choose face or head.")
+        self.avatar, self.region = avatar, "head" if still else region
         self.seconds = Seconds()
         self._features, self._mouths = encoder.stream(level), avatar.speech.stream()
         presence = Presence.load() if rest else None
@@ -300,13 +307,14 @@ class Stream:
         avatar, seconds, t, motion = self.avatar, self.seconds, waiting.t, waiting.motion
         with seconds.clocked("driving"):
             frame, mask = avatar.driving_frame(t), avatar.driving_mask(t)
+            shown = avatar.face_mask(motion, 0, mask, avatar.driving, t) if self.region == "face" else None
         with seconds.clocked("deform"):
             deformed = avatar.deformed(motion, 0)
         with seconds.clocked("rasterise"):
-            rendering = avatar.rasterized(deformed, motion, 0)
+            rendering = avatar.rasterized(deformed, motion, 0, within=None if shown is None else seam_box(shown))
         with seconds.clocked("composite"):
             # The head of a held frame moves a little before its mask.
-            out = avatar.composed(rendering, motion, 0, frame, mask, waiting.index, same_pose=not self.still)
+            out = avatar.composed(rendering, motion, 0, frame, mask, waiting.index, same_pose=not self.still, shown=shown)
         seconds.count()
         return out
 
@@ -335,14 +343,14 @@ def _driving_start(driving: Motion, start: int | None, still: bool) -> int:
 
 def synthesize(
     avatar: "Avatar", audio: Float[np.ndarray, "n"], start: int | None = None, rest: bool = True,
-    still: bool = False, blinks: bool = True, seed: int = 0,
+    still: bool = False, blinks: bool = True, seed: int = 0, region: Region = "face",
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:  # fmt: skip
     """The frames of a whole sound, ceil(n / 640) of them, rendered a few before they are asked for: a `Stream`, drained.
 
     audio: float32 mono at 16 kHz. Raises InputError where it is empty, not finite, not mono, or the avatar cannot speak.
     """
     audio = _some_sound(audio)
-    stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest, still=still, blinks=blinks, seed=seed)
+    stream = Stream(avatar, level=speech_level(audio), start=start, rest=rest, still=still, blinks=blinks, seed=seed, region=region)
     return (frame for _, frame in _drained(stream, [audio]))
 
 
@@ -415,6 +423,7 @@ def speak(
     still: bool = False,
     blinks: bool = True,
     seed: int = 0,
+    region: Region = "face",
     device: Device = "auto",
     progress: bool = True,
 ) -> Spoken:
@@ -426,6 +435,8 @@ def speak(
     still          hold one driving frame; eyes and head idle
     blinks         add blinks where the driving track has none of its own
     seed           of what idles
+    region         what of the rendered head goes into the driving frame: the face (hair, ears and neck are the frame's then), or the whole head; with
+                   `still` always the head
     device         where the head is rendered; speech and video stay on the CPU
 
     Memory does not grow with the sound. The file appears when it is whole. Raises InputError for a
@@ -442,7 +453,7 @@ def speak(
     if (place := resolve_device(device)) != "cpu":
         avatar = avatar.to(place)
     sound = _Sound.of(audio)
-    stream = Stream(avatar, level=sound.level, start=start, rest=rest, still=still, blinks=blinks, seed=seed)
+    stream = Stream(avatar, level=sound.level, start=start, rest=rest, still=still, blinks=blinks, seed=seed, region=region)
     total = -(-sound.samples // SAMPLES_PER_FRAME)
     original = _Original(avatar, source_video, stream.start, 1 if still else total, out.parent) if original_size else None
     height, width = avatar.plate.shape[:2]

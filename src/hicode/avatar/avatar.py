@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
-from hicode.avatar.compositor import Compositor, compose, outlined
+from hicode.avatar.compositor import Box, Compositor, compose, face_mask, outlined, seam_box
 from hicode.avatar.deformation import Deformation
 from hicode.avatar.grain import Grain
 from hicode.avatar.images import Images
@@ -119,31 +119,48 @@ class Avatar:
 
     @torch.no_grad()
     def rasterized(
-        self, deformed: Gaussians, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto"
+        self, deformed: Gaussians, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto", within: Box | None = None
     ) -> Rendering:
-        """The second half of `render`."""
+        """The second half of `render`; where nothing outside a box (px) is wanted, it is left black and uncovered."""
         background = torch.zeros(3) if background is None else background
-        return rasterize(deformed, self.camera.with_pose(motion.T_camera_head[t]), background, backend=backend)
+        camera = self.camera.with_pose(motion.T_camera_head[t])
+        if within is None:
+            return rasterize(deformed, camera, background, backend=backend)
+        x0, y0, x1, y1 = within
+        part = rasterize(deformed, camera.cropped(x0, y0, x1 - x0, y1 - y0), background, backend=backend)
+        rgb, alpha = part.rgb.new_zeros(camera.height, camera.width, 3), part.alpha.new_zeros(camera.height, camera.width)
+        rgb[y0:y1, x0:x1], alpha[y0:y1, x0:x1] = part.rgb, part.alpha
+        return Rendering(rgb, alpha)
 
     def landmarks_px(self, motion: Motion, t: int) -> Float[np.ndarray, "478 2"]:
         """Where the landmarks of frame t of a motion fall in the picture."""
         return self.camera.with_pose(motion.T_camera_head[t]).project(motion.landmarks[t])[0].numpy()
 
+    def face_mask(
+        self, motion: Motion, t: int, head_mask: UInt8[np.ndarray, "h w"], frame_motion: Motion, frame_t: int
+    ) -> UInt8[np.ndarray, "h w"]:
+        """The part of a frame's head mask that a face in its pose (frame t of a motion) and the frame's own (frame `frame_t` of `frame_motion`) take up."""
+        return face_mask(head_mask, self.landmarks_px(motion, t), self.landmarks_px(frame_motion, frame_t))
+
     def outlined(
-        self, rendering: Rendering, motion: Motion, t: int, head_mask: UInt8[np.ndarray, "h w"]
+        self, rendering: Rendering, motion: Motion, t: int, head_mask: UInt8[np.ndarray, "h w"], within: Box | None = None
     ) -> tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w"]]:
-        """The head rendered over black at frame t of a motion, and its alpha, with the outline that the mask of a frame of the same pose has above the mouth."""
-        return outlined(rendering.rgb, rendering.alpha, head_mask, float(self.landmarks_px(motion, t)[LIPS, 1].mean()))
+        """The head rendered over black at frame t of a motion, and its alpha, with the outline that the mask of a frame of the same pose has above the mouth;
+        where a box (px) is given, in it."""
+        return outlined(rendering.rgb, rendering.alpha, head_mask, float(self.landmarks_px(motion, t)[LIPS, 1].mean()), within)
 
     def composed(
         self, rendering: Rendering, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], index: int,
-        same_pose: bool = True,
+        same_pose: bool = True, shown: UInt8[np.ndarray, "h w"] | None = None,
     ) -> UInt8[np.ndarray, "h w 3"]:  # fmt: skip
         """The head rendered at frame t of a motion, composited onto `frame` within its dilated head mask (Eqs 17-18); `index` tells one frame's grain
-        from the next one's. `same_pose`: the frame's head has the motion's pose, so that its outline is known."""
-        rgb, alpha = self.outlined(rendering, motion, t, head_mask) if same_pose else (rendering.rgb, rendering.alpha)
+        from the next one's. `same_pose`: the frame's head has the motion's pose, so that its outline is known. `shown`: the part of the head mask that is
+        composited (`face_mask`), all of it if not given."""
+        rgb, alpha = rendering.rgb, rendering.alpha
+        if same_pose:
+            rgb, alpha = self.outlined(rendering, motion, t, head_mask, None if shown is None else seam_box(shown))
         grain = self.grain.layer(self.landmarks_px(motion, t), index) if self.grain is not None else None
-        return compose(rgb, alpha, frame, head_mask, self.plate, self.compositor, grain)
+        return compose(rgb, alpha, frame, head_mask if shown is None else shown, self.plate, self.compositor, grain)
 
     def synthesize_frame(
         self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], backend: str = "auto"

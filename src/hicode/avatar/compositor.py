@@ -11,7 +11,8 @@ mask is made of three things:
     plain  "h w 3"  rgb + (1 - alpha) * fill, the alpha composite of the rendered head (`rgb` is rendered over black: premultiplied)
     output          weight * (plain + residual) + (1 - weight) * fill, `weight` falling from 1 to 0 within the mask's rim
 
-Above the mouth, where speech moves nothing, the head's outline is known: the driving frame's own (`outlined`).
+Above the mouth, where speech moves nothing, the head's outline is known: the driving frame's own (`outlined`). Where the frame's head has the pose of the
+rendered one, less of it may go back: the face alone, with the mask that `face_mask` makes of the head's. Hair, ears and what hangs from them are the frame's then.
 
 `residual` comes from a light U-Net whose last layer starts at zero: an untrained `Compositor` is the plain composite. As a generator it
 sees [rgb, alpha, frame with the hidden region zeroed, fill, weight]; the fill and the two masks are additions to the paper's pair of
@@ -51,6 +52,8 @@ SOLID = 0.95  # alpha from which on a render's colour is taken to be known
 CONTEXT = 16  # px of the input frame around the dilated mask that the generator sees
 STRIDE = 16  # the generator's sides are multiples of this
 
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in px, the last two exclusive
+
 INPUT_CHANNELS = 11
 RGB, ALPHA, SURROUND, FILL, WEIGHT = slice(0, 3), slice(3, 4), slice(4, 7), slice(7, 10), slice(10, 11)
 
@@ -75,7 +78,7 @@ class Seam:
     weight float "bh bw"     1 on the head, 0 on the dilated mask's border and outside
     """
 
-    box: tuple[int, int, int, int]
+    box: Box
     inside: np.ndarray
     hidden: np.ndarray
     weight: np.ndarray
@@ -234,14 +237,11 @@ def _region(head_mask: np.ndarray, name: str) -> np.ndarray:
 
 def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     """The seam of a head mask (soft, 0..255); None where the mask is empty."""
-    h, w = head_mask.shape
-    reach, hide, feather, jaw = (_px(length, head_mask) for length in (REACH, HIDE, FEATHER, JAW_REACH))
-    x, y, width, height = cv2.boundingRect(cv2.threshold(head_mask, 127, 255, cv2.THRESH_BINARY)[1])
-    if width == 0:
+    box = seam_box(head_mask)
+    if box is None:
         return None
-    margin = math.ceil(reach)
-    x0, x1 = _span(max(0, x - margin), min(w, x + width + margin), w)
-    y0, y1 = _span(max(0, y - margin), min(h, y + height + margin + math.ceil(jaw)), h)
+    x0, y0, x1, y1 = box
+    reach, hide, feather, jaw = (_px(length, head_mask) for length in (REACH, HIDE, FEATHER, JAW_REACH))
     distance = _distance_from_head(head_mask[y0:y1, x0:x1], jaw)
     weight = np.clip((reach - distance) / np.float32(feather), 0, 1)
     # The jaw's further reach may be changed but need not be hidden: the neck there is this frame's own, and no plate knows where its collar is.
@@ -249,7 +249,19 @@ def seam_of(head_mask: UInt8[np.ndarray, "h w"]) -> Seam | None:
     head = cv2.threshold(head_mask[y0:y1, x0:x1], 127, 1, cv2.THRESH_BINARY)[1]
     hidden = cv2.dilate(head, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (rim, rim))) > 0
     hidden &= ~_long_drawn(head_mask[y0:y1, x0:x1], _px(1 / 512, head_mask))
-    return Seam((x0, y0, x1, y1), distance < reach, hidden, weight)
+    return Seam(box, distance < reach, hidden, weight)
+
+
+def seam_box(head_mask: UInt8[np.ndarray, "h w"]) -> Box | None:
+    """All of the frame that composition under this mask reads or changes; None where the mask is empty."""
+    h, w = head_mask.shape
+    x, y, width, height = cv2.boundingRect(cv2.threshold(head_mask, 127, 255, cv2.THRESH_BINARY)[1])
+    if width == 0:
+        return None
+    margin, jaw = math.ceil(_px(REACH, head_mask)), math.ceil(_px(JAW_REACH, head_mask))
+    x0, x1 = _span(max(0, x - margin), min(w, x + width + margin), w)
+    y0, y1 = _span(max(0, y - margin), min(h, y + height + margin + jaw), h)
+    return x0, y0, x1, y1
 
 
 def _long_drawn(head_mask: UInt8[np.ndarray, "h w"], unit: float) -> np.ndarray:
@@ -313,10 +325,24 @@ def compose(
     return out
 
 
+def face_mask(head_mask: UInt8[np.ndarray, "h w"], *faces_px: Float[np.ndarray, "l 2"]) -> UInt8[np.ndarray, "h w"]:
+    """The head mask within the convex hull of some faces' landmarks (px): those of the frame and of the face that goes there, so that neither looks out."""
+    fraction = 4  # bits of a pixel that OpenCV reads
+    hull = cv2.convexHull(np.concatenate(faces_px).astype(np.float32))
+    inside = np.zeros_like(head_mask)
+    cv2.fillConvexPoly(inside, np.round((hull - 0.5) * (1 << fraction)).astype(np.int32), 255, cv2.LINE_AA, fraction)
+    return np.minimum(inside, head_mask)
+
+
 def outlined(
-    rgb: Float[Tensor, "h w 3"] | np.ndarray, alpha: Float[Tensor, "h w"] | np.ndarray, head_mask: UInt8[np.ndarray, "h w"], above: float
+    rgb: Float[Tensor, "h w 3"] | np.ndarray,
+    alpha: Float[Tensor, "h w"] | np.ndarray,
+    head_mask: UInt8[np.ndarray, "h w"],
+    above: float,
+    within: Box | None = None,
 ) -> tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w"]]:
-    """The render (over black) with the outline of the head mask of the same pose, above row `above` (px; the mouth's).
+    """The render (over black) with the outline of the head mask of the same pose, above row `above` (px; the mouth's); elsewhere than `within`, where that
+    is given, it may stay as it is.
 
     A cloud ends where training frames showed it: turned further it lacks hair, and its soft edge lets the plate through. Where the mask says head and the
     render has none, the colours next to it are carried on; what stands out of the mask is cut. Below `above` jaw and neck are speech's, and stay.
@@ -327,7 +353,9 @@ def outlined(
     x, y, width, height = cv2.boundingRect(cv2.threshold(head_mask, 127, 255, cv2.THRESH_BINARY)[1])
     margin = math.ceil(_px(REACH, head_mask))  # composition shows nothing beyond
     x0, x1, y0, y1 = max(0, x - margin), min(w, x + width + margin), max(0, y - margin), min(h, y + height, math.ceil(above))
-    if width == 0 or y1 <= y0:
+    if within is not None:
+        x0, y0, x1, y1 = max(x0, within[0]), max(y0, within[1]), min(x1, within[2]), min(y1, within[3])
+    if width == 0 or y1 <= y0 or x1 <= x0:
         return rgb, alpha
     box = np.s_[y0:y1, x0:x1]
     solid = (alpha[box] >= SOLID).astype(np.float32)
