@@ -157,8 +157,9 @@ def test_each_ablation_knows_what_its_row_says_and_nothing_else(name):
 def test_ablations_change_the_control_and_not_the_budget(name):
     base = replace(head_preset("standard"), seed=3)
     config = ABLATIONS[name].apply(base)
-    same = replace(config, deformation=base.deformation, initialisation=base.initialisation)
+    same = replace(config, deformation=base.deformation, initialisation=base.initialisation, rates=base.rates)
     assert same == base
+    assert config.rates == (base.rates if name == "mesh" else replace(base.rates, turn_colors=0.0))
     ours = {k: getattr(base.deformation, k) for k in ("shade", "sway", "relight", "attention_reach", "expression_reach")}
     assert replace(config.deformation, fine="adain", coarse="adain", base="mesh", **ours) == base.deformation
     assert {k: getattr(config.deformation, k) for k in ours} == (ours if name == "mesh" else dict.fromkeys(ours, 0))

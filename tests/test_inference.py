@@ -46,7 +46,7 @@ def a_turn(seed=3):
 
 def reference(deformation, cloud, expression, landmarks, turn=None, hair=None):
     with torch.no_grad():
-        return cloud.deformed(*deformation(cloud.means, expression, landmarks, turn=turn, hair=hair))
+        return deformation.moved(cloud, expression, landmarks, turn=turn, hair=hair)
 
 
 # Float32 sums of 478 terms in another order: 1e-6 relative each, through four layers whose outputs are of order 1.
@@ -80,6 +80,20 @@ def test_followed_hair_is_carried_as_in_training():
     torch.testing.assert_close(deformer(*signal, hair).means, reference(deformation, cloud, *signal, hair).means, **CLOSE)
     torch.testing.assert_close(deformer(*signal).means, reference(deformation, cloud, *signal).means, **CLOSE)  # a motion that knows of none
     assert (deformer(*signal, hair).means - deformer(*signal).means).abs().max() > 0.01
+
+
+def test_colours_of_their_own_turn_as_in_training():
+    cloud = a_cloud()
+    turning = replace(cloud, turn_colors=0.1 * torch.randn(len(cloud), 3, 3, generator=G(50)))
+    deformation, signal = a_frozen(), (*signals(), a_turn())
+    got, expected = FrameDeformer(deformation, turning)(*signal).colors, reference(deformation, turning, *signal).colors
+    torch.testing.assert_close(got, expected, **CLOSE)
+    torch.testing.assert_close(
+        got - FrameDeformer(deformation, cloud)(*signal).colors,
+        torch.einsum("nct,t->nc", turning.turn_colors, deformation.control.turned(signal[2])), **CLOSE,
+    )  # fmt: skip
+    assert (expected - reference(deformation, cloud, *signal).colors).abs().max() > 0.01
+    assert torch.equal(FrameDeformer(deformation, turning)(*signals()).colors, FrameDeformer(deformation, cloud)(*signals()).colors)  # no turn is known
 
 
 def test_attention_may_be_as_sharp_as_it_likes():

@@ -19,7 +19,7 @@ from hicode.motion import FaceTrack, Motion
 from hicode.training import avatar as training
 from hicode.training.density import DensityConfig
 from hicode.training.losses import LossWeights
-from hicode.training.stages import ABLATIONS, HeadConfig, Stage, head_preset
+from hicode.training.stages import ABLATIONS, HeadConfig, LearningRates, Stage, head_preset
 
 SIZE, FRAMES = 96, 12
 
@@ -209,6 +209,23 @@ def test_an_avatar_reads_back_as_it_was(avatar, tmp_path):
     for t in (0, 7):
         assert np.array_equal(avatar.synthesize_frame(avatar.driving, t, frame, mask), again.synthesize_frame(again.driving, t, frame, mask))
     assert again.source == {"name": "drawn"} and again.speech is None and again.compositor is None
+
+
+def test_a_part_of_the_picture_renders_as_the_whole_does(avatar):
+    x0, y0, x1, y1 = box = (20, 24, 60, 70)
+    cloud = avatar.deformed(avatar.driving, 3)
+    whole, part = avatar.rasterized(cloud, avatar.driving, 3), avatar.rasterized(cloud, avatar.driving, 3, within=box)
+    torch.testing.assert_close(part.rgb[y0:y1, x0:x1], whole.rgb[y0:y1, x0:x1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(part.alpha[y0:y1, x0:x1], whole.alpha[y0:y1, x0:x1], atol=1e-4, rtol=0)
+    assert part.alpha.shape == whole.alpha.shape and float(part.alpha[y0:y1, x0:x1].max()) > 0.5
+    assert float(part.alpha.sum()) == pytest.approx(float(part.alpha[y0:y1, x0:x1].sum()), rel=1e-5)
+
+
+def test_colours_learn_to_turn_only_where_they_may(clip, model):
+    learned, _, _ = training.train_head(clip, model, a_config())
+    assert learned.turn_colors.shape == (len(learned), 3, 3) and float(learned.turn_colors.abs().max()) > 0
+    still, _, _ = training.train_head(clip, model, a_config(rates=LearningRates(turn_colors=0.0)))
+    assert still.turn_colors is None
 
 
 @pytest.mark.parametrize("name", [n for n in ABLATIONS if n != "mesh"])

@@ -12,7 +12,8 @@ from torch import Tensor
 class Gaussians:
     """The parameters as optimised; `scales`, `opacities` are what a renderer reads.
 
-    means "n 3" · log_scales "n 3" · quats "n 4" (wxyz, not normalised) · opacity_logits "n" · colors "n 3" (RGB in [0, 1], SH degree 0)
+    means "n 3" · log_scales "n 3" · quats "n 4" (wxyz, not normalised) · opacity_logits "n" · colors "n 3" (RGB in [0, 1], SH degree 0) ·
+    turn_colors "n 3 3", how each colour changes with a turn of the head, or None where none does (`turned`)
     """
 
     means: Float[Tensor, "n 3"]
@@ -20,6 +21,7 @@ class Gaussians:
     quats: Float[Tensor, "n 4"]
     opacity_logits: Float[Tensor, "n"]
     colors: Float[Tensor, "n 3"]
+    turn_colors: Float[Tensor, "n 3 3"] | None = None
 
     def __len__(self) -> int:
         return self.means.shape[0]
@@ -33,7 +35,8 @@ class Gaussians:
         return self.opacity_logits.sigmoid()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """All that are there, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
     def map(self, function) -> "Gaussians":
         """A new cloud with `function` applied to each tensor (to, detach, index ...)."""
@@ -48,6 +51,16 @@ class Gaussians:
             log_scales=self.log_scales + d_log_scales,
             colors=self.colors + d_colors,
         )
+
+    def turned(self, turn: Float[Tensor, "3"] | None) -> "Gaussians":
+        """The colours of a head turned by `turn` (`HierarchicalControl.turned`); as they are where none changes or the turn is not known.
+
+        The part of a colour that depends linearly on where it is seen from, as SH degree 1 has it. Light stays where it is when a head turns: what shines
+        in one frame is dull in the next, and finer than a field over the head can say.
+        """
+        if self.turn_colors is None or turn is None:
+            return self
+        return replace(self, colors=self.colors + (self.turn_colors * turn).sum(-1), turn_colors=None)
 
 
 def gaussians_from_points(

@@ -101,8 +101,7 @@ class Avatar:
         if deformer is not None:
             expression, landmarks, _, turn, hair = motion.control_at(t)
             return deformer(expression, landmarks, turn, hair)
-        means = self.gaussians.means
-        return self.gaussians.deformed(*self.deformation(means, *motion.control_at(t, means.device)))
+        return self.deformation.moved(self.gaussians, *motion.control_at(t, self.gaussians.means.device))
 
     def _deformer(self) -> FrameDeformer | None:
         """What deforms this cloud quickly, made once; None where only `Deformation` itself can."""

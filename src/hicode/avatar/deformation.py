@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hicode.errors import InputError
+from hicode.gaussians import Gaussians
 from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM, N_LANDMARKS
 
 TURN_UNIT = 0.1  # sine of a common turn of the head: what `sway` sees is about 1
@@ -45,8 +46,9 @@ class DeformationConfig:
     position_frequencies: int = 5
     """octaves of the sinusoidal embedding of Gaussian positions. Deformable-3D-Gaussians' ten, the paper's, let neighbours 1 mm apart move on their own:
     on unseen frames lips are some 10 % farther from their place (docs/log.md)"""
-    landmark_frequencies: int = 10
-    """octaves of the sinusoidal embedding of landmarks"""
+    landmark_frequencies: int = 2
+    """octaves of the sinusoidal embedding of landmarks; the paper's: 10. The finest of ten tells tenths of a millimetre apart, which are noise: lips of unseen
+    frames are as near to their place with two, or nearer (docs/log.md)"""
     anchors: int = 4096
     """points on which the control is evaluated before interpolation; 0: every Gaussian (the paper)"""
     base: Literal["mesh", "none"] = "mesh"
@@ -192,7 +194,7 @@ class HierarchicalControl(nn.Module):
         turn: Float[Tensor, "t 3 3"] | None = None,
     ) -> None:
         """Normalisation of the control signals, from training frames only."""
-        if hasattr(self, "turn_mean") and turn is not None:
+        if self.knows_turns and turn is not None:
             u, _, v = torch.linalg.svd(turn.mean(0))  # the rotation nearest to the mean
             self.turn_mean.copy_(u @ v)
         if self.config.coarse == "audio":
@@ -208,6 +210,11 @@ class HierarchicalControl(nn.Module):
             self.component_std.copy_(variance.clamp_min(0).sqrt())
         self.landmark_mean.copy_(landmarks.mean(0))
         self.landmark_std.copy_((landmarks - landmarks.mean(0)).std(correction=0).clamp_min(1e-3))
+
+    @property
+    def knows_turns(self) -> bool:
+        """Whether it was told how the clip's head stands (`set_statistics`)."""
+        return hasattr(self, "turn_mean")
 
     def turn_field(self, points: Float[Tensor, "m 3"], query: Float[Tensor, "m c"]) -> Float[Tensor, "m o 3"] | None:
         """What a turn adds to each offset, per unit of `turned`: positions sway, not at all on the landmarks, wholly far from them; colours are
@@ -225,8 +232,10 @@ class HierarchicalControl(nn.Module):
             field[:, 10:] = LIGHT_UNIT * self.relight(query).view(-1, 3, 3)
         return field
 
-    def turned(self, turn: Float[Tensor, "3 3"]) -> Float[Tensor, "3"]:
-        """How far a head's rotation is from the clip's mean one: sine times axis, over TURN_UNIT."""
+    def turned(self, turn: Float[Tensor, "3 3"] | None) -> Float[Tensor, "3"] | None:
+        """How far a head's rotation is from the clip's mean one: sine times axis, over TURN_UNIT. None where that is not known."""
+        if turn is None or not self.knows_turns:
+            return None
         away = self.turn_mean.T @ turn
         return torch.stack([away[2, 1] - away[1, 2], away[0, 2] - away[2, 0], away[1, 0] - away[0, 1]]) / (2 * TURN_UNIT)
 
@@ -617,6 +626,19 @@ class Deformation(nn.Module):
             delta = _Interpolate.apply(delta, self.anchors)
         d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks, hair)
         return d_means, delta[:, 3:7], delta[:, 7:10], delta[:, 10:] if self.config.shade else torch.zeros_like(means)
+
+    def moved(
+        self,
+        gaussians: Gaussians,
+        expression: Float[Tensor, "64"],
+        landmarks: Float[Tensor, "478 3"],
+        speech: Float[Tensor, "s"] | None = None,
+        turn: Float[Tensor, "3 3"] | None = None,
+        hair: Float[Tensor, "p 3"] | None = None,
+    ) -> Gaussians:
+        """The cloud at one frame: Eqs 7-8, and its colours at the head's turn."""
+        offsets = self(gaussians.means, expression, landmarks, speech, turn, hair)
+        return gaussians.deformed(*offsets).turned(self.control.turned(turn))
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, config) from which `from_state` makes the same deformation."""

@@ -89,7 +89,8 @@ class FrameDeformer:
             self._vertex_weight, _rows(residual), self._landmark_index, self._landmark_weight, self._canonical,
             means.numpy(), quats.numpy(), log_scales.numpy(), colors.numpy(),
         )  # fmt: skip
-        return Gaussians(means, log_scales, quats, self.gaussians.opacity_logits, colors)
+        still = Gaussians(means, log_scales, quats, self.gaussians.opacity_logits, colors, self.gaussians.turn_colors)
+        return still.turned(deformation.control.turned(turn))
 
     def _offsets(self, expression: Tensor, landmarks: Tensor) -> Float[Tensor, "m o"]:
         """What `HierarchicalControl` returns."""

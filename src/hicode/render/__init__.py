@@ -108,8 +108,9 @@ def _implementation(backend: Backend) -> Callable:
 def _check(gaussians: Gaussians, camera: Camera, background: Tensor) -> None:
     n = len(gaussians)
     shapes = {"means": (n, 3), "log_scales": (n, 3), "quats": (n, 4), "opacity_logits": (n,), "colors": (n, 3)}
-    named = {f"gaussians.{k}": v for k, v in gaussians.tensors().items()}
-    for (name, tensor), shape in zip(named.items(), (shapes[k] for k in gaussians.tensors()), strict=True):
+    # What colours would be at a turn is not drawn: `Gaussians.turned` has made colours of it, or it stays unused.
+    named = {f"gaussians.{k}": getattr(gaussians, k) for k in shapes}
+    for (name, tensor), shape in zip(named.items(), shapes.values(), strict=True):
         assert tensor.shape == shape, f"{name} has shape {tuple(tensor.shape)}, not {shape}"
     assert camera.K.shape == (3, 3) and camera.T_camera_head.shape == (4, 4), "rasterize takes one camera, not a batch"
     assert background.shape == (3,), f"background has shape {tuple(background.shape)}, not (3,)"

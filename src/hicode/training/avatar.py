@@ -7,7 +7,7 @@ uninterrupted run gives. Renders and losses cover the window that the head ever 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice
 from pathlib import Path
@@ -243,6 +243,8 @@ class HeadState:
 def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str = "cpu") -> HeadState:
     cloud, deformation = initial_cloud(clip, model, config)
     deformation = deformation.to(device)
+    if config.rates.turn_colors and deformation.control.knows_turns:
+        cloud = replace(cloud, turn_colors=torch.zeros(len(cloud), 3, 3))
     params = {k: torch.nn.Parameter(v.to(device)) for k, v in cloud.tensors().items()}
     n_frames = len(training_split(clip, config.validation_frames)[0])
     return HeadState(
@@ -360,7 +362,7 @@ def deform(gaussians: Gaussians, deformation: Deformation, motion, t: int, learn
     """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage)."""
     expression, landmarks, speech, turn, hair = motion.control_at(t, gaussians.means.device)
     if learned:
-        return gaussians.deformed(*deformation(gaussians.means, expression, landmarks, speech, turn, hair))
+        return deformation.moved(gaussians, expression, landmarks, speech, turn, hair)
     return gaussians.deformed(deformation.carry(expression, landmarks, hair), 0.0, 0.0)
 
 
