@@ -259,7 +259,10 @@ def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device
 
 def _optimizer(params: dict[str, Tensor], deformation: Deformation, config: HeadConfig) -> torch.optim.Adam:
     groups = [{"params": [p], "name": k, "lr": getattr(config.rates, k)} for k, p in params.items()]
-    groups.append({"params": list(deformation.control.parameters()), "name": "network", "lr": config.rates.network})
+    network = list(deformation.control.parameters())
+    decay = {"weight_decay": config.rates.network_decay, "decoupled_weight_decay": True}
+    groups.append({"params": [p for p in network if p.ndim > 1], "name": "network", "lr": config.rates.network, **decay})
+    groups.append({"params": [p for p in network if p.ndim <= 1], "name": "network", "lr": config.rates.network})
     return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15, fused=True)
 
 
