@@ -117,6 +117,7 @@ class FakeAvatar:
 
     def __init__(self, clip, fault=lambda image, t: image, speech=True):
         self.fault, self.motions = fault, []
+        self.own, self.asked = [], []  # what was said of the frames' own motion
         self.speech = FakeSpeech() if speech else None
         self.driving = clip.track.motion[: len(clip.train)]
         self.plate, self.hears = np.zeros((clip.height, clip.width, 3), np.uint8), False
@@ -128,7 +129,12 @@ class FakeAvatar:
     def own_hair(self, track):
         return track.motion
 
-    def synthesize_frame(self, motion, t, frame, head_mask):
+    def face_mask(self, motion, t, head_mask, frame_motion, frame_t):
+        self.asked.append((motion, t, frame_motion, frame_t))
+        return np.where(np.arange(head_mask.shape[0])[:, None] >= 40, head_mask, 0).astype(np.uint8)
+
+    def synthesize_frame(self, motion, t, frame, head_mask, own=None):
+        self.own.append(own)
         if not any(motion is m for m in self.motions):
             self.motions.append(motion)
         return self.fault(frame.copy(), t)
@@ -212,6 +218,21 @@ def test_the_control_is_the_mean_training_head_on_the_true_frame(clip):
     assert out["over_control"]["tracked"]["frame"] == pytest.approx(
         out["tracked"]["frame"]["psnr"] - out["control"]["frame"]["psnr"], abs=1e-5
     )
+
+
+def test_the_face_alone_is_measured_where_asked_for_and_the_report_says_so(clip):
+    avatar = FakeAvatar(clip, darker)
+    out = evaluate(avatar, clip, progress=False, region="face")
+    assert out["region"] == "face" and any("Only the face is rendered" in note for note in out["notes"])
+    tracked = avatar.motions[0]
+    assert avatar.own and all(own is tracked for own in avatar.own)  # the audio row's faces go where the frames' own were, too
+    part = lambda t: np.where(np.arange(SIZE)[:, None] >= 40, head(t), 0).astype(np.uint8)
+    mean = (np.mean([drawn(t).astype(float) for t in clip.train], 0) + 0.5).astype(np.uint8)
+    values = [psnr(np.where(hidden_mask(part(t))[..., None] > 0, mean, drawn(t)), drawn(t)) for t in clip.test]
+    assert out["control"]["frame"]["psnr"] == pytest.approx(mean_of_frames(values), abs=1e-5)
+    whole = evaluate(other := FakeAvatar(clip, darker), clip, progress=False)
+    assert whole["region"] == "head" and set(other.own) == {None} and not other.asked
+    assert whole["control"]["frame"]["psnr"] < out["control"]["frame"]["psnr"]
 
 
 def test_no_test_frame_enters_the_control(clip, tmp_path):
@@ -385,6 +406,8 @@ def test_what_cannot_be_measured_is_refused(clip, tmp_path):
         evaluate(avatar, clip, progress=False)
     with pytest.raises(InputError, match="no driving mode 'lips'"):
         evaluate(FakeAvatar(clip), clip, modes=("lips",), progress=False)
+    with pytest.raises(InputError, match="no region 'hair'"):
+        evaluate(FakeAvatar(clip), clip, region="hair", progress=False)
     with pytest.raises(OutputError, match="is a folder"):
         evaluate(FakeAvatar(clip), clip, json=tmp_path, progress=False)
     with pytest.raises(InputError, match="12 training and 0 test frames"):

@@ -624,6 +624,20 @@ def test_original_size_pastes_the_head_into_the_sources_frames(tmp_path, wav, si
     assert np.median(heads) > 4
 
 
+def test_original_size_takes_no_more_of_the_crop_than_what_is_new_in_it(tmp_path, wav):
+    from hicode.media.video import read_video
+
+    source_video(tmp_path / "source.mp4")
+    greys = {}
+    for region in ("face", "head"):
+        avatar = FakeAvatar(source={"path": str(tmp_path / "source.mp4"), "crop_box": [30, 10, 100]})
+        speak(avatar, wav, tmp_path / "out.mp4", original_size=True, region=region, progress=False)
+        frames = zip(read_video(tmp_path / "out.mp4"), bounce(DRIVING, 0, 33))
+        greys[region] = np.array([int(frame[10 + round(1.5625 * 18), 30 + round(1.5625 * 32), 0]) - (100 + 3 * t) for frame, t in frames])  # above the face, on the head
+    assert np.abs(greys["face"]).max() <= 3, "the crop's hair is the source's, resized: it must not be pasted"
+    assert np.median(np.abs(greys["head"])) > 4
+
+
 def test_original_size_needs_the_source(tmp_path, wav):
     gone = FakeAvatar(source={"path": str(tmp_path / "gone.mp4"), "crop_box": [0, 0, 64]})
     with pytest.raises(InputError, match="is gone. Name its new place"):

@@ -221,6 +221,21 @@ def test_a_part_of_the_picture_renders_as_the_whole_does(avatar):
     assert float(part.alpha.sum()) == pytest.approx(float(part.alpha[y0:y1, x0:x1].sum()), rel=1e-5)
 
 
+def test_only_the_networks_weights_decay(clip, model):
+    """An iteration without gradients, step size 0.1, decay 0.5: weights shrink by a twentieth, biases and the cloud stay."""
+    state = training.start(clip, model, a_config(rates=LearningRates(network_decay=0.5)))
+    before = {k: v.detach().clone() for k, v in state.deformation.control.named_parameters()} | {k: v.detach().clone() for k, v in state.params.items()}
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.1
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    for name, value in state.deformation.control.named_parameters():
+        torch.testing.assert_close(value, before[name] * (0.95 if value.ndim > 1 else 1.0))
+    for name, value in state.params.items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_colours_learn_to_turn_only_where_they_may(clip, model):
     learned, _, _ = training.train_head(clip, model, a_config())
     assert learned.turn_colors.shape == (len(learned), 3, 3) and float(learned.turn_colors.abs().max()) > 0

@@ -176,7 +176,7 @@ def _make() -> Callable:
 
 
 def _evaluate() -> Callable:
-    from hicode.evaluation.report import evaluate
+    from hicode.evaluation.report import Region, evaluate
     from hicode.evaluation.videos import CompareConfig, compare_videos
 
     def run(
@@ -188,6 +188,7 @@ def _evaluate() -> Callable:
         html: Path | None = None,
         syncnet: Path | None = None,
         alignment: Path | None = None,
+        region: Region = "head",
         config: Annotated[CompareConfig, tyro.conf.arg(name="")] = CompareConfig(),  # noqa: B008 - frozen
         device: Device = "auto",
     ) -> None:
@@ -205,6 +206,8 @@ def _evaluate() -> Callable:
             html: File for the page.
             syncnet: SyncNet's own weights, syncnet_v2.model, if you have them: adds AVConf.
             alignment: When p, b and m are spoken (lines of start, end, phone in seconds; or GRID's .align): adds lip closure.
+            region: What of the avatar is rendered and measured: the whole head, or the face alone, as `hicode speak` shows it; figures of the
+                two do not compare.
             device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         from hicode.files import check_writable
@@ -215,13 +218,15 @@ def _evaluate() -> Callable:
         if video is not None or reference is not None:
             if avatar is not None or video is None or reference is None:
                 raise InputError("A video is measured against a reference. Give both, without an avatar: --video A --reference B.")
+            if region != "head":
+                raise InputError("--region is what of an avatar is rendered. Leave it out where two videos are compared.")
             compare_videos(video, reference, json, html, config, syncnet, alignment)
             return
         if avatar is None or clip is None:
             raise InputError("Nothing to measure. Give an AVATAR and its CLIP, or --video A --reference B. See hicode evaluate --help.")
         if config != CompareConfig(vgg=config.vgg):
             raise InputError("--resize, --resample and --max-left-out are for two videos. Leave them out, or give --video and --reference.")
-        evaluate(avatar, clip, json=json, html=html, device=device, vgg=config.vgg, syncnet=syncnet, alignment=alignment)
+        evaluate(avatar, clip, json=json, html=html, device=device, vgg=config.vgg, syncnet=syncnet, alignment=alignment, region=region)
 
     return run
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from hicode.avatar.compositor import dilate_mask, seam_box
+from hicode.avatar.compositor import seam_box
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.avatar.idle import Idler, head_room, near_own_blinks, neck, own_blinks, still_frame
 from hicode.errors import InputError, OutputError
@@ -533,7 +533,8 @@ class _Sound:
 
 
 class _Original:
-    """The source video's frames with the composited head in them: the crop's dilated head region, resized, pasted at the crop box.
+    """The source video's frames with the composited head in them: what composition changed of the crop, resized, pasted at the crop box; all else stays as
+    sharp as the source has it.
 
     The driving track runs back and forth, a video only forward: frames are kept, compressed, in a temporary file where they are needed again.
     """
@@ -583,12 +584,13 @@ class _Original:
             self._spool.close()
 
     def paste(self, t: int, crop: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "h w 3"]:
-        """The source frame of driving frame t with the crop's dilated head region in it."""
+        """The source frame of driving frame t with what is new in the crop."""
         import cv2
 
         x0, y0, side = self.box
         out = self._frame(t).copy()
-        region = dilate_mask(self.avatar.driving_mask(t))
+        region = np.where((crop != self.avatar.driving_frame(t)).any(-1), np.uint8(255), np.uint8(0))
+        region = cv2.morphologyEx(region, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))  # a rendered pixel may be the driving frame's by chance
         if crop.shape[0] != side:
             # Area averages are right for reducing, Lanczos for enlarging; the region's edge becomes soft by a crop's pixel.
             crop = cv2.resize(

@@ -162,10 +162,14 @@ class Avatar:
         return compose(rgb, alpha, frame, head_mask if shown is None else shown, self.plate, self.compositor, grain)
 
     def synthesize_frame(
-        self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], backend: str = "auto"
-    ) -> UInt8[np.ndarray, "h w 3"]:
-        """The final frame of frame t of a motion: rendered and composited; its grain is that of index t."""
-        return self.composed(self.render(motion, t, backend=backend), motion, t, frame, head_mask, t)
+        self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], backend: str = "auto",
+        own: Motion | None = None,
+    ) -> UInt8[np.ndarray, "h w 3"]:  # fmt: skip
+        """The final frame of frame t of a motion: rendered and composited; its grain is that of index t. Where the frame's own motion is given (of the same
+        poses, at the same t), the face alone, else the head."""
+        shown = None if own is None else self.face_mask(motion, t, head_mask, own, t)
+        rendering = self.rasterized(self.deformed(motion, t), motion, t, backend=backend, within=None if shown is None else seam_box(shown))
+        return self.composed(rendering, motion, t, frame, head_mask, t, shown=shown)
 
     def save(self, path: Path | str) -> Path:
         """One file, written whole or not at all."""

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 SCHEMA, VERSION = "hicode-report", 1
 Mode = Literal["tracked", "audio"]
+Region = Literal["head", "face"]
 ROWS = ("ground_truth", "control", "tracked", "audio")
 MAX_MEAN_FRAMES = 100  # training frames that the control's mean head is made of, spread evenly
 WORST_SHOWN, SPREAD_SHOWN, STRIP_SHOWN = 6, 2, 24
@@ -88,8 +89,12 @@ class Evaluated(Protocol):
     def own_hair(self, track: FaceTrack) -> Motion: ...
 
     def synthesize_frame(
-        self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"]
+        self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], *, own: Motion | None = None
     ) -> UInt8[np.ndarray, "h w 3"]: ...
+
+    def face_mask(
+        self, motion: Motion, t: int, head_mask: UInt8[np.ndarray, "h w"], frame_motion: Motion, frame_t: int
+    ) -> UInt8[np.ndarray, "h w"]: ...
 
 
 def evaluate(
@@ -103,13 +108,15 @@ def evaluate(
     vgg: bool = False,
     syncnet: Path | str | None = None,
     alignment: Path | str | None = None,
+    region: Region = "head",
 ) -> dict:
     """Measure an avatar on the test part of its clip; the figures as a dict, on request as a JSON file and a page with
     pictures.
 
     `progress` shows the bar and prints the table. `vgg` adds LPIPS by VGG16 over the whole frame (a second or two a
     frame and row). `syncnet` is the user's file of SyncNet's weights: with it, AVConf. `alignment` says where p, b and m are
-    spoken in the clip's video (`hicode.evaluation.lips.closures_due`): with it, closure. A clip without sound, or an avatar without speech models, has no audio row: it is null, and `notes`
+    spoken in the clip's video (`hicode.evaluation.lips.closures_due`): with it, closure. `region="face"` measures what `speak` shows: the face
+    alone rendered, hair, ears and neck the test frame's own; such figures compare with none of the whole head's. A clip without sound, or an avatar without speech models, has no audio row: it is null, and `notes`
     says so. Raises InputError where clip and avatar do not belong together or nothing is left to test, FileFormatError
     for files that are no such thing.
     """
@@ -118,6 +125,8 @@ def evaluate(
         raise InputError(f"There is no driving mode {unknown[0]!r}. Choose tracked, audio or both.")
     for place in filter(None, (json, html)):
         check_writable(place)
+    if region not in ("head", "face"):
+        raise InputError(f"There is no region {region!r} of the head to render. Choose head or face.")
     place = resolve_device(device)
     net = SyncNet.load(syncnet) if syncnet else None
     if isinstance(avatar, (str, Path)):
@@ -128,7 +137,7 @@ def evaluate(
         avatar = avatar.to(place)
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     started = time.perf_counter()
-    work = _Work(avatar, clip)
+    work = _Work(avatar, clip, region)
     work.check()
     due = work.closures(alignment) if alignment else None
     motions = work.motions(modes)
@@ -137,7 +146,7 @@ def evaluate(
         _measure(work, motions, rows, vgg, report)
     out = _figures(work, rows, motions, due, net)
     brought = [str(syncnet)] if syncnet else []
-    out["provenance"] = _provenance(clip, work.avatar, brought, {"modes": list(modes), "vgg": vgg})
+    out["provenance"] = _provenance(clip, work.avatar, brought, {"modes": list(modes), "vgg": vgg, "region": region})
     out["evaluation"] = {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb()}
     out = jsonable(out)
     if json:
@@ -157,9 +166,10 @@ def evaluate(
 class _Work:
     """An avatar, a clip, and how to make each row's frames."""
 
-    def __init__(self, avatar: Evaluated, clip: Clip):
-        self.avatar, self.clip = avatar, clip
+    def __init__(self, avatar: Evaluated, clip: Clip, region: Region = "head"):
+        self.avatar, self.clip, self.region = avatar, clip, region
         self.test = list(clip.test)
+        self.own: Motion | None = None  # the test frames' track, where their faces' places are asked for
         self.findings = Findings()
         self.speech_seconds: float | None = None  # a frame's share of encoding and prediction
         self.predicted_opening: np.ndarray | None = None
@@ -188,6 +198,12 @@ class _Work:
             self.clip.hear(self.avatar.speech.encoder)
             self.findings.notes.append("Speech features move this avatar directly: its tracked row hears the test sound as its audio row does.")
         tracked = self.avatar.own_hair(self.clip.track)[slice(self.test[0], self.test[-1] + 1)]
+        if self.region == "face":
+            self.own = tracked
+            self.findings.notes.append(
+                "Only the face is rendered, as speak has it: hair, ears and neck are the test frames' own in every row. "
+                "Frame and head figures compare with no report on the whole head."
+            )
         out: dict[str, Motion] = {}
         if "tracked" in modes:
             out["tracked"] = tracked
@@ -262,7 +278,13 @@ class _Work:
         """Test frame i of a driven row: composited into the true frame, of which only what lies outside the hidden
         region (the head and a rim of 4 px) can show."""
         t = self.test[i]
-        return self.avatar.synthesize_frame(motion, i, self.clip.image(t), self.clip.head_mask(t))
+        own = {} if self.own is None else {"own": self.own}
+        return self.avatar.synthesize_frame(motion, i, self.clip.image(t), self.clip.head_mask(t), **own)
+
+    def composed_mask(self, i: int) -> UInt8[np.ndarray, "h w"]:
+        """What of test frame i is composited under its own motion: the head's mask, or the face's part of it."""
+        mask = self.clip.head_mask(self.test[i])
+        return mask if self.own is None else self.avatar.face_mask(self.own, i, mask, self.own, i)
 
     @cached_property
     def mean_frame(self) -> UInt8[np.ndarray, "h w 3"]:
@@ -275,8 +297,7 @@ class _Work:
         return (total / len(picked) + 0.5).astype(np.uint8)
 
     def control(self, i: int) -> UInt8[np.ndarray, "h w 3"]:
-        t = self.test[i]
-        return np.where(hidden_mask(self.clip.head_mask(t))[..., None] > 0, self.mean_frame, self.clip.image(t))
+        return np.where(hidden_mask(self.composed_mask(i))[..., None] > 0, self.mean_frame, self.clip.image(self.test[i]))
 
     @cached_property
     def landmarker(self) -> "FaceLandmarker":
@@ -296,7 +317,7 @@ def _measure(
     for i, t in enumerate(work.test):
         picture, head_mask = work.clip.image(t), work.clip.head_mask(t)
         truth = Truth(picture, head_mask, work.clip.track.mouth_box(t), vgg)
-        region = dilate_mask(head_mask)
+        region = dilate_mask(work.composed_mask(i))
         for name, row in rows.items():
             if name == "ground_truth":
                 image = picture
@@ -343,6 +364,7 @@ def _figures(
         "timing": timing,
         "detector": DETECTOR,
         "split": {"train": [clip.train[0], clip.train[-1] + 1], "test": [first, end], "fps": clip.fps},
+        "region": work.region,
         "protocol": (
             "frames that the avatar has not seen, before any encoding; head pose, upper face and eyes of both driving modes "
             "are the test video's own track. Control: the mean of the training frames, pasted on the true frames"
