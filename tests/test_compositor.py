@@ -117,14 +117,17 @@ def test_an_outline_within_a_box_is_the_whole_ones_there():
     np.testing.assert_array_equal(outlined(rgb, alpha, mask, 300, (0, 0, 20, 20))[1], alpha)  # no mask there
 
 
-def test_a_faces_mask_is_its_hull_on_the_head():
-    head, square = disc(256, 60, (128, 128)), np.float32([[100, 110], [150, 110], [150, 160], [100, 160]])
+def test_a_faces_mask_is_about_its_hull_on_the_head():
+    head, square = disc(512, 120, (256, 256)), np.float32([[200, 220], [300, 220], [300, 320], [200, 320]])
     mask = face_mask(head, square)
-    assert (mask[110:160, 100:150] == 255).all() and mask[:109].max() == 0 and mask[:, 152:].max() == 0
-    both = face_mask(head, square, square + [0, 20])  # the frame's face and the one that goes there
-    assert (both[110:180, 100:150] == head[110:180, 100:150]).all() and both[:109].max() == 0
-    beyond = face_mask(head, square + [60, 0])
-    assert (beyond <= head).all() and beyond.max() == 255
+    assert (mask[218:322, 198:302] == 255).all() and mask[:214].max() == 0 and mask[:, 306:].max() == 0  # 4 px more than the hull
+    both = face_mask(head, square, square + [0, 40])  # the frame's face and the one that goes there
+    assert (both[218:355, 200:300] == 255).all() and both[:214].max() == 0
+    beyond = face_mask(head, square + [120, 0])
+    assert beyond.max() == 255 and beyond[cv2.dilate(head, np.ones((21, 21), np.uint8)) == 0].max() == 0
+    cut = head.copy()
+    cut[300:, :] = np.clip(255 - 20 * np.arange(212), 0, 255)[:, None] * (head[300:] > 0)  # hair that is cut by a slope, the cheek beside it too
+    assert (face_mask(cut, square)[218:310, 200:300] == 255).all() and set(np.unique(face_mask(cut, square[:2], square[2:] - [0, 5])[300:320, 220:280])) <= {0, 255}
 
 
 def test_a_composed_face_leaves_the_rest_of_the_head_as_it_is():

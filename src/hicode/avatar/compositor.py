@@ -48,6 +48,8 @@ LIGHT, SURFACE = 0.08, 0.25
 # A render's outline against the mask's, above the mouth: over how much it passes from one to the other; how far the render may stand out; how far
 # from the render its colours are carried on.
 OUTLINE_FADE, OUTLINE_SLACK, OUTLINE_REACH = 20 / 512, 1 / 512, 24 / 512
+# A face goes a little beyond its landmarks' hull: a smiling cheek does. And where hanging hair is cut, a head mask may lack some of the cheek beside it.
+FACE_REACH, FACE_CUT = 4 / 512, 8 / 512
 SOLID = 0.95  # alpha from which on a render's colour is taken to be known
 CONTEXT = 16  # px of the input frame around the dilated mask that the generator sees
 STRIDE = 16  # the generator's sides are multiples of this
@@ -326,12 +328,18 @@ def compose(
 
 
 def face_mask(head_mask: UInt8[np.ndarray, "h w"], *faces_px: Float[np.ndarray, "l 2"]) -> UInt8[np.ndarray, "h w"]:
-    """The head mask within the convex hull of some faces' landmarks (px): those of the frame and of the face that goes there, so that neither looks out."""
+    """The head mask about the convex hull of some faces' landmarks (px): those of the frame and of the face that goes there, so that neither looks out."""
     fraction = 4  # bits of a pixel that OpenCV reads
     hull = cv2.convexHull(np.concatenate(faces_px).astype(np.float32))
-    inside = np.zeros_like(head_mask)
-    cv2.fillConvexPoly(inside, np.round((hull - 0.5) * (1 << fraction)).astype(np.int32), 255, cv2.LINE_AA, fraction)
-    return np.minimum(inside, head_mask)
+    face = np.zeros_like(head_mask)
+    cv2.fillConvexPoly(face, np.round((hull - 0.5) * (1 << fraction)).astype(np.int32), 255, cv2.LINE_AA, fraction)
+    # The head's soft edges are left out: a slope in this mask is no hanging hair that the frame goes on with (`_long_drawn`).
+    return np.where(_grown(head_mask, FACE_CUT) > 127, _grown(face, FACE_REACH), np.uint8(0))
+
+
+def _grown(mask: np.ndarray, reach: float) -> np.ndarray:
+    side = 2 * round(_px(reach, mask)) + 1
+    return cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
 
 
 def outlined(
