@@ -7,7 +7,7 @@ import torch
 
 from hicode.avatar.compositor import Compositor
 from hicode.avatar.deformation import Binding
-from hicode.avatar.inference import SCORE_MAX, FrameDeformer
+from hicode.avatar.inference import SCORE_MAX, STILL, STILL_ERROR, FrameDeformer
 from hicode.camera import Camera
 from hicode.gaussians import Gaussians
 from hicode.geometry import rotation_from_axis_angle
@@ -103,6 +103,33 @@ def test_attention_may_be_as_sharp_as_it_likes():
     assert deformer._query_norm > 10 * SCORE_MAX
     got, expected = deformer(*signals()), reference(deformation, cloud, *signals())
     torch.testing.assert_close(got.means, expected.means, **CLOSE)
+
+
+def test_attention_that_stands_still_is_a_thin_product():
+    """Scores as small as decayed weights leave them: the fast way is taken, and agrees with the exact one to its tolerance."""
+    deformation, cloud = a_frozen(260, n=2500, sharpness=0.005), a_cloud(2500)
+    torch.nn.init.zeros_(deformation.control.query[-1].bias)
+    deformer = FrameDeformer(deformation, cloud)
+    signal = *signals(), a_turn()
+    keys, values = deformer._keys_values(signal[1])
+    assert deformer.stands_still(keys)
+    left, right = deformer._still_attention()
+    exact = torch.softmax(deformer._query @ keys.T + deformer._near, -1)
+    assert left.shape[1] < 478 and (exact - left @ right).abs().sum(1).max() < 2 * STILL + STILL_ERROR
+    still = torch.softmax(deformer._query @ deformer._mean_keys.T + deformer._near, -1)
+    assert (still - left @ right).abs().sum(1).max() <= 1.01 * STILL_ERROR
+    got, expected = deformer(*signal), reference(deformation, cloud, *signal)
+    moved = (expected.means - cloud.means).abs().max()
+    assert (got.means - expected.means).abs().max() < 0.01 * moved and (got.colors - expected.colors).abs().max() < 0.01
+    assert not torch.equal(got.means, expected.means)
+
+
+@pytest.mark.parametrize("changes", [{"sharpness": 50.0}, {"sharpness": 0.02, "attention_reach": 0.0}])
+def test_attention_that_moves_is_taken_as_it_is(changes, monkeypatch):
+    deformation, cloud = a_frozen(**changes), a_cloud()
+    deformer = FrameDeformer(deformation, cloud)
+    monkeypatch.setattr(deformer, "_still_attention", lambda: pytest.fail("attention here does not stand still"))
+    torch.testing.assert_close(deformer(*signals()).means, reference(deformation, cloud, *signals()).means, **CLOSE)
 
 
 def test_it_does_not_depend_on_the_number_of_threads():
