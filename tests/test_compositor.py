@@ -21,6 +21,7 @@ from hicode.avatar.compositor import (
     face_mask,
     outlined,
     seam_box,
+    with_whole_face,
     plain_composite,
     seam_of,
 )
@@ -128,6 +129,19 @@ def test_a_faces_mask_is_about_its_hull_on_the_head():
     cut = head.copy()
     cut[300:, :] = np.clip(255 - 20 * np.arange(212), 0, 255)[:, None] * (head[300:] > 0)  # hair that is cut by a slope, the cheek beside it too
     assert (face_mask(cut, square)[218:310, 200:300] == 255).all() and set(np.unique(face_mask(cut, square[:2], square[2:] - [0, 5])[300:320, 220:280])) <= {0, 255}
+
+
+def test_no_background_is_taken_from_a_cheek_that_the_head_mask_lacks():
+    """Skin on a wall; the mask ends above the lower half of the face, as at a cut of hanging hair."""
+    face = np.float32([[200, 200], [300, 200], [300, 320], [200, 320]])
+    frame = np.full((512, 512, 3), 60, np.uint8)
+    frame[200:320, 200:300] = 220
+    mask = np.zeros((512, 512), np.uint8)
+    mask[190:260, 190:310] = 255
+    whole = with_whole_face(mask, face)
+    assert (whole >= mask).all() and (whole[200:320, 200:300] == 255).all() and whole[326:].max() == 0
+    plates = [background_plate([frame], [m]) for m in (mask, whole)]
+    assert plates[0][300, 250].min() > 200 and plates[1].max() <= 61
 
 
 def test_a_composed_face_leaves_the_rest_of_the_head_as_it_is():

@@ -329,12 +329,21 @@ def compose(
 
 def face_mask(head_mask: UInt8[np.ndarray, "h w"], *faces_px: Float[np.ndarray, "l 2"]) -> UInt8[np.ndarray, "h w"]:
     """The head mask about the convex hull of some faces' landmarks (px): those of the frame and of the face that goes there, so that neither looks out."""
-    fraction = 4  # bits of a pixel that OpenCV reads
-    hull = cv2.convexHull(np.concatenate(faces_px).astype(np.float32))
-    face = np.zeros_like(head_mask)
-    cv2.fillConvexPoly(face, np.round((hull - 0.5) * (1 << fraction)).astype(np.int32), 255, cv2.LINE_AA, fraction)
     # The head's soft edges are left out: a slope in this mask is no hanging hair that the frame goes on with (`_long_drawn`).
-    return np.where(_grown(head_mask, FACE_CUT) > 127, _grown(face, FACE_REACH), np.uint8(0))
+    return np.where(_grown(head_mask, FACE_CUT) > 127, _about(head_mask, np.concatenate(faces_px)), np.uint8(0))
+
+
+def with_whole_face(head_mask: UInt8[np.ndarray, "h w"], face_px: Float[np.ndarray, "l 2"]) -> UInt8[np.ndarray, "h w"]:
+    """The head mask and what it may lack of the face (landmarks in px): what no background is taken from."""
+    return np.maximum(head_mask, _about(head_mask, face_px))
+
+
+def _about(image: np.ndarray, points: Float[np.ndarray, "l 2"]) -> UInt8[np.ndarray, "h w"]:
+    """`FACE_REACH` about the hull of a face's landmarks."""
+    fraction = 4  # bits of a pixel that OpenCV reads
+    hull, face = cv2.convexHull(points.astype(np.float32)), np.zeros(image.shape[:2], np.uint8)
+    cv2.fillConvexPoly(face, np.round((hull - 0.5) * (1 << fraction)).astype(np.int32), 255, cv2.LINE_AA, fraction)
+    return _grown(face, FACE_REACH)
 
 
 def _grown(mask: np.ndarray, reach: float) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar
-from hicode.avatar.compositor import Compositor, background_plate
+from hicode.avatar.compositor import Compositor, background_plate, with_whole_face
 from hicode.avatar.deformation import Deformation
 from hicode.avatar.grain import Grain
 from hicode.avatar.images import Images
@@ -283,7 +283,8 @@ def _source(clip: Clip) -> dict:
 def _assemble(clip: Clip, model: HeadModel, gaussians: Gaussians, deformation: Deformation, poses, speech) -> Avatar:
     frames = list(clip.train)
     motion = clip.track.motion[slice(frames[0], frames[-1] + 1)]
-    plate = background_plate((clip.image(t) for t in frames), (clip.head_mask(t) for t in frames))
+    faces = (with_whole_face(clip.head_mask(t), clip.track.landmarks_px[t].numpy()) for t in frames)
+    plate = background_plate((clip.image(t) for t in frames), faces)
     kept = frames[:MAX_DRIVING_FRAMES]
     driving = replace(motion, T_camera_head=poses)[: len(kept)]
     return Avatar(
