@@ -100,7 +100,8 @@ def _train() -> Callable:
 
 
 def _speak() -> Callable:
-    from hicode.synthesis import Region, speak
+    from hicode.avatar.compositor import Region
+    from hicode.synthesis import speak
 
     def run(
         avatar: AvatarFile,
@@ -176,7 +177,8 @@ def _make() -> Callable:
 
 
 def _evaluate() -> Callable:
-    from hicode.evaluation.report import Region, evaluate
+    from hicode.avatar.compositor import Region
+    from hicode.evaluation.report import evaluate
     from hicode.evaluation.videos import CompareConfig, compare_videos
 
     def run(

@@ -23,13 +23,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from hicode.avatar.compositor import seam_box
+from hicode.avatar.compositor import Region, seam_box
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.avatar.idle import Idler, head_room, near_own_blinks, neck, own_blinks, still_frame
 from hicode.errors import InputError, OutputError
@@ -50,7 +50,6 @@ from hicode.threads import frame_pool
 if TYPE_CHECKING:
     from hicode.avatar.avatar import Avatar
 
-Region = Literal["face", "head"]
 AUDIO_RATE_HZ = 16000
 SAMPLES_PER_FRAME = 640
 # Sound goes to the encoder in pieces of this size whatever comes in, so that the pieces of a live source and of a file give the same frames,

@@ -22,6 +22,7 @@ images. Colours are floats in [0, 1] inside, uint8 at the edges.
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import cv2
 import numba
@@ -54,6 +55,7 @@ SOLID = 0.95  # alpha from which on a render's colour is taken to be known
 CONTEXT = 16  # px of the input frame around the dilated mask that the generator sees
 STRIDE = 16  # the generator's sides are multiples of this
 
+Region = Literal["face", "head"]  # what of the rendered head goes into a frame of its pose: the face (`face_mask`), or all of it
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in px, the last two exclusive
 
 INPUT_CHANNELS = 11

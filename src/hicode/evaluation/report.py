@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from hicode.avatar.compositor import dilate_mask, hidden_mask
+from hicode.avatar.compositor import Region, dilate_mask, hidden_mask
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.clip import SAMPLES_PER_FRAME, Clip
 from hicode.errors import HicodeError, InputError
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 SCHEMA, VERSION = "hicode-report", 1
 Mode = Literal["tracked", "audio"]
-Region = Literal["head", "face"]
 ROWS = ("ground_truth", "control", "tracked", "audio")
 MAX_MEAN_FRAMES = 100  # training frames that the control's mean head is made of, spread evenly
 WORST_SHOWN, SPREAD_SHOWN, STRIP_SHOWN = 6, 2, 24
