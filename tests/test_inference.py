@@ -111,7 +111,7 @@ def test_attention_that_stands_still_is_a_thin_product():
     torch.nn.init.zeros_(deformation.control.query[-1].bias)
     deformer = FrameDeformer(deformation, cloud)
     signal = *signals(), a_turn()
-    keys, values = deformer._keys_values(signal[1])
+    keys, values = deformation.control.keys_values(signal[1])
     assert deformer.stands_still(keys)
     left, right = deformer._still_attention()
     exact = torch.softmax(deformer._query @ keys.T + deformer._near, -1)

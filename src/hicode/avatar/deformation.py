@@ -258,6 +258,14 @@ class HierarchicalControl(nn.Module):
         part = normalized[None] @ self.expression_components.T
         return ((limit * torch.tanh(part / limit.clamp_min(1e-6))) @ self.expression_components)[0]
 
+    def keys_values(self, landmarks: Float[Tensor, "478 3"]) -> tuple[Float[Tensor, "478 c"], Float[Tensor, "478 c"]]:
+        """K and V of the landmark attention (Eq. 9)."""
+        position = (landmarks - self.center) / self.radius
+        displacement = (landmarks - self.landmark_mean) / self.landmark_std
+        kv = self.key_value(torch.cat([sinusoidal(position, self.config.landmark_frequencies), displacement], -1))
+        k, v = (kv + self.landmark_code).chunk(2, 1)
+        return k, v
+
     def embed(self, points: Float[Tensor, "m 3"]) -> Float[Tensor, "m c"]:
         """Q: depends only on canonical positions, so callers may keep it while these stand still."""
         return self.query(sinusoidal((points - self.center) / self.radius, self.config.position_frequencies))
@@ -278,10 +286,7 @@ class HierarchicalControl(nn.Module):
         near = self.nearness(points) if near is None else near
         c, fine, coarse = self.config.channels, self.config.fine, self.config.coarse
         if fine in ("adain", "addition", "attention"):
-            position = (landmarks - self.center) / self.radius
-            displacement = (landmarks - self.landmark_mean) / self.landmark_std
-            kv = self.key_value(torch.cat([sinusoidal(position, self.config.landmark_frequencies), displacement], -1))
-            k, v = (kv + self.landmark_code).chunk(2, 1)
+            k, v = self.keys_values(landmarks)
             if fine == "adain":
                 y = adain(q, *landmark_attention(q, k, v, near))
             else:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from numba import njit
 from torch import Tensor
 
-from hicode.avatar.deformation import Deformation, normalize_over_points, sinusoidal
+from hicode.avatar.deformation import Deformation, normalize_over_points
 from hicode.gaussians import Gaussians
 from hicode.render.simd import lane, load
 from hicode.threads import run_on_threads, take
@@ -54,7 +54,7 @@ class FrameDeformer:
         self._query = query * query.shape[1] ** -0.5
         self._near = control.nearness(points)
         self._query_norm = float(self._query.norm(dim=1).max())
-        self._mean_keys, _ = self._keys_values(control.landmark_mean)
+        self._mean_keys, _ = control.keys_values(control.landmark_mean)
         self._still: tuple[Tensor, Tensor] | None = None  # made when a frame first asks for it
         if anchors is None:
             self._anchor_index, self._anchor_weight = _starts(torch.arange(n)[:, None]), np.ones((n, 1), np.float32)
@@ -102,7 +102,7 @@ class FrameDeformer:
         """What `HierarchicalControl` returns."""
         control = self.deformation.control
         c, m = control.config.channels, len(self._query)
-        k, v = self._keys_values(landmarks)
+        k, v = control.keys_values(landmarks)
         # Numerators of E[v] and E[v²] and, in the last column, the denominator of the softmax.
         values = torch.cat([v, v * v, torch.ones(len(v), 16)], 1)  # 16 columns: a whole vector is faster than one
         moments = self._moments(k, values)
@@ -121,14 +121,6 @@ class FrameDeformer:
         first, *rest = control.head
         return torch.nn.Sequential(*rest)(F.linear(styled, first.weight * scale, first.bias + first.weight @ shift))
 
-
-    def _keys_values(self, landmarks: Tensor) -> tuple[Float[Tensor, "478 c"], Float[Tensor, "478 c"]]:
-        control = self.deformation.control
-        position = (landmarks - control.center) / control.radius
-        displacement = (landmarks - control.landmark_mean) / control.landmark_std
-        kv = control.key_value(torch.cat([sinusoidal(position, control.config.landmark_frequencies), displacement], -1))
-        k, v = (kv + control.landmark_code).chunk(2, 1)
-        return k, v
 
     def _moments(self, k: Float[Tensor, "478 c"], values: Float[Tensor, "478 w"]) -> Float[Tensor, "m w"]:
         """The values summed by attention's weights, up to a factor for each row."""

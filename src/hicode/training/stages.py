@@ -42,11 +42,11 @@ class LearningRates:
     colors: float = 2.5e-3
     turn_colors: float = 2.5e-4
     """how each colour changes with the head's turn (not in the paper), per unit of `HierarchicalControl.turned`; 0: it does not. Four times as much
-    at a draft's length learns the training turns better and the others no better (docs/log.md); a longer schedule wants less"""
+    at 1,500 iterations learned KatieHill's training turns better and the others worse (docs/log.md); *standard*, longer, takes less, which was not tried otherwise"""
     network: float = 2e-3
     network_decay: float = 0.5
-    """of the network's weights (not its biases) an iteration, times its step size (AdamW's); 0: the paper. Without it lips of unseen frames are farther from
-    their place after 8,000 iterations than after 1,500"""
+    """of the network's weights (not its biases) an iteration, times its step size (AdamW's); 0: the paper. Without it Radio2's lips were farther
+    from their place after 8,000 iterations than after 1,500 (docs/log.md)"""
     pose: float = 5e-4
     """per-frame photometric refinement of the training poses (rad, dm); 0 turns it off"""
 
