@@ -12,6 +12,7 @@ from hicode.avatar.deformation import (
     Deformation,
     DeformationConfig,
     HierarchicalControl,
+    StillAttention,
     _Interpolate,
     adain,
     bind,
@@ -160,9 +161,9 @@ def test_ablations_change_the_control_and_not_the_budget(name):
     same = replace(config, deformation=base.deformation, initialisation=base.initialisation, rates=base.rates)
     assert same == base
     assert config.rates == (base.rates if name == "mesh" else replace(base.rates, turn_colors=0.0))
-    ours = {k: getattr(base.deformation, k) for k in ("shade", "sway", "relight", "attention_reach", "expression_reach")}
+    ours = {k: getattr(base.deformation, k) for k in ("shade", "sway", "relight", "attention", "attention_reaches", "expression_reach")}
     assert replace(config.deformation, fine="adain", coarse="adain", base="mesh", **ours) == base.deformation
-    assert {k: getattr(config.deformation, k) for k in ours} == (ours if name == "mesh" else dict.fromkeys(ours, 0))
+    assert {k: getattr(config.deformation, k) for k in ours} == (ours if name == "mesh" else dict.fromkeys(ours, 0) | {"attention": "learned", "attention_reaches": ()})
 
 
 def test_cross_attention_is_a_residual_block():
@@ -320,12 +321,13 @@ def test_the_face_does_not_sway_and_what_is_far_from_it_does():
     far = face.clone()
     far[:, 2] += 5.0
     query = deformation.control.embed(face)
-    held, free = (deformation.control.turn_field(points, query) for points in (face, far))
+    held, free = (deformation.control.turn_field(query, deformation.control.standing(points).sways) for points in (face, far))
     # cdist goes through a matrix product: distances of zero come out at up to 1e-3 of a head that is 1 dm wide, (1e-3 / 0.2)^2 of the field
     assert held.abs().max() < 1e-4 * free.abs().max()
     everywhere = a_deformation(base="none", sway_reach=0.0)
     everywhere.control.load_state_dict(deformation.control.state_dict())
-    torch.testing.assert_close(free, everywhere.control.turn_field(face, query), atol=1e-7, rtol=1e-5)
+    assert everywhere.control.standing(face).sways is None
+    torch.testing.assert_close(free, everywhere.control.turn_field(query, None), atol=1e-7, rtol=1e-5)
 
 
 def test_colours_follow_the_turn_linearly_on_the_face_too():
@@ -344,7 +346,7 @@ def test_colours_follow_the_turn_linearly_on_the_face_too():
 def test_a_turn_moves_nothing_unless_something_sways_or_is_relit(sway, relight, shade, moves):
     control = a_deformation(base="none", sway=sway, relight=relight, shade=shade).control
     points = a_head()
-    assert (control.turn_field(points, control.embed(points)) is not None) == moves
+    assert (control.turn_field(control.embed(points), control.standing(points).sways) is not None) == moves
     assert ("turn_mean" in control.state_dict()) == moves
 
 
@@ -382,11 +384,13 @@ def test_an_expression_is_heard_no_farther_than_the_training_clip_went():
 
 
 def test_a_file_from_before_expressions_were_bent_hears_them_as_they_are_and_landmarks_from_anywhere():
-    before = a_deformation(base="none", attention_reach=0.0, expression_reach=0.0)
+    before = a_deformation(base="none", attention="learned", attention_reaches=(), expression_reach=0.0)
     before.control.set_statistics(torch.randn(30, 64, generator=G(4)), torch.randn(30, 478, 3, generator=G(6)))
     tensors, config = before.state()
-    del config["expression_reach"], config["attention_reach"]
+    del config["expression_reach"], config["attention_reaches"], config["attention"]
     again = Deformation.from_state(tensors, config)
+    by_one_reach = config | {"attention_reach": 0.15}  # as files had it when attention learned beside nearness
+    assert Deformation.from_state(tensors, by_one_reach).config.attention_reaches == (0.15,)
     expression = torch.randn(64, generator=G(3)) * 9
     torch.testing.assert_close(again.control.heard(expression), (expression - before.control.expression_mean) / before.control.expression_std)
     for a, b in zip(before(a_head(), *signals()), again(a_head(), *signals()), strict=True):
@@ -395,10 +399,10 @@ def test_a_file_from_before_expressions_were_bent_hears_them_as_they_are_and_lan
 
 def test_landmarks_count_by_their_nearness():
     """Whatever queries and keys say, a landmark several reaches farther off than the nearest is not heard; a point far from all hears its nearest."""
-    control = a_deformation(base="none", attention_reach=0.1).control
+    control = a_deformation(base="none", attention="learned", attention_reaches=(0.1,)).control
     control.landmark_mean.copy_(torch.rand(478, 3, generator=G(1)))
     points = torch.cat([torch.rand(20, 3, generator=G(2)), torch.full((1, 3), 9.0)])
-    near = control.nearness(points)
+    near = control.standing(points).attention
     distance = torch.cdist(points, control.landmark_mean)
     torch.testing.assert_close(near, (distance.amin(1, keepdim=True) ** 2 - distance**2) / 0.02, atol=2e-3, rtol=1e-3)
     q, k = torch.randn(21, 8, generator=G(3)), torch.randn(478, 8, generator=G(4))
@@ -406,7 +410,45 @@ def test_landmarks_count_by_their_nearness():
         v = torch.zeros(478, 8)
         v[distance[i].argsort()[60:], 0] = 1.0
         assert float(landmark_attention(q, k, v, near)[0][i, 0]) < 0.2 < float(landmark_attention(q, k, v)[0][i, 0])
-    assert a_deformation(base="none", attention_reach=0.0).control.nearness(points) is None
+    assert a_deformation(base="none", attention="learned", attention_reaches=()).control.standing(points).attention is None
+
+
+def test_attention_by_nearness_is_learned_attention_whose_scores_are_nothing():
+    """Each reach for its share of the channels."""
+    still = a_deformation(base="none", attention_reaches=(0.1, 0.4)).control
+    q, points, landmarks = torch.randn(40, 8, generator=G(3)), a_head(40), signals()[1]
+    _, v = still.keys_values(landmarks)
+    mean, std = still.attended(q, landmarks, still.standing(points).attention)
+    for reach, share in ((0.1, slice(0, 4)), (0.4, slice(4, 8))):
+        scores = a_deformation(base="none", attention="learned", attention_reaches=(reach,)).control.standing(points).attention
+        for got, expected in zip((mean, std), landmark_attention(q, torch.zeros_like(v), v, scores), strict=True):
+            torch.testing.assert_close(got[:, share], expected[:, share], atol=1e-5, rtol=1e-4)
+
+
+def test_weights_that_stand_still_are_thin_to_their_error_and_pass_gradients_as_the_whole_ones():
+    weights = torch.softmax(-6 * torch.cdist(a_head(2500), a_head(478)).square(), -1)
+    whole = StillAttention(((weights, None),))
+    thin = whole.thinned(0.01)
+    ((left, right),) = thin.parts
+    assert left.shape[1] < 300 and 1e-4 < (weights - left @ right).abs().sum(1).max() <= 0.01
+    assert thin.thinned().parts[0][0] is left
+    v = torch.randn(478, 6, generator=G(5), requires_grad=True)
+    upstream = torch.randn(2, 2500, 6, generator=G(6))
+    moments = [torch.stack(attention.moments(v)) for attention in (whole, thin)]
+    assert (moments[0] - moments[1]).abs().max() <= 0.01 * float(v.detach().square().max())
+    gradients = [torch.autograd.grad((m * upstream).sum(), v)[0] for m in moments]
+    assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[0].norm()
+
+
+def test_sharp_weights_stay_as_they_are():
+    whole = StillAttention(((torch.eye(478), None),))
+    assert whole.thinned().parts[0][1] is None
+
+
+@pytest.mark.parametrize("options", [{"attention_reaches": ()}, {"attention_reaches": (0.1, 0.2, 0.3)}, {"attention": "learned", "attention_reaches": (0.1, 0.2)}])
+def test_reaches_must_suit_attention(options):
+    with pytest.raises(InputError, match="attention_reaches"):
+        a_deformation(base="none", **options)
 
 
 def test_nearness_is_kept_while_anchors_stand_and_made_anew_when_they_move():

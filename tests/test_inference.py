@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hicode.avatar.compositor import Compositor
-from hicode.avatar.deformation import Binding
-from hicode.avatar.inference import SCORE_MAX, STILL, STILL_ERROR, FrameDeformer
+from hicode.avatar.deformation import THIN_ERROR, Binding
+from hicode.avatar.inference import SCORE_MAX, STILL, FrameDeformer
 from hicode.camera import Camera
 from hicode.gaussians import Gaussians
 from hicode.geometry import rotation_from_axis_angle
@@ -53,10 +53,12 @@ def reference(deformation, cloud, expression, landmarks, turn=None, hair=None):
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
+@pytest.mark.parametrize("attention", ["nearness", "learned"])
 @pytest.mark.parametrize("base, shade", [("mesh", True), ("none", True), ("mesh", False)])
 @pytest.mark.parametrize("anchors, n", [(0, 300), (0, 257), (64, 300), (300, 300), (260, 2500)])
-def test_it_equals_the_deformation_of_training(base, shade, anchors, n):
-    deformation, cloud = a_frozen(anchors, base, n, shade=shade), a_cloud(n)
+def test_it_equals_the_deformation_of_training(base, shade, anchors, n, attention):
+    reaches = {"nearness": (0.05, 0.15), "learned": (0.15,)}[attention]
+    deformation, cloud = a_frozen(anchors, base, n, shade=shade, attention=attention, attention_reaches=reaches), a_cloud(n)
     deformer = FrameDeformer(deformation, cloud)
     for seed in (3, 20, 3):  # again at the end: nothing of one frame stays in the next
         signal = *signals(seed), a_turn(seed)
@@ -98,7 +100,7 @@ def test_colours_of_their_own_turn_as_in_training():
 
 def test_attention_may_be_as_sharp_as_it_likes():
     """Scores far beyond what float32's exponential holds take the row's maximum out first."""
-    deformation, cloud = a_frozen(sharpness=5e3), a_cloud()
+    deformation, cloud = a_frozen(sharpness=5e3, attention="learned", attention_reaches=(0.15,)), a_cloud()
     deformer = FrameDeformer(deformation, cloud)
     assert deformer._query_norm > 10 * SCORE_MAX
     got, expected = deformer(*signals()), reference(deformation, cloud, *signals())
@@ -107,26 +109,26 @@ def test_attention_may_be_as_sharp_as_it_likes():
 
 def test_attention_that_stands_still_is_a_thin_product():
     """Scores as small as decayed weights leave them: the fast way is taken, and agrees with the exact one to its tolerance."""
-    deformation, cloud = a_frozen(260, n=2500, sharpness=0.005), a_cloud(2500)
+    deformation, cloud = a_frozen(260, n=2500, sharpness=0.005, attention="learned", attention_reaches=(0.15,)), a_cloud(2500)
     torch.nn.init.zeros_(deformation.control.query[-1].bias)
     deformer = FrameDeformer(deformation, cloud)
     signal = *signals(), a_turn()
     keys, values = deformation.control.keys_values(signal[1])
     assert deformer.stands_still(keys)
-    left, right = deformer._still_attention()
+    ((left, right),) = deformer._still_attention().parts
     exact = torch.softmax(deformer._query @ keys.T + deformer._near, -1)
-    assert left.shape[1] < 478 and (exact - left @ right).abs().sum(1).max() < 2 * STILL + STILL_ERROR
+    assert left.shape[1] < 478 and (exact - left @ right).abs().sum(1).max() < 2 * STILL + THIN_ERROR
     still = torch.softmax(deformer._query @ deformer._mean_keys.T + deformer._near, -1)
-    assert (still - left @ right).abs().sum(1).max() <= 1.01 * STILL_ERROR
+    assert (still - left @ right).abs().sum(1).max() <= 1.01 * THIN_ERROR
     got, expected = deformer(*signal), reference(deformation, cloud, *signal)
     moved = (expected.means - cloud.means).abs().max()
     assert (got.means - expected.means).abs().max() < 0.01 * moved and (got.colors - expected.colors).abs().max() < 0.01
     assert not torch.equal(got.means, expected.means)
 
 
-@pytest.mark.parametrize("changes", [{"sharpness": 50.0}, {"sharpness": 0.02, "attention_reach": 0.0}])
+@pytest.mark.parametrize("changes", [{"sharpness": 50.0}, {"sharpness": 0.02, "attention_reaches": ()}])
 def test_attention_that_moves_is_taken_as_it_is(changes, monkeypatch):
-    deformation, cloud = a_frozen(**changes), a_cloud()
+    deformation, cloud = a_frozen(**{"attention": "learned", "attention_reaches": (0.15,)} | changes), a_cloud()
     deformer = FrameDeformer(deformation, cloud)
     monkeypatch.setattr(deformer, "_still_attention", lambda: pytest.fail("attention here does not stand still"))
     torch.testing.assert_close(deformer(*signals()).means, reference(deformation, cloud, *signals()).means, **CLOSE)

@@ -236,6 +236,23 @@ def test_only_the_networks_weights_decay(clip, model):
         assert torch.equal(value, before[name]), name
 
 
+def test_what_is_off_the_face_learns_at_its_share_of_the_pace(clip, model):
+    """Two runs that differ in nothing but the share: a Gaussian on a landmark makes the same first step in both, one far from all a fifth of it."""
+    steps = {}
+    for share in (1.0, 0.2):
+        state = training.start(clip, model, a_config(rates=LearningRates(off_face=share)))
+        before = {k: v.detach().clone() for k, v in state.params.items()}
+        for value in state.params.values():
+            value.grad = torch.ones_like(value)
+        training._step(state, a_config(rates=LearningRates(off_face=share)))
+        steps[share] = {k: (v.detach() - before[k]).flatten(1) if v.ndim > 1 else (v.detach() - before[k])[:, None] for k, v in state.params.items()}
+    on_face = state.deformation.binding.on_face
+    assert on_face.max() > 0.9 and on_face.min() < 0.1, "the cloud lacks a face or what is beside it"
+    for name, whole in steps[1.0].items():
+        assert (whole != 0).all(), name
+        torch.testing.assert_close(steps[0.2][name], whole * (0.2 + 0.8 * on_face)[:, None], rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_colours_learn_to_turn_only_where_they_may(clip, model):
     learned, _, _ = training.train_head(clip, model, a_config())
     assert learned.turn_colors.shape == (len(learned), 3, 3) and float(learned.turn_colors.abs().max()) > 0

@@ -15,7 +15,7 @@ The control is a smooth field over canonical space, a function of position alone
 Gaussians and interpolated (`anchors=0` evaluates it on every Gaussian, as the paper does).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -71,9 +71,12 @@ class DeformationConfig:
     sway_reach: float = 0.2
     """head units (dm): the face does not sway, what is farther than this from it does. There a map learned in the training clip's turns goes wrong
     beyond them: lips 0.6 px beside their place on a clip whose test part turns 16 degrees further. 0: all sways alike"""
-    attention_reach: float = 0.15
-    """head units (dm): beside what a point's query says, landmarks count by their nearness to it, exp(-d² / 2 reach²). Without it trained
-    controls do not care where the landmarks are (docs/log.md). 0: by the query alone (the paper)"""
+    attention: Literal["nearness", "learned"] = "nearness"
+    """what a point attends to landmarks by: its distance to each under the mean face, or (the paper) the products of queries and keys too. What these learned came to nothing
+    beside the distance (docs/log.md), and weights that stand still cost a quarter of an iteration less"""
+    attention_reaches: tuple[float, ...] = (0.05, 0.15)
+    """head units (dm): landmarks count by their nearness to a point, exp(-d² / 2 reach²), each reach for an equal share of the channels. Without it trained controls do not
+    care where the landmarks are (docs/log.md). Learned attention takes one, or, by the query alone (the paper), none"""
     expression_reach: float = 1.5
     """the second AdaIN hears each principal component of the training clip's expressions bent towards this many of its deviations; 0: as it is (the
     paper). A clip of seconds shows what a few mixtures of the 64 parameters do, and an affine style goes on beyond them in a straight line"""
@@ -109,14 +112,58 @@ def landmark_attention(
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
     """Mean and deviation of the landmarks' values as each point attends to them (Eqs 9-10).
 
-    Softmax over the landmarks, scores scaled by 1/√c (the paper leaves the scale out) and shifted by `near` (`HierarchicalControl.nearness`). The root is that of max(variance, 0) + 1e-5:
-    rounding makes the variance negative where attention is sharp.
+    Softmax over the landmarks, scores scaled by 1/√c (the paper leaves the scale out) and shifted by `near` (`Standing.attention`).
     """
     q = q * q.shape[1] ** -0.5
     attention = torch.softmax(q @ k.T if near is None else torch.addmm(near, q, k.T), -1)
-    moments = attention @ torch.cat([v, v * v], 1)
-    mean, second = moments.chunk(2, 1)
+    return mean_and_deviation(*(attention @ torch.cat([v, v * v], 1)).chunk(2, 1))
+
+
+def mean_and_deviation(mean: Float[Tensor, "n c"], second: Float[Tensor, "n c"]) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
+    """Of E[v] and E[v²] (Eq. 10). The root is that of max(variance, 0) + 1e-5: rounding makes the variance negative where attention is sharp."""
     return mean, ((second - mean * mean).clamp_min(0) + 1e-5).sqrt()
+
+
+THIN_ERROR = 0.01  # of a row's weight, at most, lies with other landmarks than it should when attention that stands still is a thin product
+
+
+@dataclass(frozen=True)
+class StillAttention:
+    """Attention that no frame changes: for each share of the channels "m 478" weights whose rows sum to 1, as "m r" times "r 478" or, the latter None, as they are."""
+
+    parts: tuple[tuple[Float[Tensor, "m r"], Float[Tensor, "r 478"] | None], ...]
+
+    @torch.no_grad()
+    def thinned(self, error: float = THIN_ERROR) -> "StillAttention":
+        """The same weights but for `error` of a row's at most: a smooth kernel over the head has few directions. Worth its tenth of a second where many frames follow."""
+        return StillAttention(tuple((left, right) if right is not None else _thin(left, error) for left, right in self.parts))
+
+    def moments(self, v: Float[Tensor, "478 c"]) -> tuple[Float[Tensor, "m c"], Float[Tensor, "m c"]]:
+        """E[v] and E[v²] of the landmarks' values."""
+        found = []
+        for (left, right), share in zip(self.parts, v.chunk(len(self.parts), 1), strict=True):
+            powers = torch.cat([share, share * share], 1)
+            found.append((left @ (powers if right is None else right @ powers)).chunk(2, 1))
+        return tuple(torch.cat(moment, 1) for moment in zip(*found))
+
+
+def _thin(weights: Float[Tensor, "m l"], error: float) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r l"] | None]:
+    axes = torch.linalg.eigh((weights.T @ weights).double().cpu())[1].flip(1).to(weights)
+    for rank in range(32, weights.shape[1] - 64, 32):  # two products cost more than they spare before the last
+        left = weights @ axes[:, :rank]
+        if (weights - left @ axes[:, :rank].T).abs().sum(1).max() <= error:
+            return left, axes[:, :rank].T.contiguous()
+    return weights, None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the control needs of its points beside their query: a function of canonical positions alone, in which nothing learns."""
+
+    attention: StillAttention | Float[Tensor, "m 478"] | None
+    """its weights where they stand still, else what nearness adds to its scores, if anything"""
+    sways: Float[Tensor, "m"] | None
+    """how much of the head's turn each point feels, 0 on the landmarks and 1 far from them; None: all of it"""
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -147,6 +194,11 @@ class HierarchicalControl(nn.Module):
         super().__init__()
         self.config = config
         c, h = config.channels, config.hidden
+        reaches = len(config.attention_reaches)
+        if self.stands_still and (not reaches or c % reaches):
+            raise InputError(f"Attention by nearness cannot divide {c} channels among {reaches} attention_reaches. Give as many as divide them, or learned attention.")
+        if config.attention == "learned" and reaches > 1:
+            raise InputError(f"Learned attention takes one of attention_reaches or none, not {reaches}.")
         self.register_buffer("center", center.clone().float())
         self.register_buffer("radius", torch.tensor(float(radius)))
         self.register_buffer("expression_mean", torch.zeros(EXPRESSION_DIM))
@@ -158,9 +210,10 @@ class HierarchicalControl(nn.Module):
         self.register_buffer("landmark_std", torch.tensor(0.02))
         self.query = nn.Sequential(nn.Linear(3 * (1 + 2 * config.position_frequencies), h), nn.ReLU(), nn.Linear(h, c))
         if config.fine in ("adain", "addition", "attention"):
-            # A landmark's key and value come from its position, its displacement from the mean (small: normalised on its own) and its index.
-            self.key_value = nn.Sequential(nn.Linear(3 * (2 + 2 * config.landmark_frequencies), h), nn.ReLU(), nn.Linear(h, 2 * c))
-            self.landmark_code = nn.Parameter(0.1 * torch.randn(N_LANDMARKS, 2 * c))
+            # A landmark's value, and its key where attention learns, come from its position, its displacement from the mean (small: normalised on its own) and its index.
+            width = c if self.stands_still else 2 * c
+            self.key_value = nn.Sequential(nn.Linear(3 * (2 + 2 * config.landmark_frequencies), h), nn.ReLU(), nn.Linear(h, width))
+            self.landmark_code = nn.Parameter(0.1 * torch.randn(N_LANDMARKS, width))
         if config.fine == "attention":
             self.fine_attention = CrossAttention(c)
         if config.fine == "concat":
@@ -212,22 +265,26 @@ class HierarchicalControl(nn.Module):
         self.landmark_std.copy_((landmarks - landmarks.mean(0)).std(correction=0).clamp_min(1e-3))
 
     @property
+    def stands_still(self) -> bool:
+        """Whether attention is by nearness alone. A cross-attention block in its place always learns."""
+        return self.config.attention == "nearness" and self.config.fine in ("adain", "addition")
+
+    @property
     def knows_turns(self) -> bool:
         """Whether it was told how the clip's head stands (`set_statistics`)."""
         return hasattr(self, "turn_mean")
 
-    def turn_field(self, points: Float[Tensor, "m 3"], query: Float[Tensor, "m c"]) -> Float[Tensor, "m o 3"] | None:
-        """What a turn adds to each offset, per unit of `turned`: positions sway, not at all on the landmarks, wholly far from them; colours are
-        relit, everywhere. None where the head's turn moves nothing.
+    def turn_field(self, query: Float[Tensor, "m c"], sways: Float[Tensor, "m"] | None) -> Float[Tensor, "m o 3"] | None:
+        """What a turn adds to each offset, per unit of `turned`: positions sway (`Standing.sways`), colours are relit everywhere. None where the
+        head's turn moves nothing.
         """
         if not (self.sway or self.relight):
             return None
-        field = query.new_zeros(len(points), 13 if self.config.shade else 10, 3)
+        field = query.new_zeros(len(query), 13 if self.config.shade else 10, 3)
         if self.sway:
             field[:, :3] = SWAY_UNIT * self.sway(query).view(-1, 3, 3)
-            if reach := self.config.sway_reach:
-                distance = torch.cdist(points, self.landmark_mean).amin(1)
-                field[:, :3] *= -torch.expm1(-((distance / reach) ** 2))[:, None, None]
+            if sways is not None:
+                field[:, :3] *= sways[:, None, None]
         if self.relight:
             field[:, 10:] = LIGHT_UNIT * self.relight(query).view(-1, 3, 3)
         return field
@@ -239,15 +296,21 @@ class HierarchicalControl(nn.Module):
         away = self.turn_mean.T @ turn
         return torch.stack([away[2, 1] - away[1, 2], away[0, 2] - away[2, 0], away[1, 0] - away[0, 1]]) / (2 * TURN_UNIT)
 
-    def nearness(self, points: Float[Tensor, "m 3"]) -> Float[Tensor, "m 478"] | None:
-        """What distance adds to attention's scores, 0 at a point's nearest landmark: depends only on canonical positions, so callers may keep it.
-        None where nothing is added.
-        """
-        reach = self.config.attention_reach
-        if not reach or self.config.fine not in ("adain", "addition"):
-            return None
+    @torch.no_grad()
+    def standing(self, points: Float[Tensor, "m 3"]) -> Standing:
+        """What callers may keep while the points stand still."""
         squared = torch.cdist(points, self.landmark_mean).square()
-        return (squared.amin(1, keepdim=True) - squared) / (2 * reach * reach)
+        nearest = squared.amin(1, keepdim=True)
+        attention = sways = None
+        if self.config.fine in ("adain", "addition"):
+            scores = [(nearest - squared) / (2 * reach * reach) for reach in self.config.attention_reaches]
+            if self.stands_still:
+                attention = StillAttention(tuple((torch.softmax(score, -1), None) for score in scores))
+            elif scores:
+                attention = scores[0]
+        if self.sway and (reach := self.config.sway_reach):
+            sways = -torch.expm1(-nearest[:, 0] / (reach * reach))
+        return Standing(attention, sways)
 
     def heard(self, expression: Float[Tensor, "64"]) -> Float[Tensor, "64"]:
         """An expression as the style hears it: normalised and, with `expression_reach`, no farther from the mean than the training clip went."""
@@ -258,13 +321,21 @@ class HierarchicalControl(nn.Module):
         part = normalized[None] @ self.expression_components.T
         return ((limit * torch.tanh(part / limit.clamp_min(1e-6))) @ self.expression_components)[0]
 
-    def keys_values(self, landmarks: Float[Tensor, "478 3"]) -> tuple[Float[Tensor, "478 c"], Float[Tensor, "478 c"]]:
-        """K and V of the landmark attention (Eq. 9)."""
+    def keys_values(self, landmarks: Float[Tensor, "478 3"]) -> tuple[Float[Tensor, "478 c"] | None, Float[Tensor, "478 c"]]:
+        """K and V of the landmark attention (Eq. 9); no K where attention stands still."""
         position = (landmarks - self.center) / self.radius
         displacement = (landmarks - self.landmark_mean) / self.landmark_std
-        kv = self.key_value(torch.cat([sinusoidal(position, self.config.landmark_frequencies), displacement], -1))
-        k, v = (kv + self.landmark_code).chunk(2, 1)
-        return k, v
+        kv = self.landmark_code + self.key_value(torch.cat([sinusoidal(position, self.config.landmark_frequencies), displacement], -1))
+        return (None, kv) if self.stands_still else kv.chunk(2, 1)
+
+    def attended(
+        self, q: Float[Tensor, "m c"], landmarks: Float[Tensor, "478 3"], attention: StillAttention | Float[Tensor, "m 478"] | None
+    ) -> tuple[Float[Tensor, "m c"], Float[Tensor, "m c"]]:
+        """Mean and deviation of the landmarks' values as each point attends to them (Eqs 9-10)."""
+        k, v = self.keys_values(landmarks)
+        if self.stands_still:
+            return mean_and_deviation(*attention.moments(v))
+        return landmark_attention(q, k, v, attention)
 
     def embed(self, points: Float[Tensor, "m 3"]) -> Float[Tensor, "m c"]:
         """Q: depends only on canonical positions, so callers may keep it while these stand still."""
@@ -279,18 +350,18 @@ class HierarchicalControl(nn.Module):
         query: Float[Tensor, "m c"] | None = None,
         speech: Float[Tensor, "s"] | None = None,
         turn: Float[Tensor, "3 3"] | None = None,
-        near: Float[Tensor, "m 478"] | None = None,
+        standing: Standing | None = None,
     ) -> Float[Tensor, "m o"]:
-        """`query` and `near` are `embed` and `nearness` of the points, where the caller has kept them."""
+        """`query` and `standing` are `embed` and `standing` of the points, where the caller has kept them."""
         q = self.embed(points) if query is None else query
-        near = self.nearness(points) if near is None else near
+        standing = standing or self.standing(points)
         c, fine, coarse = self.config.channels, self.config.fine, self.config.coarse
-        if fine in ("adain", "addition", "attention"):
-            k, v = self.keys_values(landmarks)
-            if fine == "adain":
-                y = adain(q, *landmark_attention(q, k, v, near))
-            else:
-                y = self.fine_attention(q, k, v) if fine == "attention" else q + landmark_attention(q, k, v, near)[0]
+        if fine == "adain":
+            y = adain(q, *self.attended(q, landmarks, standing.attention))
+        elif fine == "addition":
+            y = q + self.attended(q, landmarks, standing.attention)[0]
+        elif fine == "attention":
+            y = self.fine_attention(q, *self.keys_values(landmarks))
         else:
             y = q
         beside = []  # concatenated to each point's features, the same for all points
@@ -316,10 +387,13 @@ class HierarchicalControl(nn.Module):
         elif coarse == "concat":
             beside.append(self.shift(normalized))
         delta = self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
-        if turn is not None and (field := self.turn_field(points, q)) is not None:
+        if turn is not None and (field := self.turn_field(q, standing.sways)) is not None:
             # Linear, so that a turn beyond the training clip's goes on as the ones before it did.
             delta = delta + field @ self.turned(turn)
         return delta
+
+
+NEAREST_LANDMARKS = 8  # that a Gaussian rides on
 
 
 @dataclass(frozen=True)
@@ -338,6 +412,11 @@ class Binding:
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: getattr(self, k) for k in ("vertices", "weights", "landmarks", "landmark_weights")}
+
+    @property
+    def on_face(self) -> Float[Tensor, "n"]:
+        """1 at a landmark, 0 far from all: exp(-(distance / reach)²)."""
+        return self.landmark_weights[:, :NEAREST_LANDMARKS].sum(1)
 
     def select(self, index: Tensor) -> "Binding":
         return Binding(**{k: v[index] for k, v in self.tensors().items()})
@@ -369,7 +448,7 @@ def bind(
     fall_off = np.exp(-((distance / reach) ** 2))[:, None]
     barycentric = steps[nearest % len(steps)] * fall_off
 
-    lm_distance, lm_index = cKDTree(landmarks.detach().cpu().numpy()).query(xyz, k=8)
+    lm_distance, lm_index = cKDTree(landmarks.detach().cpu().numpy()).query(xyz, k=NEAREST_LANDMARKS)
     # Kernel width follows the local landmark spacing (the 4th neighbour), so that lips do not pull on the nose.
     kernel = np.exp(-((lm_distance / (0.5 * lm_distance[:, 3:4] + 0.03)) ** 2))
     kernel = kernel / np.maximum(kernel.sum(1, keepdims=True), 1e-6) * np.exp(-((lm_distance[:, :1] / reach) ** 2))
@@ -555,7 +634,7 @@ class Deformation(nn.Module):
         self.binding: Binding | None = None
         self.anchors: Anchors | None = None
         self._query: Tensor | None = None
-        self._near: Tensor | None = None
+        self._standing: Standing | None = None
 
     def _apply(self, fn, recurse=True):
         """What `.to(device)` does, to binding and anchors too."""
@@ -563,7 +642,7 @@ class Deformation(nn.Module):
             self.binding = Binding(**{k: fn(v) for k, v in self.binding.tensors().items()})
         if self.anchors is not None:
             self.anchors = Anchors(fn(self.anchors.points), fn(self.anchors.index), fn(self.anchors.weight))
-        self._query = self._near = None
+        self._query = self._standing = None
         return super()._apply(fn, recurse)
 
     def set_statistics(
@@ -573,13 +652,14 @@ class Deformation(nn.Module):
         speech: Float[Tensor, "t s"] | None = None,
         turn: Float[Tensor, "t 3 3"] | None = None,
     ) -> None:
+        self._standing = None
         self.control.set_statistics(expression, landmarks, speech, turn)
         if self.carrier is not None:
             self.carrier.set_statistics(expression, landmarks)
 
     def place_anchors(self, means: Float[Tensor, "n 3"]) -> None:
         """Choose anchors for the cloud as it stands; call again after points were added, removed, or moved far."""
-        self._query = self._near = None
+        self._query = self._standing = None
         if not self.config.anchors or len(means) <= self.config.anchors:
             self.anchors = None
             return
@@ -595,6 +675,17 @@ class Deformation(nn.Module):
         near = np.exp(-((distance[:, 0] / 0.3) ** 2))
         busy = spread[index].mean(1) / max(spread.max(), 1e-6)
         return torch.from_numpy((1 + near * (1 + 2 * busy)).astype(np.float32))
+
+    def standing(self, points: Float[Tensor, "m 3"]) -> Standing:
+        """`HierarchicalControl.standing` of the points that the control is evaluated on; of anchors, which stand still, it is kept, and its attention made thin."""
+        if self._standing is not None:
+            return self._standing
+        standing = self.control.standing(points)
+        if self.anchors is not None:
+            if isinstance(standing.attention, StillAttention):
+                standing = replace(standing, attention=standing.attention.thinned())
+            self._standing = standing
+        return standing
 
     def carry(self, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"], hair: Float[Tensor, "p 3"] | None = None) -> Tensor | float:
         """Displacement by the carrier, "n 3", or 0 without one."""
@@ -624,9 +715,7 @@ class Deformation(nn.Module):
             query = self._query = self.control.embed(points)
         elif torch.is_grad_enabled():
             query = self._query = None
-        if self.anchors is not None and self._near is None:
-            self._near = self.control.nearness(points)  # anchors stand still, and nothing learns through their places
-        delta = self.control(points, landmarks, expression, self.identity, query, speech, turn, self._near)
+        delta = self.control(points, landmarks, expression, self.identity, query, speech, turn, self.standing(points))
         if self.anchors is not None:
             delta = _Interpolate.apply(delta, self.anchors)
         d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks, hair)
@@ -657,9 +746,12 @@ class Deformation(nn.Module):
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Deformation":
         # Files from before shade, sway and relight have none of them; for a while faces swayed too; expressions were heard as
-        # they are, and landmarks from anywhere.
-        before = {"shade": False, "sway": False, "sway_reach": 0.0, "relight": False, "attention_reach": 0.0, "expression_reach": 0.0}
-        cfg = DeformationConfig(**(before | config))
+        # they are, and landmarks from anywhere; attention used to learn, by one reach or none.
+        before = {"shade": False, "sway": False, "sway_reach": 0.0, "relight": False, "attention": "learned", "expression_reach": 0.0}
+        config = before | config
+        reach = config.pop("attention_reach", 0.0)
+        reaches = config.pop("attention_reaches", [reach] if reach else [])
+        cfg = DeformationConfig(**config, attention_reaches=tuple(reaches))
         net = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         carrier = None
         if cfg.base == "mesh":

@@ -1,7 +1,7 @@
 """The deformation at speaking time: what `Gaussians.deformed(*Deformation(...))` gives, without gradients, in about half the time.
 
-n Gaussians, m anchors, 478 landmarks, c channels, as in `deformation.py`, which is the reference: results agree to 1e-5 head units (tested), where attention
-stands still to STILL_ERROR of its weights.
+n Gaussians, m anchors, 478 landmarks, c channels, as in `deformation.py`, which is the reference: results agree to 1e-5 head units (tested), where learned
+attention stands still to THIN_ERROR of its weights.
 
 Kept from frame to frame is all that depends on canonical positions alone: the normalised query, the mesh vertices that a Gaussian is bound to,
 indices in 32 bits. Attention runs over blocks of anchors whose scores stay in the core's own cache, so m x 478 is never written; its mean, deviation and
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from numba import njit
 from torch import Tensor
 
-from hicode.avatar.deformation import Deformation, normalize_over_points
+from hicode.avatar.deformation import Deformation, StillAttention, normalize_over_points
 from hicode.gaussians import Gaussians
 from hicode.render.simd import lane, load
 from hicode.threads import run_on_threads, take
@@ -26,9 +26,8 @@ ROW = 16  # floats, one vector: what moves a Gaussian is location 3, quaternion 
 CHUNK = 2048  # Gaussians that a thread moves at a time
 # Scores are exponentiated as they are, without their row's maximum, while none can pass this: e^±40 and its products stay inside float32.
 SCORE_MAX = 40.0
-# Trained attention goes by nearness, which stands still, and hardly by its scores. Where no score can be farther than STILL from the mean face's, its weights are
-# taken for that face's: a smooth kernel over the head, and so a product of two thin matrices, with at most STILL_ERROR of a row's weight in the wrong place.
-STILL, STILL_ERROR = 0.15, 0.01
+# Learned attention goes by nearness, too, and hardly by its scores. Where no score can be farther than STILL from the mean face's, its weights are taken for that face's.
+STILL = 0.15
 _OPTIONS = {"cache": True, "nogil": True, "fastmath": {"reassoc", "nsz", "arcp", "contract"}, "error_model": "numpy", "boundscheck": False}
 
 
@@ -50,12 +49,14 @@ class FrameDeformer:
         points = gaussians.means if anchors is None else anchors.points
         query = control.embed(points)
         self._normal = _array(normalize_over_points(query))
-        self._turn_field = control.turn_field(points, query)
+        standing = deformation.standing(points)
+        self._turn_field = control.turn_field(query, standing.sways)
+        # The attention that stands still: known at once, or, where it learned, made when a frame first asks for it.
+        self._still = standing.attention if isinstance(standing.attention, StillAttention) else None
+        self._near = None if self._still else standing.attention
         self._query = query * query.shape[1] ** -0.5
-        self._near = control.nearness(points)
         self._query_norm = float(self._query.norm(dim=1).max())
         self._mean_keys, _ = control.keys_values(control.landmark_mean)
-        self._still: tuple[Tensor, Tensor] | None = None  # made when a frame first asks for it
         if anchors is None:
             self._anchor_index, self._anchor_weight = _starts(torch.arange(n)[:, None]), np.ones((n, 1), np.float32)
         else:
@@ -103,9 +104,7 @@ class FrameDeformer:
         control = self.deformation.control
         c, m = control.config.channels, len(self._query)
         k, v = control.keys_values(landmarks)
-        # Numerators of E[v] and E[v²] and, in the last column, the denominator of the softmax.
-        values = torch.cat([v, v * v, torch.ones(len(v), 16)], 1)  # 16 columns: a whole vector is faster than one
-        moments = self._moments(k, values)
+        moments = self._moments(k, v)
 
         styled = torch.empty(m, c)
         pieces = -(-m // BLOCK)
@@ -122,11 +121,12 @@ class FrameDeformer:
         return torch.nn.Sequential(*rest)(F.linear(styled, first.weight * scale, first.bias + first.weight @ shift))
 
 
-    def _moments(self, k: Float[Tensor, "478 c"], values: Float[Tensor, "478 w"]) -> Float[Tensor, "m w"]:
-        """The values summed by attention's weights, up to a factor for each row."""
+    def _moments(self, k: Float[Tensor, "478 c"] | None, v: Float[Tensor, "478 c"]) -> Float[Tensor, "m 2c+16"]:
+        """Numerators of E[v] and E[v²] and, in the last columns, the denominator of the softmax: 16 columns, a whole vector, are faster than one."""
         if self.stands_still(k):
-            left, right = self._still = self._still or self._still_attention()
-            return left @ (right @ values)
+            self._still = self._still or self._still_attention()
+            return torch.cat([*self._still.moments(v), torch.ones(len(self._query), 16)], 1)
+        values = torch.cat([v, v * v, torch.ones(len(v), 16)], 1)
         m, keys = len(self._query), k.T.contiguous()
         bounded = self._query_norm * float(k.norm(dim=1).max()) < SCORE_MAX  # |q k| <= |q| |k|
         moments, scores = torch.empty(m, values.shape[1]), torch.empty(min(BLOCK, m), len(values))
@@ -140,20 +140,14 @@ class FrameDeformer:
             torch.mm(block.exp_(), values, out=moments[begin : begin + BLOCK])
         return moments
 
-    def stands_still(self, k: Float[Tensor, "478 c"]) -> bool:
-        """Whether attention with these keys is the mean face's, as far as anybody can see."""
-        return self._near is not None and self._query_norm * float((k - self._mean_keys).norm(dim=1).max()) <= STILL
+    def stands_still(self, k: Float[Tensor, "478 c"] | None) -> bool:
+        """Whether attention with these keys is the mean face's, as far as anybody can see; without keys it is every face's."""
+        return k is None or self._near is not None and self._query_norm * float((k - self._mean_keys).norm(dim=1).max()) <= STILL
 
     @torch.no_grad()
-    def _still_attention(self) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r 478"]]:
-        """The mean face's weights, as thin as STILL_ERROR lets them be."""
-        weights = torch.softmax(self._query @ self._mean_keys.T + self._near, -1)
-        axes = torch.linalg.eigh((weights.T @ weights).double())[1].flip(1).float()
-        rank = next(
-            (r for r in range(32, weights.shape[1], 32) if (weights - (weights @ axes[:, :r]) @ axes[:, :r].T).abs().sum(1).max() <= STILL_ERROR),
-            weights.shape[1],
-        )
-        return weights @ axes[:, :rank], axes[:, :rank].T.contiguous()
+    def _still_attention(self) -> StillAttention:
+        """The mean face's weights."""
+        return StillAttention(((torch.softmax(self._query @ self._mean_keys.T + self._near, -1), None),)).thinned()
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -353,12 +353,26 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     loss.backward()
     if refining:
         _refine_pose(state, frames, k, pose.grad, config, progress)
-    state.optimizer.step()
+    _step(state, config)
     state.iteration += 1
     if stage.density:
         state.statistics.add(stats.grad_means2d, stats.visible, rendering.rgb.shape[1], rendering.rgb.shape[0])
         _control_density(state, config, stage)
     return {"loss": float(loss.detach()), "gaussians": len(state.params["means"]), **{k: float(v) for k, v in terms.items()}}
+
+
+@torch.no_grad()
+def _step(state: HeadState, config: HeadConfig) -> None:
+    """The optimiser's step, of which Gaussians off the face take `LearningRates.off_face`. (A smaller gradient would not do: Adam's steps do not shrink with it.)"""
+    binding, share = state.deformation.binding, config.rates.off_face
+    if binding is None or share == 1:
+        state.optimizer.step()
+        return
+    pace = share + (1 - share) * binding.on_face
+    before = {k: v.detach().clone() for k, v in state.params.items()}
+    state.optimizer.step()
+    for k, v in state.params.items():
+        v.copy_(torch.lerp(before[k], v, pace.view(-1, *[1] * (v.ndim - 1))))
 
 
 def deform(gaussians: Gaussians, deformation: Deformation, motion, t: int, learned: bool = True) -> Gaussians:

@@ -43,6 +43,9 @@ class LearningRates:
     turn_colors: float = 2.5e-4
     """how each colour changes with the head's turn (not in the paper), per unit of `HierarchicalControl.turned`; 0: it does not. Four times as much
     at 1,500 iterations learned KatieHill's training turns better and the others worse (docs/log.md); *standard*, longer, takes less, which was not tried otherwise"""
+    off_face: float = 1.0
+    """share of these paces that a Gaussian far from every landmark learns at, those between in between (with the mesh carrier only). Hair is no rigid
+    thing: what training finds in it beyond some 4,000 iterations at full pace holds for the training frames alone (docs/log.md)"""
     network: float = 2e-3
     network_decay: float = 0.5
     """of the network's weights (not its biases) an iteration, times its step size (AdamW's); 0: the paper. Without it Radio2's lips were farther
@@ -112,7 +115,7 @@ class Ablation:
         ours = self.base == "mesh"  # what Eqs 7-12 do not have stays out of the rows that are about them
         changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours, sway=ours, relight=ours)
         if not ours:
-            changed = replace(changed, attention_reach=0.0, expression_reach=0.0)
+            changed = replace(changed, attention="learned", attention_reaches=(), expression_reach=0.0)
         rates = config.rates if ours else replace(config.rates, turn_colors=0.0)
         return replace(config, deformation=changed, initialisation=self.initialisation, rates=rates)
 
@@ -150,12 +153,13 @@ def head_preset(preset: Preset) -> HeadConfig:
     if preset == "draft":
         return HeadConfig(_stages(200, 300, 1_700), deformation=DeformationConfig(anchors=2048), vgg_every=4)
     if preset == "standard":
-        return HeadConfig(_stages(500, 1_000, 8_500), rates=LearningRates(turn_colors=6e-5), loss=LossWeights())
+        return HeadConfig(_stages(500, 1_000, 11_000), rates=LearningRates(turn_colors=5e-5, off_face=0.2), loss=LossWeights())
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
         deformation=DeformationConfig(
-            anchors=0, base="none", shade=False, sway=False, relight=False, position_frequencies=10, landmark_frequencies=10, attention_reach=0.0, expression_reach=0.0
-        ),
+            anchors=0, base="none", shade=False, sway=False, relight=False, position_frequencies=10, landmark_frequencies=10,
+            attention="learned", attention_reaches=(), expression_reach=0.0,
+        ),  # fmt: skip
         initial_opacity=0.1,
         views=1,
         mouth_gaussians=0,
