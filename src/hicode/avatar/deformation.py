@@ -74,9 +74,9 @@ class DeformationConfig:
     attention: Literal["nearness", "learned"] = "nearness"
     """what a point attends to landmarks by: its distance to each under the mean face, or (the paper) the products of queries and keys too. What these learned came to nothing
     beside the distance (docs/log.md), and weights that stand still cost a quarter of an iteration less"""
-    attention_reaches: tuple[float, ...] = (0.05, 0.15)
+    attention_reaches: tuple[float, ...] = (0.15,)
     """head units (dm): landmarks count by their nearness to a point, exp(-d² / 2 reach²), each reach for an equal share of the channels. Without it trained controls do not
-    care where the landmarks are (docs/log.md). Learned attention takes one, or, by the query alone (the paper), none"""
+    care where the landmarks are; a second, finer one pays in short trainings (docs/log.md). Learned attention takes one, or, by the query alone (the paper), none"""
     expression_reach: float = 1.5
     """the second AdaIN hears each principal component of the training clip's expressions bent towards this many of its deviations; 0: as it is (the
     paper). A clip of seconds shows what a few mixtures of the 64 parameters do, and an affine style goes on beyond them in a straight line"""
