@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hicode.errors import TrainingError
+from hicode.training import losses
 from hicode.training.losses import (
     HeadLoss,
     LossWeights,
@@ -222,6 +223,20 @@ def test_perceptual_loss_pulls_the_rendering_towards_the_target(cheap_vgg):
     stepped = (rendered - 0.02 * rendered.grad / rendered.grad.abs().max()).detach()
     assert cheap_vgg(stepped, target, box) < loss
     assert target.grad is None
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [("avx512f amx_bf16 amx_tile", torch.bfloat16), ("avx512f avx512_bf16", torch.bfloat16), ("avx2 avx512f", torch.float32), (None, torch.float32)],
+)
+def test_bfloat16_is_for_processors_that_multiply_it(flags, expected, monkeypatch):
+    def cpuinfo(path):
+        if flags is None:
+            raise FileNotFoundError(path)  # no Linux
+        return f"flags : {flags}"
+
+    monkeypatch.setattr(losses.Path, "read_text", cpuinfo)
+    assert losses.fast_dtype.__wrapped__() is expected
 
 
 def test_bfloat16_features_say_nearly_the_same(cheap_vgg):
