@@ -151,7 +151,7 @@ def _stages(initialise: int, deform: int, refine: int) -> tuple[Stage, ...]:
 def head_preset(preset: Preset) -> HeadConfig:
     """draft: a first look in minutes. standard: within half an hour on two cores. paper: the paper's schedule and network, nothing of ours."""
     if preset == "draft":
-        return HeadConfig(_stages(200, 300, 1_700), deformation=DeformationConfig(anchors=2048, attention_reaches=(0.05, 0.15)), vgg_every=4)
+        return HeadConfig(_stages(200, 300, 1_300), deformation=DeformationConfig(anchors=2048, attention_reaches=(0.05, 0.15)), vgg_every=4)
     if preset == "standard":
         return HeadConfig(_stages(500, 1_000, 8_500), rates=LearningRates(turn_colors=6e-5, off_face=0.3), loss=LossWeights())
     config = HeadConfig(
