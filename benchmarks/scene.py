@@ -102,9 +102,9 @@ def training_state(n: int, size: int, config: HeadConfig) -> tuple[training.Head
     cloud, deformation = drawn_cloud(n, clip, config)
     params = {k: torch.nn.Parameter(v.clone()) for k, v in cloud.tensors().items()}
     frames = training.TrainingFrames(clip, config.preload_bytes)
-    poses = torch.zeros(len(frames), 6), torch.zeros(len(frames), 13)
+    tables = training.FrameTable.zeros(len(frames), 6), training.FrameTable.zeros(len(frames), 478 + len(clip.track.hair_points), 3)
     optimizer = training._optimizer(params, deformation, config)
-    state = training.HeadState(params, deformation, optimizer, *poses, GradientStatistics.zeros(n), iteration=1)
+    state = training.HeadState(params, deformation, optimizer, *tables, GradientStatistics.zeros(n), iteration=1)
     return state, frames, config
 
 

@@ -169,10 +169,10 @@ def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_
         logs[place] = []
         log = lambda i, scalars, place=place: logs[place].append(scalars)
         heads[place] = training.train_head(clip, model, config, log=log, device=place)
-    gaussians, deformation, poses = heads[device]
+    gaussians, deformation, motion = heads[device]
     for name, tensor in {**gaussians.tensors(), **dict(deformation.named_parameters()), **deformation.binding.tensors()}.items():
         assert tensor.device.type == device, name
-    assert poses.device.type == "cpu"
+    assert motion.T_camera_head.device.type == "cpu" and motion.landmarks.device.type == "cpu"
     assert [s["gaussians"] for s in logs["cpu"]] == [s["gaussians"] for s in logs[device]]
     losses = np.array([[s["loss"] for s in logs[place]] for place in ("cpu", device)])
     assert np.allclose(*losses[:, :2], rtol=1e-4)  # before rounding, which Adam makes as large as its steps, has spread: 1e-3 at the third on one machine
@@ -197,16 +197,15 @@ def test_a_checkpoint_of_the_device_is_resumed_there_and_on_the_cpu(device, clip
 @needs_device
 @pytest.mark.parametrize("count", [3, 200])
 def test_interpolation_has_the_same_gradient_on_both(device, count):
-    from hicode.avatar.deformation import Anchors, _Interpolate
+    from hicode.avatar.deformation import Mix, _MixRows
 
     r = torch.Generator().manual_seed(0)
-    anchors = Anchors(torch.rand(7, 3), torch.randint(7, (count, 4), generator=r), torch.rand(count, 4, generator=r))
+    index, weight = torch.randint(7, (count, 4), generator=r), torch.rand(count, 4, generator=r)
     table, upstream = torch.rand(7, 10, generator=r), torch.rand(count, 10, generator=r)
     found = []
     for place in ("cpu", device):
         leaf = table.to(place).detach().requires_grad_()
-        moved = Anchors(*(v.to(place) for v in (anchors.points, anchors.index, anchors.weight)))
-        (_Interpolate.apply(leaf, moved) * upstream.to(place)).sum().backward()
+        (_MixRows.apply(leaf, Mix(index.to(place), weight.to(place))) * upstream.to(place)).sum().backward()
         found.append(leaf.grad.cpu())
     torch.testing.assert_close(*found)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hicode.avatar.deformation import (
+    Binding,
     Anchors,
     Carrier,
     CrossAttention,
@@ -13,7 +14,8 @@ from hicode.avatar.deformation import (
     DeformationConfig,
     HierarchicalControl,
     StillAttention,
-    _Interpolate,
+    Mix,
+    _MixRows,
     adain,
     bind,
     choose_anchors,
@@ -213,15 +215,30 @@ def test_anchors_are_denser_where_asked():
     assert 5 < ratio < 12  # spacing a third, so about nine times as many on a surface
 
 
-def test_interpolation_gradient_is_the_adjoint():
-    points = a_head(200)
-    anchors = choose_anchors(points, torch.ones(200), 40)
-    table = torch.randn(40, 10, generator=G(), requires_grad=True)
+@pytest.mark.parametrize("rows", [40, 55])  # all of them named, and some that no point is made of
+def test_interpolation_gradient_is_the_adjoint(rows):
+    index, weight = torch.randint(40, (200, 4), generator=G()), torch.rand(200, 4, generator=G(2))
+    table = torch.randn(rows, 10, generator=G(), requires_grad=True)
     weights = torch.randn(200, 10, generator=G(1))
-    (_Interpolate.apply(table, anchors) * weights).sum().backward()
+    (_MixRows.apply(table, Mix(index, weight)) * weights).sum().backward()
     reference = table.detach().clone().requires_grad_(True)
-    ((reference[anchors.index] * anchors.weight[..., None]).sum(1) * weights).sum().backward()
+    ((reference[index] * weight[..., None]).sum(1) * weights).sum().backward()
     assert torch.allclose(table.grad, reference.grad, atol=1e-5)
+
+
+def test_landmarks_and_hair_get_the_carriers_gradient_alone():
+    """The carrier is linear in them: what a step of all of them along any direction moves is what their gradients say. The control answers to landmarks too, and gives none."""
+    deformation, points, (expression, landmarks), hair = a_deformation(), a_head(100), signals(), torch.randn(9, 3, generator=G(51))
+    deformation.carrier.hair_points = torch.zeros(9, 3)
+    chance = lambda high, k: torch.randint(high, (100, k), generator=G(60))
+    deformation.binding = Binding(chance(12, 3), torch.rand(100, 3, generator=G(61)), chance(478 + 9, 14), torch.rand(100, 14, generator=G(62)))
+    landmarks.requires_grad_(True), hair.requires_grad_(True)
+    upstream, d_landmarks, d_hair = (torch.randn(n, 3, generator=G(seed)) for n, seed in ((100, 63), (478, 64), (9, 65)))
+    (deformation(points, expression, landmarks, hair=hair)[0] * upstream).sum().backward()
+    with torch.no_grad():
+        change = deformation.carry(expression, landmarks + d_landmarks, hair + d_hair) - deformation.carry(expression, landmarks, hair)
+    assert float((landmarks.grad * d_landmarks).sum() + (hair.grad * d_hair).sum()) == pytest.approx(float((change * upstream).sum()), rel=1e-3)
+    assert float(hair.grad.abs().max()) > 0
 
 
 def test_as_many_anchors_as_points_is_the_plain_evaluation():
@@ -456,6 +473,6 @@ def test_nearness_is_kept_while_anchors_stand_and_made_anew_when_they_move():
     points = a_head()
     deformation.place_anchors(points)
     direct = lambda: deformation.control(deformation.anchors.points, *reversed(signals()), deformation.identity)
-    assert torch.allclose(_Interpolate.apply(direct(), deformation.anchors)[:, :3] * deformation.config.max_offset, deformation(points, *signals())[0], atol=1e-6)
+    assert torch.allclose(_MixRows.apply(direct(), deformation.anchors.mix)[:, :3] * deformation.config.max_offset, deformation(points, *signals())[0], atol=1e-6)
     deformation.place_anchors(points * 0.5)
-    assert torch.allclose(_Interpolate.apply(direct(), deformation.anchors)[:, :3] * deformation.config.max_offset, deformation(points * 0.5, *signals())[0], atol=1e-6)
+    assert torch.allclose(_MixRows.apply(direct(), deformation.anchors.mix)[:, :3] * deformation.config.max_offset, deformation(points * 0.5, *signals())[0], atol=1e-6)

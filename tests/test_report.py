@@ -118,6 +118,7 @@ class FakeAvatar:
     def __init__(self, clip, fault=lambda image, t: image, speech=True):
         self.fault, self.motions = fault, []
         self.own, self.asked = [], []  # what was said of the frames' own motion
+        self.remembered = []  # training frames asked for, and their own motion where it was said
         self.speech = FakeSpeech() if speech else None
         self.driving = clip.track.motion[: len(clip.train)]
         self.plate, self.hears = np.zeros((clip.height, clip.width, 3), np.uint8), False
@@ -134,6 +135,9 @@ class FakeAvatar:
         return np.where(np.arange(head_mask.shape[0])[:, None] >= 40, head_mask, 0).astype(np.uint8)
 
     def synthesize_frame(self, motion, t, frame, head_mask, own=None):
+        if motion is self.driving:
+            self.remembered.append((t, own))
+            return self.fault(frame.copy(), t)
         self.own.append(own)
         if not any(motion is m for m in self.motions):
             self.motions.append(motion)
@@ -241,6 +245,25 @@ def test_no_test_frame_enters_the_control(clip, tmp_path):
         write_png(other.path / "frames" / f"{t:06d}.png", np.zeros((SIZE, SIZE, 3), np.uint8))
     means = [report_module._Work(FakeAvatar(c), c).mean_frame for c in (clip, Clip.open(other.path))]
     assert np.array_equal(*means)
+
+
+def test_what_the_avatar_remembers_of_its_training_frames_stands_apart(clip, tmp_path, capsys):
+    """By hand from the frames that the fault leaves; frames held back while it learned are not among them; grain is measured with and without, and stays on."""
+    avatar = FakeAvatar(clip, darker)
+    avatar.info = avatar.info | {"config": {"validation_frames": 1}}
+    avatar.grain, fault = "grain", avatar.fault
+    avatar.fault = lambda image, t: fault(image, t) if avatar.grain is None else np.full_like(image, 128)
+    out = evaluate(avatar, clip, modes=("tracked",), region="face")["training_frames"]
+    assert out["frames"] == TRAIN - 1 and avatar.grain == "grain"
+    assert [t for t, _ in avatar.remembered] == [t for t in range(TRAIN - 1) for _ in range(2)] and all(own is avatar.driving for _, own in avatar.remembered)
+    frames = [clip.image(t) for t in range(TRAIN - 1)]
+    by_hand = lambda made: np.mean([psnr(image, truth) for image, truth in zip(made, frames)])
+    assert out["without_grain"]["frame"]["psnr"] == pytest.approx(by_hand([fault(f.copy(), t) for t, f in enumerate(frames)]), abs=1e-6)
+    assert out["frame"]["psnr"] == pytest.approx(by_hand([np.full_like(f, 128) for f in frames]), abs=1e-6)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"frame {out['frame']['psnr']:.2f} dB (without grain {out['without_grain']['frame']['psnr']:.2f} dB)" in said
+    avatar.source = {"sha256": "another"}
+    assert evaluate(avatar, clip, modes=("tracked",), progress=False)["training_frames"] is None
 
 
 def test_tracked_is_the_test_track_and_audio_replaces_the_mouth_alone(clip):

@@ -87,16 +87,17 @@ def psnr(clip, gaussians, deformation, t):
 def test_training_learns_frames_and_carries_to_unseen_ones(clip, model):
     config = a_config(stages=(*a_config().stages[:2], Stage("refine", 120, "all", True, False)))
     start = training.start(clip, model, config)
-    gaussians, deformation, poses = training.train_head(clip, model, config)
+    gaussians, deformation, motion = training.train_head(clip, model, config)
     before = psnr(clip, start.gaussians(), start.deformation, clip.test[0])
     after = psnr(clip, gaussians, deformation, clip.test[0])
     assert after > before + 2 and after > 19, (before, after)  # a wrong sign in any gradient or pose ends far below
-    assert poses.shape == (len(clip.train), 4, 4)
+    assert len(motion) == len(clip.train)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(clip, model, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(clip, model, tmp_path, monkeypatch):
     """Stopped amid the second stage, after the cloud has changed its size; the checkpoint must hold all that matters, to the bit."""
-    config, file = a_config(), tmp_path / "head.safetensors"
+    config, file = a_config(rates=LearningRates(points=1e-3), points_start=0.2), tmp_path / "head.safetensors"
+    monkeypatch.setattr(training, "LEAST_VISITS", 1)
     whole = training.train_head(clip, model, config)
     training.train_head(clip, model, config, checkpoint=file, stop_at=14)
     resumed = training.train_head(clip, model, config, checkpoint=file)
@@ -104,7 +105,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(clip, model, tmp_path):
         assert torch.equal(tensor, resumed[0].tensors()[name]), name
     for name, tensor in whole[1].state()[0].items():
         assert torch.equal(tensor, resumed[1].state()[0][name]), name
-    assert torch.equal(whole[2], resumed[2])
+    for name, tensor in whole[2].tensors().items():
+        assert torch.equal(tensor, resumed[2].tensors()[name]), name
+    assert not torch.equal(whole[2].landmarks, clip.track.motion.landmarks[: len(clip.train)])
 
 
 @pytest.mark.parametrize("views, expected", [(1, {0}), (2, {0, 5}), (5, {0, 2, 5})])
@@ -193,8 +196,7 @@ def test_the_paper_preset_is_the_papers_schedule_and_network():
 
 @pytest.fixture(scope="module")
 def avatar(clip, model):
-    gaussians, deformation, poses = training.train_head(clip, model, a_config())
-    driving = replace(clip.track.motion[:10], T_camera_head=poses)
+    gaussians, deformation, driving = training.train_head(clip, model, a_config())
     return Avatar(
         gaussians, deformation, clip.track.camera, driving,
         Images.encode((clip.image(t) for t in range(10)), ".jpg"), Images.encode((clip.head_mask(t) for t in range(10)), ".png"),
@@ -253,6 +255,49 @@ def test_what_is_off_the_face_learns_at_its_share_of_the_pace(clip, model):
         torch.testing.assert_close(steps[0.2][name], whole * (0.2 + 0.8 * on_face)[:, None], rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_a_frame_table_steps_the_row_it_is_told_to_and_each_by_its_own_count():
+    table = training.FrameTable.zeros(3, 2)
+    table.step(1, torch.tensor([4.0, -0.5]), 0.1)
+    torch.testing.assert_close(table.values, torch.tensor([[0.0, 0.0], [-0.1, 0.1], [0.0, 0.0]]))  # Adam's first step is its rate whatever the gradient
+    table.step(1, torch.tensor([4.0, -0.5]), 0.1)
+    table.step(2, torch.tensor([1.0, 1.0]), 0.1)
+    torch.testing.assert_close(table.values, torch.tensor([[0.0, 0.0], [-0.2, 0.2], [-0.1, -0.1]]))
+    again = training.FrameTable.of(table.tensors("x"), "x")
+    assert all(torch.equal(a, b) for a, b in zip(vars(table).values(), vars(again).values(), strict=True))
+
+
+def test_landmarks_that_were_tracked_wrongly_are_found_in_the_training_frames(clip, model):
+    """The pictures are renders of the very cloud, and nothing else learns: landmarks that the track of some frames has 3 mm aside are drawn back in these, others stay."""
+    from hicode.render import rasterize
+
+    config = a_config(stages=(Stage("refine", 180, "all", True, False),), rates=LearningRates(**dict.fromkeys(vars(LearningRates()), 0.0) | {"points": 2e-3}), points_start=0.0)
+    cloud, deformation = training.initial_cloud(clip, model, config)
+    shown = [rasterize(training.deform(cloud, deformation, clip.track.motion, t), clip.track.camera_at(t), torch.zeros(3)) for t in range(FRAMES)]
+    images = [(255 * r.rgb / r.alpha[..., None].clamp_min(1e-3)).clamp(0, 255).byte().numpy() for r in shown]
+    masks = [(255 * r.alpha).round().byte().numpy() for r in shown]
+    moved, held, error = [2, 5, 7], 9, torch.zeros(FRAMES, 1, 3)
+    error[[*moved, held], :, 0] = 0.03
+    motion = clip.track.motion
+    track = replace(clip.track, motion=replace(motion, landmarks=motion.landmarks + error))
+    told = SimpleNamespace(**vars(clip) | {"track": track, "image": lambda t: images[t], "head_mask": lambda t: masks[t]})
+    begun = training.start(clip, model, config)  # bound where the landmarks are
+    begun.deformation.requires_grad_(False)
+    frames, loss = training.TrainingFrames(told, 0, 1), training.head_loss(config)
+    while begun.iteration < config.iterations:
+        training._iterate(begun, frames, config, loss)
+    found = training._refined(begun, frames)
+    sideways = (found.landmarks - track.motion.landmarks[: len(clip.train)])[..., 0].mean(1)
+    assert (sideways[moved] < -0.015).all() and (sideways[[0, 1, 3, 4, 6, 8]].abs() < 0.004).all() and sideways[held] == 0, sideways
+    assert torch.equal(found.expression, motion.expression[: len(clip.train)]) and torch.equal(found.T_camera_head[held], motion.T_camera_head[held])
+
+
+@pytest.mark.parametrize("changes", [{"rates": LearningRates(points=0.0)}, {"points_start": 0.5}, {"deformation": DeformationConfig(channels=8, hidden=16, anchors=128, base="none")}])
+def test_points_stay_as_tracked_where_frames_are_seen_too_seldom_or_nothing_rides_on_them(changes, clip, model):
+    config = a_config(**({"rates": LearningRates(points=1e-3), "points_start": 0.0} | changes))  # 40 iterations over 9 frames
+    assert len(training.start(clip, model, config).points.values) == 0
+    assert len(training.start(clip, model, a_config(rates=LearningRates(points=1e-3), points_start=0.0)).points.values) == 9
+
+
 def test_colours_learn_to_turn_only_where_they_may(clip, model):
     learned, _, _ = training.train_head(clip, model, a_config())
     assert learned.turn_colors.shape == (len(learned), 3, 3) and float(learned.turn_colors.abs().max()) > 0
@@ -268,9 +313,8 @@ def test_an_ablated_avatar_trains_saves_and_renders_as_any_other(name, clip, mod
         heard = torch.randn(FRAMES, 6, generator=torch.Generator().manual_seed(0))
         clip.track = replace(clip.track, motion=replace(clip.track.motion, speech=heard))
     begun = training.start(clip, model, config)
-    gaussians, deformation, poses = training.train_head(clip, model, config)
+    gaussians, deformation, driving = training.train_head(clip, model, config)
     assert psnr(clip, gaussians, deformation, 3) > psnr(clip, begun.gaussians(), begun.deformation, 3) + 1  # 40 iterations: it does learn
-    driving = replace(clip.track.motion[:10], T_camera_head=poses)
     made = Avatar(
         gaussians, deformation, clip.track.camera, driving,
         Images.encode((clip.image(t) for t in range(10)), ".jpg"), Images.encode((clip.head_mask(t) for t in range(10)), ".png"),

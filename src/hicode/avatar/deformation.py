@@ -393,6 +393,23 @@ class HierarchicalControl(nn.Module):
         return delta
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Which rows of a table each of n results is made of, and by what weights."""
+
+    index: Int[Tensor, "n k"]
+    weight: Float[Tensor, "n k"]
+
+    @cached_property
+    def transposed(self):
+        """The adjoint as a sparse matrix, of as many rows as are named."""
+        from scipy.sparse import csr_matrix
+
+        n, k = self.index.shape
+        of = np.repeat(np.arange(n), k)
+        return csr_matrix((self.weight.numpy().ravel(), (self.index.numpy().ravel(), of)), shape=(int(self.index.max()) + 1, n), dtype=np.float32)
+
+
 NEAREST_LANDMARKS = 8  # that a Gaussian rides on
 
 
@@ -412,6 +429,11 @@ class Binding:
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: getattr(self, k) for k in ("vertices", "weights", "landmarks", "landmark_weights")}
+
+    @cached_property
+    def mix(self) -> Mix:
+        """How landmarks and hair points move each Gaussian."""
+        return Mix(self.landmarks, self.landmark_weights)
 
     @property
     def on_face(self) -> Float[Tensor, "n"]:
@@ -482,7 +504,10 @@ def _hair_binding(xyz: np.ndarray, hair: np.ndarray, from_face: np.ndarray) -> t
 
 
 class Carrier(nn.Module):
-    """The carrier of `base="mesh"`: where the 3DMM surface, the landmarks and followed hair take each bound Gaussian. Linear in the motion, nothing trained."""
+    """The carrier of `base="mesh"`: where the 3DMM surface, the landmarks and followed hair take each bound Gaussian. Linear in the motion, nothing trained.
+
+    Gradients reach landmarks and hair, so that training may find where these were in its frames; the expression gets none.
+    """
 
     def __init__(
         self,
@@ -514,14 +539,12 @@ class Carrier(nn.Module):
         residual = self.residual(expression, landmarks) - self.residual_mean
         return torch.cat([residual, torch.zeros_like(self.hair_points) if hair is None else hair]) if len(self.hair_points) else residual
 
-    @torch.no_grad()
     def forward(
         self, binding: Binding, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"], hair: Float[Tensor, "p 3"] | None = None
     ) -> Float[Tensor, "n 3"]:
-        moved = torch.tensordot(expression, self.expression_basis, 1)
-        return _weighted_rows(moved, binding.vertices, binding.weights) + _weighted_rows(
-            self.beside_the_mesh(expression, landmarks, hair), binding.landmarks, binding.landmark_weights
-        )
+        with torch.no_grad():
+            on_mesh = _weighted_rows(torch.tensordot(expression, self.expression_basis, 1), binding.vertices, binding.weights)
+        return on_mesh + _MixRows.apply(self.beside_the_mesh(expression, landmarks, hair), binding.mix)
 
 
 def _weighted_rows(table: Float[Tensor, "m c"], index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"]) -> Float[Tensor, "n c"]:
@@ -529,21 +552,23 @@ def _weighted_rows(table: Float[Tensor, "m c"], index: Int[Tensor, "n k"], weigh
     return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
 
 
-class _Interpolate(torch.autograd.Function):
-    """From anchors to Gaussians. torch's own backward of the weighted gather takes 15 ms at 35,000 x 4; a transposed sparse product takes 1."""
+class _MixRows(torch.autograd.Function):
+    """`_weighted_rows` of a `Mix`, differentiable in the table. torch's own backward of it takes 15 ms at 35,000 x 4; a transposed sparse product takes 1."""
 
     @staticmethod
-    def forward(ctx, table, anchors):
-        ctx.anchors = anchors
-        return _weighted_rows(table, anchors.index, anchors.weight)
+    def forward(ctx, table, mix):
+        ctx.mix, ctx.rows = mix, len(table)
+        return _weighted_rows(table, mix.index, mix.weight)
 
     @staticmethod
     def backward(ctx, grad):
-        anchors = ctx.anchors
+        mix, back = ctx.mix, grad.new_zeros(ctx.rows, grad.shape[1])
         if grad.device.type == "cpu":
-            return torch.from_numpy(anchors.transposed @ grad.contiguous().numpy()), None
-        spread = (anchors.weight[..., None] * grad[:, None]).flatten(0, 1)
-        return grad.new_zeros(len(anchors.points), grad.shape[1]).index_add_(0, anchors.index.flatten(), spread), None
+            found = mix.transposed @ grad.contiguous().numpy()
+            back[: len(found)] = torch.from_numpy(found)
+            return back, None
+        spread = (mix.weight[..., None] * grad[:, None]).flatten(0, 1)
+        return back.index_add_(0, mix.index.flatten(), spread), None
 
 
 @dataclass(frozen=True)
@@ -555,14 +580,8 @@ class Anchors:
     weight: Float[Tensor, "n 4"]
 
     @cached_property
-    def transposed(self):
-        """The interpolation's adjoint as a sparse m x n matrix."""
-        from scipy.sparse import csr_matrix
-
-        n, m = len(self.index), len(self.points)
-        rows = np.repeat(np.arange(n), self.index.shape[1])
-        weights = self.weight.numpy().ravel()
-        return csr_matrix((weights, (self.index.numpy().ravel(), rows)), shape=(m, n), dtype=np.float32)
+    def mix(self) -> Mix:
+        return Mix(self.index, self.weight)
 
 
 def choose_anchors(means: Float[Tensor, "n 3"], importance: Float[Tensor, "n"], count: int) -> Anchors:
@@ -705,7 +724,8 @@ class Deformation(nn.Module):
         one, the mean. `hair`, where followed hair is, is the carrier's.
 
         Gradients reach the network, not the canonical positions through their embedding: with anchors fixed points stand for them, and without
-        anchors the embedding's gradient only fights the photometric one.
+        anchors the embedding's gradient only fights the photometric one. Those of landmarks and hair come by the carrier alone, which is where they say
+        how far a point is from its place.
         """
         if self.config.coarse == "audio" and speech is None:
             raise InputError("This avatar is moved by speech features (the ablation None), and the motion carries none. Speak, or use a clip with sound.")
@@ -715,9 +735,9 @@ class Deformation(nn.Module):
             query = self._query = self.control.embed(points)
         elif torch.is_grad_enabled():
             query = self._query = None
-        delta = self.control(points, landmarks, expression, self.identity, query, speech, turn, self.standing(points))
+        delta = self.control(points, landmarks.detach(), expression, self.identity, query, speech, turn, self.standing(points))
         if self.anchors is not None:
-            delta = _Interpolate.apply(delta, self.anchors)
+            delta = _MixRows.apply(delta, self.anchors.mix)
         d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks, hair)
         return d_means, delta[:, 3:7], delta[:, 7:10], delta[:, 10:] if self.config.shade else torch.zeros_like(means)
 

@@ -9,6 +9,8 @@ Regions are the frame, the head mask and the mouth box; rows are
     audio         the avatar under motion predicted from the test sound, head pose, upper face and eyes from the test
                   track: measures the system
 
+Beside them, once: what the avatar makes of frames that it learned from (`training_frames`), which says what it remembers and ranks with no row.
+
 Every row but the first is pasted into the true test frames, so the background is exact in all of them and lifts the
 whole frame's PSNR; a result is its distance from the control. Frames are compared as composed, before any lossy
 encoding. In JSON an infinite PSNR (the truth's) is null, as is whatever could not be measured; `notes` says why.
@@ -30,7 +32,7 @@ from hicode.avatar.compositor import Region, dilate_mask, hidden_mask
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
 from hicode.clip import SAMPLES_PER_FRAME, Clip
 from hicode.errors import HicodeError, InputError
-from hicode.evaluation.images import REGIONS, Truth, seam_error
+from hicode.evaluation.images import REGIONS, Truth, mean_of_frames, seam_error
 from hicode.evaluation.lips import DETECTOR, closures_due, detect, opening
 from hicode.evaluation.rows import (
     AVCONF_DEFINITION,
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 SCHEMA, VERSION = "hicode-report", 1
 Mode = Literal["tracked", "audio"]
 ROWS = ("ground_truth", "control", "tracked", "audio")
+TRAINING_FRAMES = 30  # of which what the avatar remembers is measured, spread evenly
 MAX_MEAN_FRAMES = 100  # training frames that the control's mean head is made of, spread evenly
 WORST_SHOWN, SPREAD_SHOWN, STRIP_SHOWN = 6, 2, 24
 
@@ -143,7 +146,7 @@ def evaluate(
     rows = {name: Row(lips=LipStream(net) if net else None) for name in ("ground_truth", "control", *motions)}
     with progress_bar("Measuring", progress) as report:
         _measure(work, motions, rows, vgg, report)
-    out = _figures(work, rows, motions, due, net)
+    out = _figures(work, rows, motions, due, net) | {"training_frames": _remembered(work)}
     brought = [str(syncnet)] if syncnet else []
     out["provenance"] = _provenance(clip, work.avatar, brought, {"modes": list(modes), "vgg": vgg, "region": region})
     out["evaluation"] = {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb()}
@@ -334,6 +337,41 @@ def _measure(
             if row.lips is not None:
                 row.lips.push(crop(image, work.boxes[i]))
         report(i + 1, len(work.test))
+
+
+def _remembered(work: _Work) -> dict | None:
+    """What the avatar makes of frames that it learned from, under the motion that training found in them: the same measures, no rank with those of unseen
+    frames. `without_grain` beside it: grain is laid on for the eye, and costs PSNR. None where another clip's frames are tested or none were learned.
+    """
+    from hicode.training.avatar import training_split
+
+    avatar, clip = work.avatar, work.clip
+    if avatar.source.get("sha256") != clip.source.get("sha256"):
+        return None
+    known, _ = training_split(clip, (avatar.info.get("config") or {}).get("validation_frames", 0))
+    known = known[: len(avatar.driving)]
+    if not known:
+        return None
+    looks = [known[i] for i in evenly(len(known), TRAINING_FRAMES)]
+    grain, own = getattr(avatar, "grain", None), {} if work.own is None else {"own": avatar.driving}
+    found: dict[str, list] = {"with": [], "without": []}
+    try:
+        for t in looks:
+            truth = Truth(clip.image(t), clip.head_mask(t), clip.track.mouth_box(t))
+            for name, laid_on in (("with", grain), ("without", None)):
+                if name == "without" and grain is None:
+                    continue
+                avatar.grain = laid_on
+                image = avatar.synthesize_frame(avatar.driving, t - clip.train[0], clip.image(t), clip.head_mask(t), **own)
+                found[name].append(truth.compare(image))
+    finally:
+        avatar.grain = grain
+    means = {
+        name: {region: {metric: mean_of_frames([f[region][metric] for f in frames]) for metric in frames[0][region]} for region in REGIONS}
+        for name, frames in found.items()
+        if frames
+    }
+    return {"frames": len(looks)} | means["with"] | {"without_grain": means.get("without", means["with"])}
 
 
 # -------------------------------------------------------------------------------------------------------------- figures

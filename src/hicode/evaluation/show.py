@@ -102,6 +102,13 @@ def headlines(report: dict) -> list[str]:
     steady = [f"{TITLES[m]} {row['jitter_px']:.2f}" for m, row in rows_of(report).items() if row["jitter_px"] is not None]
     if steady:
         lines.append(f"landmark jitter, px (the truth's own is what to aim at): {', '.join(steady)}")
+    if kept := report.get("training_frames"):
+        plain = kept["without_grain"]["frame"]["psnr"]
+        grain = "" if plain == kept["frame"]["psnr"] else f" (without grain {_db(plain)})"
+        lines.append(
+            f"frames that it learned from, under the motion that training found in them: frame {_db(kept['frame']['psnr'])}{grain}, head {_db(kept['head']['psnr'])}, "
+            f"LPIPS {kept['frame']['lpips']:.3f} over {kept['frames']} of them; what it remembers, no measure of unseen ones"
+        )
     if report.get("fps") is not None:
         lines.append(
             f"{report['fps']:.1f} frames a second, {report['timing']['fps_is']}, on {report['provenance']['machine']}"
@@ -114,6 +121,10 @@ def headlines(report: dict) -> list[str]:
         )
     lines += report["notes"]
     return lines + [f"not measured: {what}, because {why}" for what, why in report["not_measured"].items()]
+
+
+def _db(psnr: float | None) -> str:
+    return "∞" if psnr is None else f"{psnr:.2f} dB"
 
 
 def print_table(report: dict, console=None) -> None:

@@ -27,13 +27,15 @@ from hicode.face.model import HeadModel
 from hicode.files import load_tensors, save_tensors
 from hicode.gaussians import Gaussians, gaussians_from_points
 from hicode.geometry import rigid, rotation_from_axis_angle
+from hicode.motion import N_LANDMARKS, Motion
 from hicode.render import RasterStats, rasterize
 from hicode.training.density import GradientStatistics, apply_plan, plan_density
 from hicode.training.losses import Box, HeadLoss, PerceptualLoss, WingLandmarks, check_finite, crop_around, depth_spread, random_crop
 from hicode.training.stages import HeadConfig, Stage
 
-CHECKPOINT_SCHEMA, CHECKPOINT_VERSION = "hicode-head-checkpoint", 1
+CHECKPOINT_SCHEMA, CHECKPOINT_VERSION = "hicode-head-checkpoint", 2
 VGG_CROP_PX = 128
+LEAST_VISITS = 4  # to each frame, without which its points stay as they were tracked: a step or two is noise, and a long clip's table large
 WINDOW_MARGIN_PX = 12
 
 Log = Callable[[int, dict[str, float]], None]
@@ -221,14 +223,47 @@ def _mouth_points(vertices: Tensor, model: HeadModel, count: int, rng: np.random
 
 
 @dataclass
+class FrameTable:
+    """Numbers of each training frame, a row of any shape, with Adam's moments by row: a dense optimiser would keep moving rows that an iteration did not see."""
+
+    values: Float[Tensor, "t ..."]
+    first: Float[Tensor, "t ..."]
+    second: Float[Tensor, "t ..."]
+    visits: Float[Tensor, "t"]
+
+    @staticmethod
+    def zeros(rows: int, *shape: int) -> "FrameTable":
+        return FrameTable(*(torch.zeros(rows, *shape) for _ in range(3)), torch.zeros(rows))
+
+    def step(self, k: int, grad: Tensor, rate: float) -> None:
+        """Of row k alone."""
+        self.visits[k] += 1
+        first, second, count = self.first[k], self.second[k], float(self.visits[k])
+        first.mul_(0.7).add_(grad, alpha=0.3)
+        second.mul_(0.9).addcmul_(grad, grad, value=0.1)
+        self.values[k] -= rate * (first / (1 - 0.7**count)) / ((second / (1 - 0.9**count)).sqrt() + 1e-12)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return {f"frames.{name}.{k}": v for k, v in vars(self).items()}
+
+    @staticmethod
+    def of(tensors: dict[str, Tensor], name: str) -> "FrameTable":
+        return FrameTable(*(tensors[f"frames.{name}.{k}"] for k in ("values", "first", "second", "visits")))
+
+
+@dataclass
 class HeadState:
-    """All that training changes; what a checkpoint holds. Poses stay on the CPU, a row at a time is used; the rest lies on `device`."""
+    """All that training changes; what a checkpoint holds. What it finds of each frame stays on the CPU, a row at a time is used; the rest lies on `device`.
+
+    pose    rows "6"    how each training frame's head stands to its tracked pose (rad, dm; in the head frame)
+    points  rows "l 3"  how far landmarks, then followed hair are from where they were tracked (dm); no row where that is not learned
+    """
 
     params: dict[str, Tensor]
     deformation: Deformation
     optimizer: torch.optim.Optimizer
-    pose: Float[Tensor, "t 6"]
-    pose_moments: Float[Tensor, "t 13"]
+    pose: FrameTable
+    points: FrameTable
     statistics: GradientStatistics
     iteration: int = 0
 
@@ -247,12 +282,14 @@ def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device
         cloud = replace(cloud, turn_colors=torch.zeros(len(cloud), 3, 3))
     params = {k: torch.nn.Parameter(v.to(device)) for k, v in cloud.tensors().items()}
     n_frames = len(training_split(clip, config.validation_frames)[0])
+    visits = (1 - config.points_start) * config.iterations / n_frames
+    moves_points = deformation.carrier is not None and config.rates.points > 0 and visits >= LEAST_VISITS
     return HeadState(
         params,
         deformation,
         _optimizer(params, deformation, config),
-        torch.zeros(n_frames, 6),
-        torch.zeros(n_frames, 13),
+        FrameTable.zeros(n_frames, 6),
+        FrameTable.zeros(n_frames if moves_points else 0, N_LANDMARKS + len(clip.track.hair_points), 3),
         GradientStatistics.zeros(len(cloud), device),
     )
 
@@ -276,8 +313,8 @@ def train_head(
     preview_every: int = 1000,
     stop_at: int | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[Gaussians, Deformation, Float[Tensor, "t 4 4"]]:
-    """Train to the end of the last stage; returns the cloud, its deformation, and the poses of all training frames, refined where they were learned from.
+) -> tuple[Gaussians, Deformation, Motion]:
+    """Train to the end of the last stage; returns the cloud, its deformation, and the motion of the training part, refined in the frames that were learned from.
 
     With `checkpoint`, state is written there every `config.checkpoint_seconds` and on interruption, and training goes on from what is found.
     `log(iteration, scalars)` is called each iteration. `stop_at` ends early (tests). Raises TrainingError at a NaN, naming step and tensor.
@@ -305,9 +342,7 @@ def train_head(
     if checkpoint is not None:
         save_checkpoint(checkpoint, state)
     state.deformation.requires_grad_(False)
-    tracked = clip.track.motion.T_camera_head[clip.train[0] : clip.train[-1] + 1]
-    poses = torch.cat([torch.stack([_pose(state, frames, k) for k in range(len(frames))]), tracked[len(frames) :]])
-    return state.gaussians().map(lambda v: v.detach().clone()), state.deformation, poses
+    return state.gaussians().map(lambda v: v.detach().clone()), state.deformation, _refined(state, frames)
 
 
 def head_loss(config: HeadConfig, device: torch.device | str = "cpu") -> HeadLoss:
@@ -334,7 +369,10 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     pose = _pose(state, frames, k)
     if refining := stage.deform and config.rates.pose > 0:
         pose = pose.detach().requires_grad_(True)
-    moved = deform(state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform)
+    points = state.points.values[k] if stage.deform and len(state.points.values) else None
+    if moving := points is not None and progress >= config.points_start:
+        points = points.clone().requires_grad_(True)
+    moved = deform(state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform, points=points)
     stats = RasterStats() if stage.density else None
     rendering = rasterize(moved, frames.camera(t).with_pose(pose), background, stats=stats)
 
@@ -351,8 +389,11 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     check_finite(state.iteration, terms, state.params | dict(state.deformation.control.named_parameters()))
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    pace = 0.05 + 0.95 * _cosine(progress)
     if refining:
-        _refine_pose(state, frames, k, pose.grad, config, progress)
+        _refine_pose(state, frames, k, pose.grad, config.rates.pose * pace)
+    if moving:
+        state.points.step(k, points.grad, config.rates.points * pace)
     _step(state, config)
     state.iteration += 1
     if stage.density:
@@ -375,9 +416,15 @@ def _step(state: HeadState, config: HeadConfig) -> None:
         v.copy_(torch.lerp(before[k], v, pace.view(-1, *[1] * (v.ndim - 1))))
 
 
-def deform(gaussians: Gaussians, deformation: Deformation, motion, t: int, learned: bool = True) -> Gaussians:
-    """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage)."""
+def deform(
+    gaussians: Gaussians, deformation: Deformation, motion: Motion, t: int, learned: bool = True, points: Float[Tensor, "l 3"] | None = None
+) -> Gaussians:
+    """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage). `points`: a row of `HeadState.points`."""
     expression, landmarks, speech, turn, hair = motion.control_at(t, gaussians.means.device)
+    if points is not None:
+        points = points.to(gaussians.means.device)
+        landmarks = landmarks + points[:N_LANDMARKS]
+        hair = None if hair is None else hair + points[N_LANDMARKS:]
     if learned:
         return deformation.moved(gaussians, expression, landmarks, speech, turn, hair)
     return gaussians.deformed(deformation.carry(expression, landmarks, hair), 0.0, 0.0)
@@ -402,7 +449,7 @@ def _set_rates(state: HeadState, config: HeadConfig, stage: Stage) -> float:
     """Cosine from the end of the first stage on; returns the overall progress in [0, 1]."""
     first = config.stages[0].iterations
     progress = max(0.0, (state.iteration - first) / max(1, config.iterations - first))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = _cosine(progress)
     for group in state.optimizer.param_groups:
         base = getattr(config.rates, group["name"])
         floor = 0.02 if group["name"] in ("means", "network") else 0.1
@@ -412,25 +459,36 @@ def _set_rates(state: HeadState, config: HeadConfig, stage: Stage) -> float:
     return progress
 
 
+def _cosine(progress: float) -> float:
+    """From 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def _pose(state: HeadState, frames: TrainingFrames, k: int) -> Float[Tensor, "4 4"]:
     """Tracked pose with the refinement of training frame k applied in the head frame."""
-    delta = state.pose[k]
+    delta = state.pose.values[k]
     return frames.clip.track.motion.T_camera_head[frames.frames[k]] @ rigid(rotation_from_axis_angle(delta[:3]), delta[3:])
 
 
-def _refine_pose(
-    state: HeadState, frames: TrainingFrames, k: int, grad: Float[Tensor, "4 4"], config: HeadConfig, progress: float
-) -> None:
-    """Adam on one row of the pose table: a dense optimiser would keep moving rows that this iteration did not see."""
-    delta = state.pose[k].clone().requires_grad_(True)
+def _refined(state: HeadState, frames: TrainingFrames) -> Motion:
+    """The training part's motion with what was found of each frame; frames held back stay as tracked."""
+    clip, n = frames.clip, len(frames)
+    tracked = clip.track.motion[clip.train[0] : clip.train[-1] + 1]
+    poses = torch.stack([_pose(state, frames, k) for k in range(n)])
+    motion = replace(tracked, T_camera_head=torch.cat([poses, tracked.T_camera_head[n:]]))
+    if not len(state.points.values):
+        return motion
+    points = F.pad(state.points.values, (0, 0, 0, 0, 0, len(tracked) - n))
+    hair = None if tracked.hair is None else tracked.hair + points[:, N_LANDMARKS:]
+    return replace(motion, landmarks=tracked.landmarks + points[:, :N_LANDMARKS], hair=hair)
+
+
+def _refine_pose(state: HeadState, frames: TrainingFrames, k: int, grad: Float[Tensor, "4 4"], rate: float) -> None:
+    """A step of row k of the pose table, from the gradient of the pose that it gave."""
+    delta = state.pose.values[k].clone().requires_grad_(True)
     tracked = frames.clip.track.motion.T_camera_head[frames.frames[k]]
     (tracked @ rigid(rotation_from_axis_angle(delta[:3]), delta[3:])).backward(grad)
-    first, second, count = state.pose_moments[k, :6], state.pose_moments[k, 6:12], state.pose_moments[k, 12]
-    count += 1
-    first.mul_(0.7).add_(delta.grad, alpha=0.3)
-    second.mul_(0.9).addcmul_(delta.grad, delta.grad, value=0.1)
-    step = (first / (1 - 0.7**count)) / ((second / (1 - 0.9**count)).sqrt() + 1e-12)
-    state.pose[k] -= config.rates.pose * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))) * step
+    state.pose.step(k, delta.grad, rate)
 
 
 def _control_density(state: HeadState, config: HeadConfig, stage: Stage) -> None:
@@ -467,7 +525,7 @@ def save_checkpoint(path: Path, state: HeadState) -> None:
     tensors = {f"params.{k}": v for k, v in state.params.items()}
     deformation, config = state.deformation.state()
     tensors |= {f"deformation.{k}": v for k, v in deformation.items()}
-    tensors |= {"pose": state.pose, "pose_moments": state.pose_moments}
+    tensors |= state.pose.tensors("pose") | state.points.tensors("points")
     tensors |= {"statistics.total": state.statistics.total, "statistics.count": state.statistics.count}
     for g, group in enumerate(state.optimizer.param_groups):
         for p, parameter in enumerate(group["params"]):
@@ -479,7 +537,7 @@ def save_checkpoint(path: Path, state: HeadState) -> None:
 def load_checkpoint(path: Path, state: HeadState, config: HeadConfig) -> None:
     """Put a checkpoint into a freshly started state of the same configuration. Raises FileFormatError."""
     tensors, header = load_tensors(path, CHECKPOINT_SCHEMA, CHECKPOINT_VERSION)
-    tensors = {k: v if k.startswith("pose") else v.to(state.device) for k, v in tensors.items()}
+    tensors = {k: v if k.startswith("frames.") else v.to(state.device) for k, v in tensors.items()}
     state.params = {k: torch.nn.Parameter(tensors[f"params.{k}"]) for k in state.params}
     part = {k.removeprefix("deformation."): v for k, v in tensors.items() if k.startswith("deformation.")}
     state.deformation = Deformation.from_state(part, header["deformation"]).to(state.device)
@@ -489,6 +547,6 @@ def load_checkpoint(path: Path, state: HeadState, config: HeadConfig) -> None:
             prefix = f"optimizer.{g}.{p}."
             if moments := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
                 state.optimizer.state[parameter] = moments
-    state.pose, state.pose_moments = tensors["pose"], tensors["pose_moments"]
+    state.pose, state.points = FrameTable.of(tensors, "pose"), FrameTable.of(tensors, "points")
     state.statistics = GradientStatistics(tensors["statistics.total"], tensors["statistics.count"])
     state.iteration = header["iteration"]

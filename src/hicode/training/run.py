@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar
 from hicode.avatar.compositor import Compositor, background_plate, with_whole_face
@@ -29,6 +28,7 @@ from hicode.face.model import HeadModel
 from hicode.files import check_writable, load_tensors, read_json, save_tensors, write_json
 from hicode.gaussians import Gaussians
 from hicode.geometry import rigid, rotation_from_axis_angle
+from hicode.motion import Motion
 from hicode.progress import progress_bar
 from hicode.provenance import provenance, sha256
 from hicode.runtime import (
@@ -92,14 +92,14 @@ def train(
         with report.stage("speech"), progress_bar("Adapting speech", progress) as show:
             speech = learn_speech(clip, folder / "speech.safetensors", generic, speech_weights, lambda done: show(round(100 * done), 100))
         with report.stage("head"):
-            gaussians, deformation, poses = _head(clip, model, config, folder, report, place)
+            gaussians, deformation, motion = _head(clip, model, config, folder, report, place)
         with report.stage("compositor"):
-            avatar = _assemble(clip, model, gaussians, deformation, poses, speech)
+            avatar = _assemble(clip, model, gaussians, deformation, motion, speech)
             if compose:
-                avatar.compositor = _compositor(clip, avatar, poses, config, preset, folder, report, seed, place)
+                avatar.compositor = _compositor(clip, avatar, motion, config, preset, folder, report, seed, place)
         if compose:
             with report.stage("grain"):
-                avatar.grain = _grain(clip, avatar, poses, config, folder, progress)
+                avatar.grain = _grain(clip, avatar, motion, config, folder, progress)
         avatar.info = {
             "preset": preset,
             "seed": seed,
@@ -182,18 +182,18 @@ def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report
 
 
 def _compositor(
-    clip: Clip, avatar: Avatar, poses: Tensor, head: HeadConfig, preset: Preset, folder: Path, report: "_Report", seed: int, device: str
+    clip: Clip, avatar: Avatar, motion: Motion, head: HeadConfig, preset: Preset, folder: Path, report: "_Report", seed: int, device: str
 ) -> Compositor | None:
     """The generator, judged on frames that the head has not trained on; None where it does not beat the plain composite."""
     known, unseen = training_split(clip, head.validation_frames)
     config = replace(compositor_preset(preset), seed=seed)
     config = replace(config, renders=_room_for_renders(clip, config.renders))
     return train_compositor(
-        _Samples(clip, avatar, poses, known),
+        _Samples(clip, avatar, motion, known),
         avatar.plate,
         config,
         progress=report.visible,
-        validation=_Samples(clip, avatar, poses, unseen) if unseen else None,
+        validation=_Samples(clip, avatar, motion, unseen) if unseen else None,
         checkpoint=folder / "compositor.safetensors",
         log=lambda step, terms: report.log("compositor", step, config.steps, terms),
         report=lambda found: write_json(folder / "compositor.json", asdict(found)),
@@ -201,14 +201,13 @@ def _compositor(
     )
 
 
-def _grain(clip: Clip, avatar: Avatar, poses: Tensor, head: HeadConfig, folder: Path, visible: bool) -> Grain | None:
+def _grain(clip: Clip, avatar: Avatar, motion: Motion, head: HeadConfig, folder: Path, visible: bool) -> Grain | None:
     """The recording's fine detail, as much of it as pays on frames that the head has not trained on; None where it has none that does."""
     known, unseen = training_split(clip, head.validation_frames)
     if not unseen:
         return None
-    motion = replace(clip.track.motion[slice(clip.train[0], clip.train[-1] + 1)], T_camera_head=poses)
     places = [project(avatar, motion, [t - clip.train[0] for t in frames]) for frames in (known, unseen)]
-    grain, found = learn_grain(avatar, _Samples(clip, avatar, poses, known), places[0], _Samples(clip, avatar, poses, unseen), places[1])
+    grain, found = learn_grain(avatar, _Samples(clip, avatar, motion, known), places[0], _Samples(clip, avatar, motion, unseen), places[1])
     write_json(folder / "grain.json", asdict(found))
     if visible:
         print(found)
@@ -249,8 +248,9 @@ class _Samples:
     expression and landmarks about as much as tracking errs, so the compositor meets the renders that it will have to mend.
     """
 
-    def __init__(self, clip: Clip, avatar: Avatar, poses: Tensor, frames: list[int]):
-        self.clip, self.avatar, self.poses, self.frames = clip, avatar, poses, frames
+    def __init__(self, clip: Clip, avatar: Avatar, motion: Motion, frames: list[int]):
+        """`motion` of the training part, as `train_head` found it; `frames` are the clip's."""
+        self.clip, self.avatar, self.motion, self.frames = clip, avatar, motion, frames
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -258,7 +258,8 @@ class _Samples:
     def __call__(self, k: int, perturbation: int | None = None):
         """(rgb "h w 3", alpha "h w", frame uint8, head mask uint8) of the k-th frame."""
         t = self.frames[k]
-        motion = replace(self.clip.track.motion[t : t + 1], T_camera_head=self.poses[t - self.clip.train[0]][None])
+        place = t - self.clip.train[0]
+        motion = self.motion[place : place + 1]
         if perturbation is not None:
             rng = np.random.default_rng((perturbation, t))
             noise = lambda scale, *shape: torch.from_numpy(rng.normal(0, scale, shape).astype(np.float32))
@@ -280,18 +281,17 @@ def _source(clip: Clip) -> dict:
     return clip.source | place
 
 
-def _assemble(clip: Clip, model: HeadModel, gaussians: Gaussians, deformation: Deformation, poses, speech) -> Avatar:
+def _assemble(clip: Clip, model: HeadModel, gaussians: Gaussians, deformation: Deformation, motion: Motion, speech) -> Avatar:
+    """`motion`: the training part's, refined."""
     frames = list(clip.train)
-    motion = clip.track.motion[slice(frames[0], frames[-1] + 1)]
     faces = (with_whole_face(clip.head_mask(t), clip.track.landmarks_px[t].numpy()) for t in frames)
     plate = background_plate((clip.image(t) for t in frames), faces)
     kept = frames[:MAX_DRIVING_FRAMES]
-    driving = replace(motion, T_camera_head=poses)[: len(kept)]
     return Avatar(
         gaussians,
         deformation.eval(),
         clip.track.camera.with_pose(torch.eye(4)),
-        driving,
+        motion[: len(kept)],
         Images.encode((clip.image(t) for t in kept), ".jpg"),
         Images.encode((clip.head_mask(t) for t in kept), ".png"),
         plate,

@@ -52,6 +52,9 @@ class LearningRates:
     from their place after 8,000 iterations than after 1,500 (docs/log.md)"""
     pose: float = 5e-4
     """per-frame photometric refinement of the training poses (rad, dm); 0 turns it off"""
+    points: float = 0.0
+    """per-frame photometric refinement of where landmarks and followed hair were in the training frames (dm; needs the mesh carrier); 0 turns it off. From
+    `HeadConfig.points_start` on, and in clips whose frames are each seen `LEAST_VISITS` times from then on"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ class HeadConfig:
     vgg_start: float = 0.3
     """fraction of the iterations after which the perceptual term begins"""
     wing_every: int = 10
+    points_start: float = 0.5
+    """fraction of the iterations after which `LearningRates.points` begins: by then the control has learned what expression and landmarks explain, and
+    what is left is each frame's own. From the start on, unseen frames lose .1 dB (docs/log.md)"""
     spread: float = 3.0
     """weight of the variance of depth along the rays (dm²; not in Eq. 15): without it skin that training frames show at a grazing angle is mottled when
     the head turns further. 0: the paper"""
@@ -153,7 +159,7 @@ def head_preset(preset: Preset) -> HeadConfig:
     if preset == "draft":
         return HeadConfig(_stages(200, 300, 1_300), deformation=DeformationConfig(anchors=2048, attention_reaches=(0.05, 0.15)), vgg_every=4)
     if preset == "standard":
-        return HeadConfig(_stages(500, 1_000, 8_500), rates=LearningRates(turn_colors=6e-5, off_face=0.3), loss=LossWeights())
+        return HeadConfig(_stages(500, 1_000, 8_500), rates=LearningRates(turn_colors=6e-5, off_face=0.3, points=1e-3), loss=LossWeights())
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
         deformation=DeformationConfig(
@@ -170,4 +176,4 @@ def head_preset(preset: Preset) -> HeadConfig:
         wing_every=1,
         spread=0.0,
     )
-    return replace(config, rates=replace(config.rates, pose=0.0, turn_colors=0.0, network_decay=0.0))
+    return replace(config, rates=replace(config.rates, pose=0.0, points=0.0, turn_colors=0.0, network_decay=0.0))
