@@ -104,7 +104,7 @@ def training_state(n: int, size: int, config: HeadConfig) -> tuple[training.Head
     frames = training.TrainingFrames(clip, config.preload_bytes)
     tables = training.FrameTable.zeros(len(frames), 6), training.FrameTable.zeros(len(frames), 478 + len(clip.track.hair_points), 3)
     optimizer = training._optimizer(params, deformation, config)
-    state = training.HeadState(params, deformation, optimizer, *tables, GradientStatistics.zeros(n), iteration=1)
+    state = training.HeadState(params, deformation, optimizer, *tables, torch.ones(478 + len(clip.track.hair_points), 1), GradientStatistics.zeros(n), iteration=1)
     return state, frames, config
 
 

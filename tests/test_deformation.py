@@ -226,19 +226,24 @@ def test_interpolation_gradient_is_the_adjoint(rows):
     assert torch.allclose(table.grad, reference.grad, atol=1e-5)
 
 
-def test_landmarks_and_hair_get_the_carriers_gradient_alone():
-    """The carrier is linear in them: what a step of all of them along any direction moves is what their gradients say. The control answers to landmarks too, and gives none."""
+def test_what_training_refines_moves_as_landmarks_and_hair_do_but_the_control_does_not_hear_it():
+    """The carrier is linear in it: what a step along any direction moves is what its gradient says, and what the same step of landmarks and hair would move without a control."""
     deformation, points, (expression, landmarks), hair = a_deformation(), a_head(100), signals(), torch.randn(9, 3, generator=G(51))
     deformation.carrier.hair_points = torch.zeros(9, 3)
     chance = lambda high, k: torch.randint(high, (100, k), generator=G(60))
     deformation.binding = Binding(chance(12, 3), torch.rand(100, 3, generator=G(61)), chance(478 + 9, 14), torch.rand(100, 14, generator=G(62)))
-    landmarks.requires_grad_(True), hair.requires_grad_(True)
-    upstream, d_landmarks, d_hair = (torch.randn(n, 3, generator=G(seed)) for n, seed in ((100, 63), (478, 64), (9, 65)))
-    (deformation(points, expression, landmarks, hair=hair)[0] * upstream).sum().backward()
+    upstream, step = torch.randn(100, 3, generator=G(63)), torch.randn(478 + 9, 3, generator=G(64))
+    refined = torch.zeros(478 + 9, 3, requires_grad=True)
+    at_rest = deformation(points, expression, landmarks, hair=hair, refined=refined)
+    (at_rest[0] * upstream).sum().backward()
     with torch.no_grad():
-        change = deformation.carry(expression, landmarks + d_landmarks, hair + d_hair) - deformation.carry(expression, landmarks, hair)
-    assert float((landmarks.grad * d_landmarks).sum() + (hair.grad * d_hair).sum()) == pytest.approx(float((change * upstream).sum()), rel=1e-3)
-    assert float(hair.grad.abs().max()) > 0
+        change = deformation.carry(expression, landmarks + step[:478], hair + step[478:]) - deformation.carry(expression, landmarks, hair)
+        refined_by = deformation(points, expression, landmarks, hair=hair, refined=step)
+    torch.testing.assert_close(refined_by[0] - at_rest[0], change, atol=1e-4, rtol=1e-4)
+    for heard, before in zip(refined_by[1:], at_rest[1:]):
+        assert torch.equal(heard, before)
+    assert float((refined.grad * step).sum()) == pytest.approx(float((change * upstream).sum()), rel=1e-3)
+    assert float(refined.grad[478:].abs().max()) > 0
 
 
 def test_as_many_anchors_as_points_is_the_plain_evaluation():

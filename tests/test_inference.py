@@ -44,9 +44,9 @@ def a_turn(seed=3):
     return rotation_from_axis_angle(0.3 * torch.randn(3, generator=G(seed + 30)))
 
 
-def reference(deformation, cloud, expression, landmarks, turn=None, hair=None):
+def reference(deformation, cloud, expression, landmarks, turn=None, hair=None, refined=None):
     with torch.no_grad():
-        return deformation.moved(cloud, expression, landmarks, turn=turn, hair=hair)
+        return deformation.moved(cloud, expression, landmarks, turn=turn, hair=hair, refined=refined)
 
 
 # Float32 sums of 478 terms in another order: 1e-6 relative each, through four layers whose outputs are of order 1.
@@ -69,7 +69,7 @@ def test_it_equals_the_deformation_of_training(base, shade, anchors, n, attentio
             torch.testing.assert_close(getattr(got, name), tensor, **CLOSE)
 
 
-def test_followed_hair_is_carried_as_in_training():
+def test_followed_hair_and_what_is_refined_are_carried_as_in_training():
     deformation, cloud = a_frozen(), a_cloud()
     deformation.carrier.hair_points = torch.randn(7, 3, generator=G(40))
     binding, n = deformation.binding, len(cloud)
@@ -82,6 +82,9 @@ def test_followed_hair_is_carried_as_in_training():
     torch.testing.assert_close(deformer(*signal, hair).means, reference(deformation, cloud, *signal, hair).means, **CLOSE)
     torch.testing.assert_close(deformer(*signal).means, reference(deformation, cloud, *signal).means, **CLOSE)  # a motion that knows of none
     assert (deformer(*signal, hair).means - deformer(*signal).means).abs().max() > 0.01
+    refined = 0.1 * torch.randn(478 + 7, 3, generator=G(44))
+    torch.testing.assert_close(deformer(*signal, hair, refined).means, reference(deformation, cloud, *signal, hair, refined).means, **CLOSE)
+    assert (deformer(*signal, hair, refined).means - deformer(*signal, hair).means).abs().max() > 0.01
 
 
 def test_colours_of_their_own_turn_as_in_training():

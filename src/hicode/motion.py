@@ -39,6 +39,8 @@ class Motion:
     speech  "t s" the sound's features of each frame, where an avatar is moved by them directly (an ablation); usually absent
     hair    "t p 3" how far points on the head outside the face are from their places on the skull (head frame, head units), where they were followed
             (`hicode.face.hair`); they belong to one track's `hair_points`
+    refined "t l 3" how much farther landmarks, then hair points are than they were tracked, as training found from these very frames (l = 478 + p): the
+            carrier goes by it, the control, which must do without on any other frame, does not hear it
     """
 
     expression: Float[Tensor, "t 64"]
@@ -47,6 +49,7 @@ class Motion:
     fps: float = 25.0
     speech: Float[Tensor, "t s"] | None = None
     hair: Float[Tensor, "t p 3"] | None = None
+    refined: Float[Tensor, "t l 3"] | None = None
 
     def __len__(self) -> int:
         return self.expression.shape[0]
@@ -57,16 +60,20 @@ class Motion:
             expression=self.expression[frames],
             landmarks=self.landmarks[frames],
             T_camera_head=self.T_camera_head[frames],
-            speech=None if self.speech is None else self.speech[frames],
-            hair=None if self.hair is None else self.hair[frames],
+            **{name: values[frames] for name, values in self._where_there().items()},
         )
+
+    def _where_there(self) -> dict[str, Tensor]:
+        return {name: values for name in ("speech", "hair", "refined") if (values := getattr(self, name)) is not None}
 
     def control_at(
         self, t: int, device: torch.device | str = "cpu"
-    ) -> tuple[Float[Tensor, "64"], Float[Tensor, "478 3"], Float[Tensor, "s"] | None, Float[Tensor, "3 3"], Float[Tensor, "p 3"] | None]:
-        """(expression, landmarks, speech, the head's rotation to the camera, hair) of frame t, what deforms a head, on the head's device."""
-        speech, hair = (None if values is None else values[t].to(device) for values in (self.speech, self.hair))
-        return self.expression[t].to(device), self.landmarks[t].to(device), speech, self.T_camera_head[t, :3, :3].to(device), hair
+    ) -> tuple[
+        Float[Tensor, "64"], Float[Tensor, "478 3"], Float[Tensor, "s"] | None, Float[Tensor, "3 3"], Float[Tensor, "p 3"] | None, Float[Tensor, "l 3"] | None
+    ]:
+        """(expression, landmarks, speech, the head's rotation to the camera, hair, refined) of frame t, what deforms a head, on the head's device."""
+        speech, hair, refined = (None if values is None else values[t].to(device) for values in (self.speech, self.hair, self.refined))
+        return self.expression[t].to(device), self.landmarks[t].to(device), speech, self.T_camera_head[t, :3, :3].to(device), hair, refined
 
     def __post_init__(self):
         t = self.expression.shape[0]
@@ -75,13 +82,14 @@ class Motion:
         assert self.T_camera_head.shape == (t, 4, 4), self.T_camera_head.shape
         assert self.speech is None or len(self.speech) == t, (len(self.speech), t)
         assert self.hair is None or (len(self.hair) == t and self.hair.shape[2:] == (3,)), (self.hair.shape, t)
+        assert self.refined is None or (len(self.refined) == t and self.refined.shape[2:] == (3,)), (self.refined.shape, t)
 
     def tensors(self) -> dict[str, Tensor]:
         return {
             "expression": self.expression,
             "landmarks": self.landmarks,
             "T_camera_head": self.T_camera_head,
-        } | {k: v for k, v in (("speech", self.speech), ("hair", self.hair)) if v is not None}
+        } | self._where_there()
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ class Avatar:
         """Eqs 7-8 at frame t of a motion."""
         deformer = self._deformer()
         if deformer is not None:
-            expression, landmarks, _, turn, hair = motion.control_at(t)
-            return deformer(expression, landmarks, turn, hair)
+            expression, landmarks, _, turn, hair, refined = motion.control_at(t)
+            return deformer(expression, landmarks, turn, hair, refined)
         return self.deformation.moved(self.gaussians, *motion.control_at(t, self.gaussians.means.device))
 
     def _deformer(self) -> FrameDeformer | None:

@@ -506,7 +506,7 @@ def _hair_binding(xyz: np.ndarray, hair: np.ndarray, from_face: np.ndarray) -> t
 class Carrier(nn.Module):
     """The carrier of `base="mesh"`: where the 3DMM surface, the landmarks and followed hair take each bound Gaussian. Linear in the motion, nothing trained.
 
-    Gradients reach landmarks and hair, so that training may find where these were in its frames; the expression gets none.
+    Gradients reach what is refined of landmarks and hair (`Motion.refined`); the expression gets none.
     """
 
     def __init__(
@@ -533,18 +533,29 @@ class Carrier(nn.Module):
         self.residual_mean.copy_(self.residual(expression, landmarks).mean(0))
 
     def beside_the_mesh(
-        self, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"], hair: Float[Tensor, "p 3"] | None = None
+        self,
+        expression: Float[Tensor, "64"],
+        landmarks: Float[Tensor, "478 3"],
+        hair: Float[Tensor, "p 3"] | None = None,
+        refined: Float[Tensor, "l 3"] | None = None,
     ) -> Float[Tensor, "l 3"]:
-        """Displacements that `Binding.landmarks` tells of: the landmarks' residual, then the hair's (nothing where the motion has none)."""
-        residual = self.residual(expression, landmarks) - self.residual_mean
-        return torch.cat([residual, torch.zeros_like(self.hair_points) if hair is None else hair]) if len(self.hair_points) else residual
+        """Displacements that `Binding.landmarks` tells of: the landmarks' residual, then the hair's (nothing where the motion has none), as refined."""
+        found = self.residual(expression, landmarks) - self.residual_mean
+        if len(self.hair_points):
+            found = torch.cat([found, torch.zeros_like(self.hair_points) if hair is None else hair])
+        return found if refined is None else found + refined
 
     def forward(
-        self, binding: Binding, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"], hair: Float[Tensor, "p 3"] | None = None
+        self,
+        binding: Binding,
+        expression: Float[Tensor, "64"],
+        landmarks: Float[Tensor, "478 3"],
+        hair: Float[Tensor, "p 3"] | None = None,
+        refined: Float[Tensor, "l 3"] | None = None,
     ) -> Float[Tensor, "n 3"]:
         with torch.no_grad():
             on_mesh = _weighted_rows(torch.tensordot(expression, self.expression_basis, 1), binding.vertices, binding.weights)
-        return on_mesh + _MixRows.apply(self.beside_the_mesh(expression, landmarks, hair), binding.mix)
+        return on_mesh + _MixRows.apply(self.beside_the_mesh(expression, landmarks, hair, refined), binding.mix)
 
 
 def _weighted_rows(table: Float[Tensor, "m c"], index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"]) -> Float[Tensor, "n c"]:
@@ -706,9 +717,15 @@ class Deformation(nn.Module):
             self._standing = standing
         return standing
 
-    def carry(self, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"], hair: Float[Tensor, "p 3"] | None = None) -> Tensor | float:
+    def carry(
+        self,
+        expression: Float[Tensor, "64"],
+        landmarks: Float[Tensor, "478 3"],
+        hair: Float[Tensor, "p 3"] | None = None,
+        refined: Float[Tensor, "l 3"] | None = None,
+    ) -> Tensor | float:
         """Displacement by the carrier, "n 3", or 0 without one."""
-        return self.carrier(self.binding, expression, landmarks, hair) if self.carrier is not None else 0.0
+        return self.carrier(self.binding, expression, landmarks, hair, refined) if self.carrier is not None else 0.0
 
     def forward(
         self,
@@ -718,14 +735,14 @@ class Deformation(nn.Module):
         speech: Float[Tensor, "s"] | None = None,
         turn: Float[Tensor, "3 3"] | None = None,
         hair: Float[Tensor, "p 3"] | None = None,
+        refined: Float[Tensor, "l 3"] | None = None,
     ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 4"], Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
         """(Δl, Δr, Δs) of Eq. 7 for canonical positions `means`, and the shift of colours (zeros without `shade`). `speech`, a frame's features, is
         needed (InputError) and read with `coarse="audio"` only; `turn`, the head's rotation to the camera, with `sway` or `relight` only: without
-        one, the mean. `hair`, where followed hair is, is the carrier's.
+        one, the mean. `hair`, where followed hair is, and `refined` (`Motion`) are the carrier's.
 
         Gradients reach the network, not the canonical positions through their embedding: with anchors fixed points stand for them, and without
-        anchors the embedding's gradient only fights the photometric one. Those of landmarks and hair come by the carrier alone, which is where they say
-        how far a point is from its place.
+        anchors the embedding's gradient only fights the photometric one.
         """
         if self.config.coarse == "audio" and speech is None:
             raise InputError("This avatar is moved by speech features (the ablation None), and the motion carries none. Speak, or use a clip with sound.")
@@ -735,10 +752,10 @@ class Deformation(nn.Module):
             query = self._query = self.control.embed(points)
         elif torch.is_grad_enabled():
             query = self._query = None
-        delta = self.control(points, landmarks.detach(), expression, self.identity, query, speech, turn, self.standing(points))
+        delta = self.control(points, landmarks, expression, self.identity, query, speech, turn, self.standing(points))
         if self.anchors is not None:
             delta = _MixRows.apply(delta, self.anchors.mix)
-        d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks, hair)
+        d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks, hair, refined)
         return d_means, delta[:, 3:7], delta[:, 7:10], delta[:, 10:] if self.config.shade else torch.zeros_like(means)
 
     def moved(
@@ -749,9 +766,10 @@ class Deformation(nn.Module):
         speech: Float[Tensor, "s"] | None = None,
         turn: Float[Tensor, "3 3"] | None = None,
         hair: Float[Tensor, "p 3"] | None = None,
+        refined: Float[Tensor, "l 3"] | None = None,
     ) -> Gaussians:
         """The cloud at one frame: Eqs 7-8, and its colours at the head's turn."""
-        offsets = self(gaussians.means, expression, landmarks, speech, turn, hair)
+        offsets = self(gaussians.means, expression, landmarks, speech, turn, hair, refined)
         return gaussians.deformed(*offsets).turned(self.control.turned(turn))
 
     def state(self) -> tuple[dict[str, Tensor], dict]:

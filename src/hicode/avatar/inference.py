@@ -78,8 +78,9 @@ class FrameDeformer:
         landmarks: Float[Tensor, "478 3"],
         turn: Float[Tensor, "3 3"] | None = None,
         hair: Float[Tensor, "p 3"] | None = None,
+        refined: Float[Tensor, "l 3"] | None = None,
     ) -> Gaussians:
-        """The Gaussians at one frame (Eqs 7-12); `turn` is the head's rotation to the camera, `hair` where followed hair is."""
+        """The Gaussians at one frame (Eqs 7-12); `turn` is the head's rotation to the camera, `hair` where followed hair is, `refined` as `Motion` has it."""
         deformation, n = self.deformation, len(self.gaussians)
         offsets = self._offsets(expression, landmarks)
         if self._turn_field is not None and turn is not None:
@@ -89,7 +90,7 @@ class FrameDeformer:
         if deformation.carrier is not None:
             carrier = deformation.carrier
             moved = (expression @ self._basis).reshape(-1, 3)
-            residual = carrier.beside_the_mesh(expression, landmarks, hair)
+            residual = carrier.beside_the_mesh(expression, landmarks, hair, refined)
         means, quats, log_scales, colors = torch.empty(n, 3), torch.empty(n, 4), torch.empty(n, 3), torch.empty(n, 3)
         run_on_threads(
             _move, -(-n // CHUNK), _rows(offsets), self._anchor_index, self._anchor_weight, _rows(moved), self._vertex_index,

@@ -235,8 +235,8 @@ class FrameTable:
     def zeros(rows: int, *shape: int) -> "FrameTable":
         return FrameTable(*(torch.zeros(rows, *shape) for _ in range(3)), torch.zeros(rows))
 
-    def step(self, k: int, grad: Tensor, rate: float) -> None:
-        """Of row k alone."""
+    def step(self, k: int, grad: Tensor, rate: float | Tensor) -> None:
+        """Of row k alone. `rate` may differ within the row."""
         self.visits[k] += 1
         first, second, count = self.first[k], self.second[k], float(self.visits[k])
         first.mul_(0.7).add_(grad, alpha=0.3)
@@ -256,7 +256,8 @@ class HeadState:
     """All that training changes; what a checkpoint holds. What it finds of each frame stays on the CPU, a row at a time is used; the rest lies on `device`.
 
     pose    rows "6"    how each training frame's head stands to its tracked pose (rad, dm; in the head frame)
-    points  rows "l 3"  how far landmarks, then followed hair are from where they were tracked (dm); no row where that is not learned
+    points  rows "l 3"  `Motion.refined` (dm), 0 for `points_share` of 0; no row where that is not learned
+    points_share "l 1"  1 but at mouth and jaw, where speech takes the track's place: what the head learns of lips must hold for landmarks as they come
     """
 
     params: dict[str, Tensor]
@@ -264,6 +265,7 @@ class HeadState:
     optimizer: torch.optim.Optimizer
     pose: FrameTable
     points: FrameTable
+    points_share: Float[Tensor, "l 1"]
     statistics: GradientStatistics
     iteration: int = 0
 
@@ -290,6 +292,7 @@ def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device
         _optimizer(params, deformation, config),
         FrameTable.zeros(n_frames, 6),
         FrameTable.zeros(n_frames if moves_points else 0, N_LANDMARKS + len(clip.track.hair_points), 3),
+        torch.cat([1 - model.mouth_landmark_weight, torch.ones(len(clip.track.hair_points))])[:, None],
         GradientStatistics.zeros(len(cloud), device),
     )
 
@@ -372,7 +375,7 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     points = state.points.values[k] if stage.deform and len(state.points.values) else None
     if moving := points is not None and progress >= config.points_start:
         points = points.clone().requires_grad_(True)
-    moved = deform(state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform, points=points)
+    moved = deform(state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform, refined=points)
     stats = RasterStats() if stage.density else None
     rendering = rasterize(moved, frames.camera(t).with_pose(pose), background, stats=stats)
 
@@ -393,7 +396,7 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     if refining:
         _refine_pose(state, frames, k, pose.grad, config.rates.pose * pace)
     if moving:
-        state.points.step(k, points.grad, config.rates.points * pace)
+        state.points.step(k, points.grad, config.rates.points * pace * state.points_share)
     _step(state, config)
     state.iteration += 1
     if stage.density:
@@ -417,16 +420,13 @@ def _step(state: HeadState, config: HeadConfig) -> None:
 
 
 def deform(
-    gaussians: Gaussians, deformation: Deformation, motion: Motion, t: int, learned: bool = True, points: Float[Tensor, "l 3"] | None = None
+    gaussians: Gaussians, deformation: Deformation, motion: Motion, t: int, learned: bool = True, refined: Float[Tensor, "l 3"] | None = None
 ) -> Gaussians:
-    """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage). `points`: a row of `HeadState.points`."""
-    expression, landmarks, speech, turn, hair = motion.control_at(t, gaussians.means.device)
-    if points is not None:
-        points = points.to(gaussians.means.device)
-        landmarks = landmarks + points[:N_LANDMARKS]
-        hair = None if hair is None else hair + points[N_LANDMARKS:]
+    """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage). `refined`: in place of the motion's."""
+    expression, landmarks, speech, turn, hair, known = motion.control_at(t, gaussians.means.device)
+    refined = known if refined is None else refined.to(gaussians.means.device)
     if learned:
-        return deformation.moved(gaussians, expression, landmarks, speech, turn, hair)
+        return deformation.moved(gaussians, expression, landmarks, speech, turn, hair, refined)
     return gaussians.deformed(deformation.carry(expression, landmarks, hair), 0.0, 0.0)
 
 
@@ -475,12 +475,8 @@ def _refined(state: HeadState, frames: TrainingFrames) -> Motion:
     clip, n = frames.clip, len(frames)
     tracked = clip.track.motion[clip.train[0] : clip.train[-1] + 1]
     poses = torch.stack([_pose(state, frames, k) for k in range(n)])
-    motion = replace(tracked, T_camera_head=torch.cat([poses, tracked.T_camera_head[n:]]))
-    if not len(state.points.values):
-        return motion
-    points = F.pad(state.points.values, (0, 0, 0, 0, 0, len(tracked) - n))
-    hair = None if tracked.hair is None else tracked.hair + points[:, N_LANDMARKS:]
-    return replace(motion, landmarks=tracked.landmarks + points[:, :N_LANDMARKS], hair=hair)
+    refined = F.pad(state.points.values, (0, 0, 0, 0, 0, len(tracked) - n)) if len(state.points.values) else None
+    return replace(tracked, T_camera_head=torch.cat([poses, tracked.T_camera_head[n:]]), refined=refined)
 
 
 def _refine_pose(state: HeadState, frames: TrainingFrames, k: int, grad: Float[Tensor, "4 4"], rate: float) -> None:
