@@ -21,7 +21,7 @@ from torch.utils import _pytree as tree
 
 from hicode.training.density import DensityConfig
 from hicode.training.losses import LossWeights
-from hicode.training.stages import Stage
+from hicode.training.stages import LearningRates, Stage
 from test_clip import write_clip
 from test_render import stand_in
 from test_training import SIZE, a_config, clip, model, psnr  # noqa: F401 (fixtures)
@@ -160,10 +160,12 @@ def short(**changes):
 
 
 @needs_device
-def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_path):  # noqa: F811
+def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_path, monkeypatch):  # noqa: F811
     from hicode.training import avatar as training
 
-    config = short(loss=LossWeights(), vgg_start=0.0, vgg_every=7, wing_every=7)  # every loss
+    monkeypatch.setattr(training, "LEAST_VISITS", 1)
+    every_rate = {"rates": LearningRates(points=1e-3), "points_start": 0.0}
+    config = short(loss=LossWeights(), vgg_start=0.0, vgg_every=7, wing_every=7, **every_rate)  # and every loss
     logs, heads = {}, {}
     for place in ("cpu", device):
         logs[place] = []
@@ -172,7 +174,7 @@ def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_
     gaussians, deformation, motion = heads[device]
     for name, tensor in {**gaussians.tensors(), **dict(deformation.named_parameters()), **deformation.binding.tensors()}.items():
         assert tensor.device.type == device, name
-    assert motion.T_camera_head.device.type == "cpu" and motion.landmarks.device.type == "cpu"
+    assert motion.T_camera_head.device.type == "cpu" and motion.refined.device.type == "cpu" and float(motion.refined.abs().max()) > 0
     assert [s["gaussians"] for s in logs["cpu"]] == [s["gaussians"] for s in logs[device]]
     losses = np.array([[s["loss"] for s in logs[place]] for place in ("cpu", device)])
     assert np.allclose(*losses[:, :2], rtol=1e-4)  # before rounding, which Adam makes as large as its steps, has spread: 1e-3 at the third on one machine
