@@ -306,9 +306,10 @@ def test_landmarks_that_were_tracked_wrongly_are_found_in_the_training_frames(cl
 
 
 @pytest.mark.parametrize("changes", [{"rates": LearningRates(points=0.0)}, {"points_start": 0.5}, {"deformation": DeformationConfig(channels=8, hidden=16, anchors=128, base="none")}])
-def test_points_stay_as_tracked_where_frames_are_seen_too_seldom_or_nothing_rides_on_them(changes, clip, model):
+def test_points_stay_as_tracked_where_frames_are_seen_too_seldom_or_nothing_rides_on_them(changes, clip, model, capsys):
     config = a_config(**({"rates": LearningRates(points=1e-3), "points_start": 0.0} | changes))  # 40 iterations over 9 frames
     assert len(training.start(clip, model, config).points.values) == 0
+    assert ("seen 2.2 times after 50%" in capsys.readouterr().out) == ("points_start" in changes)
     assert len(training.start(clip, model, a_config(rates=LearningRates(points=1e-3), points_start=0.0)).points.values) == 9
 
 

@@ -286,6 +286,11 @@ def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device
     n_frames = len(training_split(clip, config.validation_frames)[0])
     visits = (1 - config.points_start) * config.iterations / n_frames
     moves_points = deformation.carrier is not None and config.rates.points > 0 and visits >= LEAST_VISITS
+    if deformation.carrier is not None and config.rates.points > 0 and not moves_points:
+        print(
+            f"Landmarks and hair of the training frames stay as tracked: each of {n_frames} frames is seen {visits:.1f} times after {config.points_start:.0%} of the training, "
+            f"refining them wants {LEAST_VISITS}. Frames that it has not seen are as good without."
+        )
     return HeadState(
         params,
         deformation,

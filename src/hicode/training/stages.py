@@ -159,7 +159,7 @@ def head_preset(preset: Preset) -> HeadConfig:
     if preset == "draft":
         return HeadConfig(_stages(200, 300, 1_300), deformation=DeformationConfig(anchors=2048, attention_reaches=(0.05, 0.15)), vgg_every=4)
     if preset == "standard":
-        return HeadConfig(_stages(500, 1_000, 8_500), rates=LearningRates(turn_colors=6e-5, off_face=0.3, points=1.5e-3), loss=LossWeights())
+        return HeadConfig(_stages(500, 1_000, 10_500), rates=LearningRates(turn_colors=6e-5, off_face=0.3, points=2.5e-3), loss=LossWeights())
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
         deformation=DeformationConfig(
