@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,6 +332,18 @@ def test_a_table_holds_its_rows_and_where_they_came_from(made):
 
 
 @needs_parts
+def test_of_what_is_measured_the_rows_frames_are_kept_and_grain_comes_off_the_avatar_itself():
+    from hicode.reproduce.cells import _Recorder
+
+    avatar = SimpleNamespace(driving=object(), grain="grain", synthesize_frame=lambda motion, t, frame, mask: (avatar.grain, t))
+    recorder, tracked = _Recorder(avatar, {1}), object()
+    recorder.grain = None
+    assert recorder.synthesize_frame(avatar.driving, 1, None, None) == (None, 1) and recorder.motions == []
+    recorder.grain = "grain"
+    assert [recorder.synthesize_frame(tracked, t, None, None) for t in (0, 1)] == [("grain", 0), ("grain", 1)]
+    assert recorder.motions == [tracked] and recorder.frames == [{1: ("grain", 1)}] and avatar.grain == "grain"
+
+
 def test_what_is_finished_is_not_made_again_and_what_is_missing_is(made, clips, monkeypatch):
     out, data = made
     trained = []

@@ -214,6 +214,8 @@ def _begin(out: str, code: str, threads: int | None) -> None:
 class _Recorder:
     """An avatar that keeps frames it is asked for while it is measured: the frames that were scored are those that are kept."""
 
+    _OWN = ("_avatar", "_kept", "motions", "frames")
+
     def __init__(self, avatar, kept: set[int]):
         self._avatar, self._kept = avatar, kept
         self.motions: list = []
@@ -222,8 +224,14 @@ class _Recorder:
     def __getattr__(self, name: str):
         return getattr(self._avatar, name)
 
+    def __setattr__(self, name: str, value) -> None:
+        """What is changed while it is measured (grain, for a moment) is changed on the avatar."""
+        object.__setattr__(self if name in self._OWN else self._avatar, name, value)
+
     def synthesize_frame(self, motion, t, frame, head_mask):
         image = self._avatar.synthesize_frame(motion, t, frame, head_mask)
+        if motion is self._avatar.driving:  # training frames, which rank with no row
+            return image
         k = next((k for k, m in enumerate(self.motions) if m is motion), None)
         if k is None:  # tracked comes first, then audio
             self.motions.append(motion)
