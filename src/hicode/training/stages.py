@@ -86,7 +86,7 @@ class HeadConfig:
     wing_every: int = 10
     points_start: float = 0.5
     """fraction of the iterations after which `LearningRates.points` begins: by then the control has learned what expression and landmarks explain, and
-    what is left is each frame's own. From the start on, unseen frames lose .1 dB (docs/log.md)"""
+    what is left is each frame's own. From the start on, unseen frames lose .1 dB; long hair loses .2 even so at *standard*'s pace (docs/log.md)"""
     spread: float = 3.0
     """weight of the variance of depth along the rays (dm²; not in Eq. 15): without it skin that training frames show at a grazing angle is mottled when
     the head turns further. 0: the paper"""
