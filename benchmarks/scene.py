@@ -102,9 +102,11 @@ def training_state(n: int, size: int, config: HeadConfig) -> tuple[training.Head
     cloud, deformation = drawn_cloud(n, clip, config)
     params = {k: torch.nn.Parameter(v.clone()) for k, v in cloud.tensors().items()}
     frames = training.TrainingFrames(clip, config.preload_bytes)
-    tables = training.FrameTable.zeros(len(frames), 6), training.FrameTable.zeros(len(frames), 478 + len(clip.track.hair_points), 3)
+    n_points = 478 + len(clip.track.hair_points)
+    refined = len(frames) if deformation.carrier is not None and config.rates.points > 0 else 0
+    tables = training.FrameTable.zeros(len(frames), 6), training.FrameTable.zeros(refined, n_points, 3)
     optimizer = training._optimizer(params, deformation, config)
-    state = training.HeadState(params, deformation, optimizer, *tables, torch.ones(478 + len(clip.track.hair_points), 1), GradientStatistics.zeros(n), iteration=1)
+    state = training.HeadState(params, deformation, optimizer, *tables, torch.ones(n_points, 1), GradientStatistics.zeros(n), iteration=1)
     return state, frames, config
 
 
