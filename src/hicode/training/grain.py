@@ -1,7 +1,7 @@
 """Learning a subject's grain (`hicode.avatar.grain`): what training frames have over their renders, and how much of it to give back.
 
 Grain cannot be right pixel by pixel, so it costs squared error what it wins in likeness. How much is given is measured on frames that the head has not
-trained on: of the strengths that cost at most `MOST_DB` of the head's PSNR the one with the best LPIPS, none where LPIPS does not fall.
+trained on: of the strengths that cost at most `MOST_DB` of the head's PSNR the one whose LPIPS is worth its cost (`PER_DB`), none where LPIPS does not fall.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,9 @@ from hicode.training.compositor import Samples, lpips_input
 FIELDS = 16
 STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 MOST_DB = 0.15
+# LPIPS that a decibel must buy, as its logarithm: a hundredth of a dB for each hundredth of LPIPS. By LPIPS alone KatieHill had .8 where .5 is as good on frames
+# of the test part (.0768 for .0767) and costs .05 dB where .8 costs .13; strengths below the best lose little, as the cost is quadratic.
+PER_DB = 1.0
 LEAST_GAIN = 0.02  # of LPIPS: less is not worth a picture that flickers
 # Lengths in px at 512: a registration smoother than pores, finer than a face; what counts as fine; the head's soft edge, which is no grain.
 FLOW_SIGMA, FINE_SIGMA, EDGE = 4.0, 3.0, 7.0
@@ -81,7 +84,7 @@ def learn_grain(
         return None, GrainReport(0.0, *([float("nan")] * 4), 0)
     plain_psnr, plain_lpips = means[0.0]
     good = [s for s in STRENGTHS if plain_psnr - means[s][0] <= MOST_DB and means[s][1] < (1 - LEAST_GAIN) * plain_lpips]
-    best = min(good, key=lambda s: means[s][1], default=0.0)
+    best = min(good, key=lambda s: np.log(means[s][1]) - PER_DB * means[s][0], default=0.0)
     grain.strength = best
     report = GrainReport(best, float(plain_psnr), float(plain_lpips), *(float(v) for v in means[best]), len(scores[0.0]))
     return (grain if best else None), report
