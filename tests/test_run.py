@@ -12,11 +12,13 @@ import torch
 from hicode.avatar.compositor import CompositorConfig
 from hicode.clip import Clip, load_track, read_png, save_track, write_png
 from hicode.errors import FileFormatError
+from hicode.face.model import HeadModel
 from hicode.files import load_tensors, read_json, save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.training import avatar as head
 from hicode.training import compositor, run
 from hicode.training.compositor import CompositorTraining
+from hicode.training.grain import learn_grain
 from hicode.training.speech import GENERIC
 from test_cuda import clip_on_disk, short
 from test_training import clip, model  # noqa: F401 (fixtures)
@@ -67,6 +69,19 @@ def change(folder, **fields) -> None:
 
 def aside(folder) -> list[str]:
     return [p.name for p in (folder.parent / "runs").iterdir() if p.name != "a"]
+
+
+def test_compositor_and_grain_are_judged_by_the_head_that_has_not_seen_the_frames_held_back(learn, folder, tmp_path, monkeypatch):
+    """The head that speaks has learned from all of the clip; what is chosen on six frames of it must not know them. A resumed run judges by the same."""
+    judged = []
+    monkeypatch.setattr(run, "learn_grain", lambda avatar, known, places, unseen, unseen_places: (judged.append((avatar, known, unseen)), learn_grain(avatar, known, places, unseen, unseen_places))[1])
+    for _ in range(2):
+        _, avatar = learn()
+        by, known, unseen = judged.pop()
+        before = head.head_in(folder.parent / "runs" / "a" / run.BEFORE, Clip.open(folder), HeadModel.load(), short())
+        for name, tensor in before[0].tensors().items():
+            assert torch.equal(by.gaussians.tensors()[name], tensor) and not torch.equal(avatar.gaussians.tensors()[name], tensor), name
+        assert unseen.frames and not set(unseen.frames) & set(known.frames) and torch.equal(unseen.motion.T_camera_head, before[2].T_camera_head)
 
 
 def test_sound_moved_by_another_offset_costs_speech_alone(folder, learn):

@@ -122,6 +122,25 @@ def test_the_first_stage_sees_the_frames_that_points_come_from_and_leaves_the_ne
         assert torch.equal(tensor, untrained[name]), name
 
 
+def test_frames_held_back_are_learned_from_late_and_the_head_before_it_is_kept(clip, model, tmp_path):
+    """Until `validation_until` nothing of them is looked at; compositor and grain are judged by the head as it was then, to the bit, and the head that stays has their poses too."""
+    seen, file = [], tmp_path / "before.safetensors"
+    clip_ = SimpleNamespace(**(vars(clip) | {"image": lambda t: seen.append(t) or clip.image(t)}))
+    config = a_config(preload_bytes=0, validation_until=0.5)
+    half = training.train_head(clip_, model, config, stop_at=config.held_back_until)
+    assert set(seen) == set(range(9))
+    whole = training.train_head(clip_, model, config, before=file)
+    assert set(seen) == set(range(10))
+    kept = training.head_in(file, clip, model, config)
+    for name, tensor in kept[0].tensors().items():
+        assert torch.equal(tensor, half[0].tensors()[name]), name
+    for name, tensor in kept[1].state()[0].items():
+        assert torch.equal(tensor, half[1].state()[0][name]), name
+    tracked = clip.track.motion.T_camera_head[9]
+    assert torch.equal(kept[2].T_camera_head, half[2].T_camera_head) and torch.equal(kept[2].T_camera_head[9], tracked)
+    assert not torch.equal(whole[2].T_camera_head[9], tracked)
+
+
 def test_every_training_frame_is_seen_once_an_epoch_and_held_back_ones_never(clip):
     frames, held = training.training_split(clip, 1)
     assert held == [9] and frames == list(range(9))
@@ -281,7 +300,7 @@ def test_landmarks_that_were_tracked_wrongly_are_found_in_the_training_frames(cl
     """
     from hicode.render import rasterize
 
-    config = a_config(stages=(Stage("refine", 180, "all", True, False),), rates=LearningRates(**dict.fromkeys(vars(LearningRates()), 0.0) | {"points": 2e-3}), points_start=0.0)
+    config = a_config(stages=(Stage("refine", 180, "all", True, False),), rates=LearningRates(**dict.fromkeys(vars(LearningRates()), 0.0) | {"points": 2e-3}), points_start=0.0, validation_until=1.0)
     cloud, deformation = training.initial_cloud(clip, model, config)
     shown = [rasterize(training.deform(cloud, deformation, clip.track.motion, t), clip.track.camera_at(t), torch.zeros(3)) for t in range(FRAMES)]
     images = [(255 * r.rgb / r.alpha[..., None].clamp_min(1e-3)).clamp(0, 255).byte().numpy() for r in shown]
@@ -307,10 +326,10 @@ def test_landmarks_that_were_tracked_wrongly_are_found_in_the_training_frames(cl
 
 @pytest.mark.parametrize("changes", [{"rates": LearningRates(points=0.0)}, {"points_start": 0.5}, {"deformation": DeformationConfig(channels=8, hidden=16, anchors=128, base="none")}])
 def test_points_stay_as_tracked_where_frames_are_seen_too_seldom_or_nothing_rides_on_them(changes, clip, model, capsys):
-    config = a_config(**({"rates": LearningRates(points=1e-3), "points_start": 0.0} | changes))  # 40 iterations over 9 frames
+    config = a_config(**({"rates": LearningRates(points=1e-3), "points_start": 0.0} | changes))  # 40 iterations over 10 frames
     assert len(training.start(clip, model, config).points.values) == 0
-    assert ("seen 2.2 times after 50%" in capsys.readouterr().out) == ("points_start" in changes)
-    assert len(training.start(clip, model, a_config(rates=LearningRates(points=1e-3), points_start=0.0)).points.values) == 9
+    assert ("seen 2.0 times after 50%" in capsys.readouterr().out) == ("points_start" in changes)
+    assert len(training.start(clip, model, a_config(rates=LearningRates(points=1e-3), points_start=0.0)).points.values) == 10
 
 
 def test_colours_learn_to_turn_only_where_they_may(clip, model):

@@ -48,10 +48,12 @@ class TrainingFrames:
     """Frames, head masks and mouth boxes of the training part, cut to the window that the head touches; as many as the memory given allows are kept decoded."""
 
     def __init__(self, clip: Clip, preload_bytes: int, validation: int = 0, views: int = 1):
-        """`views`: as `HeadConfig`'s; which frames (their places) these are, `self.views` says, those held back left out."""
+        """The last `validation` are those held back: `self.known` is how many come before them. `views`: as `HeadConfig`'s; which frames (their places) these
+        are, `self.views` says, those held back left out."""
         self.clip = clip
-        self.frames, _ = training_split(clip, validation)
-        self.views = [self.frames.index(t) for t in islice(clip.depths(), views) if t in self.frames]
+        known, held_back = training_split(clip, validation)
+        self.frames, self.known = known + held_back, len(known)
+        self.views = [known.index(t) for t in islice(clip.depths(), views) if t in known]
         self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
         x0, y0, x1, y1 = self.window
         self._room = preload_bytes // ((x1 - x0) * (y1 - y0) * 4)  # frames with their masks
@@ -94,7 +96,7 @@ class TrainingFrames:
 
 
 def training_split(clip: Clip, validation: int) -> tuple[list[int], list[int]]:
-    """(frames the head learns from, frames held back): the last `validation` of the training part, at most a tenth of it."""
+    """(frames the head learns from, frames held back until `HeadConfig.validation_until`): the last `validation` of the training part, at most a tenth of it."""
     frames = list(clip.train)
     held = min(validation, len(frames) // 10)
     return frames[: len(frames) - held], frames[len(frames) - held :]
@@ -257,7 +259,8 @@ class HeadState:
 
     pose    rows "6"    how each training frame's head stands to its tracked pose (rad, dm; in the head frame)
     points  rows "l 3"  `Motion.refined` (dm), 0 for `points_share` of 0; no row where that is not learned
-    points_share "l 1"  1 but at mouth and jaw, where speech takes the track's place: what the head learns of lips must hold for landmarks as they come
+    points_share "l 1"  1 in the face, `LearningRates.off_face` for hair; 0 at mouth and jaw, where speech takes the track's place: what the head learns of lips must hold
+                        for landmarks as they come
     """
 
     params: dict[str, Tensor]
@@ -283,7 +286,7 @@ def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device
     if config.rates.turn_colors and deformation.control.knows_turns:
         cloud = replace(cloud, turn_colors=torch.zeros(len(cloud), 3, 3))
     params = {k: torch.nn.Parameter(v.to(device)) for k, v in cloud.tensors().items()}
-    n_frames = len(training_split(clip, config.validation_frames)[0])
+    n_frames = len(clip.train)
     visits = (1 - config.points_start) * config.iterations / n_frames
     moves_points = deformation.carrier is not None and config.rates.points > 0 and visits >= LEAST_VISITS
     if deformation.carrier is not None and config.rates.points > 0 and not moves_points:
@@ -297,7 +300,7 @@ def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device
         _optimizer(params, deformation, config),
         FrameTable.zeros(n_frames, 6),
         FrameTable.zeros(n_frames if moves_points else 0, N_LANDMARKS + len(clip.track.hair_points), 3),
-        torch.cat([1 - model.mouth_landmark_weight, torch.ones(len(clip.track.hair_points))])[:, None],
+        torch.cat([1 - model.mouth_landmark_weight, torch.full((len(clip.track.hair_points),), config.rates.off_face)])[:, None],
         GradientStatistics.zeros(len(cloud), device),
     )
 
@@ -321,10 +324,12 @@ def train_head(
     preview_every: int = 1000,
     stop_at: int | None = None,
     device: torch.device | str = "cpu",
+    before: Path | None = None,
 ) -> tuple[Gaussians, Deformation, Motion]:
     """Train to the end of the last stage; returns the cloud, its deformation, and the motion of the training part, refined in the frames that were learned from.
 
-    With `checkpoint`, state is written there every `config.checkpoint_seconds` and on interruption, and training goes on from what is found.
+    With `checkpoint`, state is written there every `config.checkpoint_seconds` and on interruption, and training goes on from what is found. `before`: where
+    to keep the state as it was before the frames held back were learned from (`head_in` reads it).
     `log(iteration, scalars)` is called each iteration. `stop_at` ends early (tests). Raises TrainingError at a NaN, naming step and tensor.
     """
     frames = TrainingFrames(clip, config.preload_bytes, config.validation_frames, config.views)
@@ -336,6 +341,8 @@ def train_head(
     end = config.iterations if stop_at is None else min(stop_at, config.iterations)
     try:
         while state.iteration < end:
+            if before is not None and state.iteration == config.held_back_until:
+                save_checkpoint(before, state)
             scalars = _iterate(state, frames, config, loss)
             log(state.iteration, scalars)
             if state.iteration % preview_every == 0 or state.iteration == end:
@@ -349,6 +356,17 @@ def train_head(
         raise
     if checkpoint is not None:
         save_checkpoint(checkpoint, state)
+    return _finished(state, frames)
+
+
+def head_in(checkpoint: Path, clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str = "cpu") -> tuple[Gaussians, Deformation, Motion]:
+    """The head of a checkpoint, as `train_head` returns it. Raises FileFormatError."""
+    state = start(clip, model, config, device)
+    load_checkpoint(checkpoint, state, config)
+    return _finished(state, TrainingFrames(clip, 0, config.validation_frames))
+
+
+def _finished(state: HeadState, frames: TrainingFrames) -> tuple[Gaussians, Deformation, Motion]:
     state.deformation.requires_grad_(False)
     return state.gaussians().map(lambda v: v.detach().clone()), state.deformation, _refined(state, frames)
 
@@ -368,7 +386,8 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     stage, within = stage_at(config, state.iteration)
     if stage.deform and (within == 0 or (stage.name == "refine" and within == stage.iterations // 2)):
         state.deformation.place_anchors(state.params["means"])
-    k = frames.views[within % len(frames.views)] if stage.frames == "views" else _shuffled_frame(config, state.iteration, len(frames))
+    n = frames.known if state.iteration < config.held_back_until else len(frames)
+    k = frames.views[within % len(frames.views)] if stage.frames == "views" else _shuffled_frame(config, state.iteration, n)
     t = frames.frames[k]
     chance = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
     background = torch.rand(3, generator=chance).to(state.device)
@@ -476,12 +495,10 @@ def _pose(state: HeadState, frames: TrainingFrames, k: int) -> Float[Tensor, "4 
 
 
 def _refined(state: HeadState, frames: TrainingFrames) -> Motion:
-    """The training part's motion with what was found of each frame; frames held back stay as tracked."""
-    clip, n = frames.clip, len(frames)
-    tracked = clip.track.motion[clip.train[0] : clip.train[-1] + 1]
-    poses = torch.stack([_pose(state, frames, k) for k in range(n)])
-    refined = F.pad(state.points.values, (0, 0, 0, 0, 0, len(tracked) - n)) if len(state.points.values) else None
-    return replace(tracked, T_camera_head=torch.cat([poses, tracked.T_camera_head[n:]]), refined=refined)
+    """The training part's motion with what was found of each frame; frames that were not learned from stay as tracked."""
+    tracked = frames.clip.track.motion[frames.frames[0] : frames.frames[-1] + 1]
+    poses = torch.stack([_pose(state, frames, k) for k in range(len(frames))])
+    return replace(tracked, T_camera_head=poses, refined=state.points.values.clone() if len(state.points.values) else None)
 
 
 def _refine_pose(state: HeadState, frames: TrainingFrames, k: int, grad: Float[Tensor, "4 4"], rate: float) -> None:

@@ -40,7 +40,7 @@ from hicode.runtime import (
     tune_allocator,
 )
 from hicode.speech.faceformer import SpeechModels
-from hicode.training.avatar import HeadState, deform, train_head, training_split
+from hicode.training.avatar import HeadState, deform, head_in, train_head, training_split
 from hicode.training.compositor import compositor_preset, train_compositor
 from hicode.training.grain import learn_grain, project
 from hicode.training.speech import GENERIC, AdaptConfig, adapt_example, example_of, load_generic
@@ -52,6 +52,7 @@ PARTS = ("face_landmarks", "face_detection", "person_mask", "head_model", "speec
 
 # Memory of training without the frames it keeps decoded: of the program, and of each frame's track and speech (measured: 1.3 GB at 8 s, 1.4 GB at 20 s).
 TRAINING_BYTES, TRAINING_FRAME_BYTES = 1.3e9, 80e3
+BEFORE = "head-before.safetensors"  # in a run's folder: the head before it learned from the frames held back
 POOL_PIXEL_BYTES = 15  # of the compositor's pool: 14 layers and the depth
 
 
@@ -95,11 +96,12 @@ def train(
             gaussians, deformation, motion = _head(clip, model, config, folder, report, place)
         with report.stage("compositor"):
             avatar = _assemble(clip, model, gaussians, deformation, motion, speech)
+            judged, found = _before_held_back(clip, model, config, folder, avatar, motion, place)
             if compose:
-                avatar.compositor = _compositor(clip, avatar, motion, config, preset, folder, report, seed, place)
+                avatar.compositor = judged.compositor = _compositor(clip, judged, found, config, preset, folder, report, seed, place)
         if compose:
             with report.stage("grain"):
-                avatar.grain = _grain(clip, avatar, motion, config, folder, progress)
+                avatar.grain = _grain(clip, judged, found, config, folder, progress)
         avatar.info = {
             "preset": preset,
             "seed": seed,
@@ -178,7 +180,18 @@ def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report
             preview=preview,
             preview_every=max(250, config.iterations // 10),
             device=device,
+            before=folder / BEFORE,
         )
+
+
+def _before_held_back(
+    clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, avatar: Avatar, motion: Motion, device: str
+) -> tuple[Avatar, Motion]:
+    """The avatar, and the training part's motion, as they were before the head learned from the frames held back: what comes after it is judged by them."""
+    if config.held_back_until >= config.iterations or not training_split(clip, config.validation_frames)[1]:
+        return replace(avatar), motion
+    gaussians, deformation, found = head_in(folder / BEFORE, clip, model, config, device)
+    return replace(avatar, gaussians=gaussians, deformation=deformation.eval()), found
 
 
 def _compositor(
