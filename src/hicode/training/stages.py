@@ -86,7 +86,7 @@ class HeadConfig:
     wing_every: int = 10
     points_start: float = 0.5
     """fraction of the iterations after which `LearningRates.points` begins: by then the control has learned what expression and landmarks explain, and
-    what is left is each frame's own. From the start on, unseen frames lose .1 dB; long hair loses .2 even so at *standard*'s pace (docs/log.md)"""
+    what is left is each frame's own. From the start on, unseen frames lose .1 dB; long hair loses .1-.2 even so (docs/log.md)"""
     spread: float = 3.0
     """weight of the variance of depth along the rays (dm²; not in Eq. 15): without it skin that training frames show at a grazing angle is mottled when
     the head turns further. 0: the paper"""
@@ -96,7 +96,7 @@ class HeadConfig:
     """last frames of the training part that the head does not learn from until `validation_until`: compositor and grain are judged on them"""
     validation_until: float = 0.5
     """fraction of the iterations after which the head learns from these too: judged is the head as it was then, and nothing of the clip is lost to the
-    head that speaks. 1: never. KatieHill, whose head turns on, has .6 dB of her unseen head from the last six frames (docs/log.md)"""
+    head that speaks. 1: never. KatieHill, whose head turns on, gained .6 dB of her unseen head by it (docs/results.md)"""
     seed: int = 0
     checkpoint_seconds: float = 60.0
     preload_bytes: int = 1_500_000_000
