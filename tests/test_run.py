@@ -74,7 +74,12 @@ def aside(folder) -> list[str]:
 def test_compositor_and_grain_are_judged_by_the_head_that_has_not_seen_the_frames_held_back(learn, folder, tmp_path, monkeypatch):
     """The head that speaks has learned from all of the clip; what is chosen on six frames of it must not know them. A resumed run judges by the same."""
     judged = []
-    monkeypatch.setattr(run, "learn_grain", lambda avatar, known, places, unseen, unseen_places: (judged.append((avatar, known, unseen)), learn_grain(avatar, known, places, unseen, unseen_places))[1])
+
+    def noted(avatar, known, known_px, unseen, unseen_px):
+        judged.append((avatar, known, unseen))
+        return learn_grain(avatar, known, known_px, unseen, unseen_px)
+
+    monkeypatch.setattr(run, "learn_grain", noted)
     for _ in range(2):
         _, avatar = learn()
         by, known, unseen = judged.pop()
