@@ -331,7 +331,6 @@ def test_a_table_holds_its_rows_and_where_they_came_from(made):
     assert not list((out / "work").iterdir())
 
 
-@needs_parts
 def test_of_what_is_measured_the_rows_frames_are_kept_and_grain_comes_off_the_avatar_itself():
     from hicode.reproduce.cells import _Recorder
 
@@ -344,6 +343,7 @@ def test_of_what_is_measured_the_rows_frames_are_kept_and_grain_comes_off_the_av
     assert recorder.motions == [tracked] and recorder.frames == [{1: ("grain", 1)}] and avatar.grain == "grain"
 
 
+@needs_parts
 def test_what_is_finished_is_not_made_again_and_what_is_missing_is(made, clips, monkeypatch):
     out, data = made
     trained = []

@@ -281,19 +281,29 @@ class HeadState:
 
 
 def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str = "cpu") -> HeadState:
+    """A state before its first iteration; says so where frames are seen too seldom for their points to be refined."""
+    state = _started(clip, model, config, device)
+    if state.deformation.carrier is not None and config.rates.points > 0 and not len(state.points.values):
+        print(
+            f"Landmarks and hair of the training frames stay as tracked: each of {len(clip.train)} frames is seen {_visits(clip, config):.1f} times after "
+            f"{config.points_start:.0%} of the training, refining them wants {LEAST_VISITS}. Frames that it has not seen are as good without."
+        )
+    return state
+
+
+def _visits(clip: Clip, config: HeadConfig) -> float:
+    """How often each training frame is seen once its points may be refined."""
+    return (1 - config.points_start) * config.iterations / len(clip.train)
+
+
+def _started(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str) -> HeadState:
     cloud, deformation = initial_cloud(clip, model, config)
     deformation = deformation.to(device)
     if config.rates.turn_colors and deformation.control.knows_turns:
         cloud = replace(cloud, turn_colors=torch.zeros(len(cloud), 3, 3))
     params = {k: torch.nn.Parameter(v.to(device)) for k, v in cloud.tensors().items()}
     n_frames = len(clip.train)
-    visits = (1 - config.points_start) * config.iterations / n_frames
-    moves_points = deformation.carrier is not None and config.rates.points > 0 and visits >= LEAST_VISITS
-    if deformation.carrier is not None and config.rates.points > 0 and not moves_points:
-        print(
-            f"Landmarks and hair of the training frames stay as tracked: each of {n_frames} frames is seen {visits:.1f} times after {config.points_start:.0%} of the training, "
-            f"refining them wants {LEAST_VISITS}. Frames that it has not seen are as good without."
-        )
+    moves_points = deformation.carrier is not None and config.rates.points > 0 and _visits(clip, config) >= LEAST_VISITS
     return HeadState(
         params,
         deformation,
@@ -361,7 +371,7 @@ def train_head(
 
 def head_in(checkpoint: Path, clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str = "cpu") -> tuple[Gaussians, Deformation, Motion]:
     """The head of a checkpoint, as `train_head` returns it. Raises FileFormatError."""
-    state = start(clip, model, config, device)
+    state = _started(clip, model, config, device)
     load_checkpoint(checkpoint, state, config)
     return _finished(state, TrainingFrames(clip, 0, config.validation_frames))
 

@@ -96,8 +96,8 @@ def train(
             gaussians, deformation, motion = _head(clip, model, config, folder, report, place)
         with report.stage("compositor"):
             avatar = _assemble(clip, model, gaussians, deformation, motion, speech)
-            judged, found = _before_held_back(clip, model, config, folder, avatar, motion, place)
             if compose:
+                judged, found = _before_held_back(clip, model, config, folder, avatar, motion, place)
                 avatar.compositor = judged.compositor = _compositor(clip, judged, found, config, preset, folder, report, seed, place)
         if compose:
             with report.stage("grain"):
