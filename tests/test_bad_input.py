@@ -14,7 +14,7 @@ import torch
 from test_clip import write_clip
 from test_prepare import portrait, speech_like, swaying, write_video
 
-import hicode.prepare
+import hicode.preparation.prepare
 from hicode import assets, cli, runtime
 from hicode.files import save_tensors
 
@@ -134,11 +134,17 @@ CASES = {
     "a folder without videos": ("pretrain {s}/folder.mp4 -o {o}.safetensors --cache {o}", "No video in"),
     "weights of an unknown kind": ("pretrain {s} -o {o}.pth --cache {o}", ".safetensors"),
     "a manifest that is none": ("pretrain {s} -o {o}.safetensors --cache {o} --sources {s}/text.wav", "is not TOML"),
-    "a sync model without an anchor": ("pretrain {s} -o {o}.safetensors --cache {o} --sync-out {o}.sync", "names an anchor"),
+    "a sync model without an anchor": (
+        "pretrain {s} -o {o}.safetensors --cache {o} --sync-out {o}.sync",
+        "names an anchor",
+    ),
     "less than no steps": ("pretrain {s} -o {o}.safetensors --cache {o} --steps 0", "steps is 0"),
     "a corpus under a file": ("pretrain {s} -o {o}.safetensors --cache {s}/text.wav/c", "Cannot write"),
     "no such speech weights": ("train {s}/good.clip -o {o} --speech-weights {s}/absent.safetensors", "does not exist"),
-    "foreign speech weights": ("train {s}/good.clip -o {o} --speech-weights {s}/foreign.hicode", "is not a hicode-speech file"),
+    "foreign speech weights": (
+        "train {s}/good.clip -o {o} --speech-weights {s}/foreign.hicode",
+        "is not a hicode-speech file",
+    ),
     "foreign speech weights to make with": (
         "make {s}/face.mp4 {s}/speech.wav -o {o}.mp4 --speech-weights {s}/foreign.hicode",
         "is not a hicode-speech file",
@@ -207,14 +213,16 @@ def test_a_disk_that_fills_up_is_said_and_nothing_stays(shelf, tmp_path, capfd, 
     def full(file, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
-    monkeypatch.setattr(hicode.prepare, writer, full)
+    monkeypatch.setattr(hicode.preparation.prepare, writer, full)
     assert run("prepare {s}/face.mp4 -o {o} --size 128", shelf, tmp_path / "out") == 2
     line = the_one_line(capfd)
     assert "No space left" in line and "Free some space" in line and not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_command_says_how_to_go_on(shelf, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(hicode.prepare, "_write_frames", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        hicode.preparation.prepare, "_write_frames", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert run("prepare {s}/face.mp4 -o {o}", shelf, tmp_path / "out") == 130
     assert f"to go on: hicode prepare {shelf}/face.mp4 -o {tmp_path}/out" in capfd.readouterr().err
     assert (tmp_path / "out" / "clip.json").exists()

@@ -17,18 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_clip import write_clip
+from test_head import SIZE, a_config, clip, model, psnr  # noqa: F401 (fixtures)
+from test_render import stand_in
 from torch.utils import _pytree as tree
 
 from hicode.training.density import DensityConfig
 from hicode.training.losses import LossWeights
 from hicode.training.stages import LearningRates, Stage
-from test_clip import write_clip
-from test_render import stand_in
-from test_training import SIZE, a_config, clip, model, psnr  # noqa: F401 (fixtures)
 
 CHILD = "HICODE_STAND_IN_DEVICE"
 GPU = CHILD not in os.environ and torch.cuda.is_available() and find_spec("gsplat") is not None
-needs_device = pytest.mark.skipif(CHILD not in os.environ and not GPU, reason="runs in the child process, and here where there are a GPU and gsplat")
+needs_device = pytest.mark.skipif(
+    CHILD not in os.environ and not GPU, reason="runs in the child process, and here where there are a GPU and gsplat"
+)
 
 
 @pytest.mark.skipif(CHILD in os.environ, reason="this is the child process")
@@ -37,14 +39,23 @@ def test_on_a_device_of_their_own():
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot register a device from Python (2.10 and newer can)")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {CHILD: "1"}, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | {CHILD: "1"}, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 # --- the device --------------------------------------------------------------------------------------------------------
 
 # Operations that a GPU, too, takes CPU tensors in (copies between devices; indices).
-MIXED = {"aten::_copy_from", "aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}
+MIXED = {
+    "aten::_copy_from",
+    "aten::copy_",
+    "aten::_to_copy",
+    "aten::index",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+}
 # Operators that torch makes, on a foreign device, of an empty result and an operator that resizes it, which a stand-in cannot be.
 FUNCTIONAL = ["abs", "arange", "arange.start", "arange.start_step", "eye", "eye.m"]
 _memory: dict[int, torch.Tensor] = {}  # by the address of a stand-in's storage, so that aliases find it
@@ -133,7 +144,9 @@ def gsplat(monkeypatch):
     module.rasterization = stand_in
     monkeypatch.setitem(sys.modules, "gsplat", module)
     choose = render._choose
-    monkeypatch.setattr(render, "_choose", lambda g, backend: "cuda" if g.means.device.type == "standin" else choose(g, backend))
+    monkeypatch.setattr(
+        render, "_choose", lambda g, backend: "cuda" if g.means.device.type == "standin" else choose(g, backend)
+    )
 
 
 @needs_device
@@ -154,14 +167,18 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(device):
 
 def short(**changes):
     """All three stages, density control and anchors; few Gaussians, since the stand-in for gsplat is dense."""
-    stages = Stage("initialise", 3, "views", False, True), Stage("deform", 4, "all", True, True), Stage("refine", 3, "all", True, False)
+    stages = (
+        Stage("initialise", 3, "views", False, True),
+        Stage("deform", 4, "all", True, True),
+        Stage("refine", 3, "all", True, False),
+    )
     density = DensityConfig(every=2, start=2, budget=170, grad_threshold=0.0)
     return a_config(stages=stages, gaussians=150, mouth_gaussians=20, density=density, **changes)
 
 
 @needs_device
 def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_path, monkeypatch):  # noqa: F811
-    from hicode.training import avatar as training
+    from hicode.training import head as training
 
     monkeypatch.setattr(training, "LEAST_VISITS", 1)
     every_rate = {"rates": LearningRates(points=1e-3), "points_start": 0.0}
@@ -172,12 +189,22 @@ def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_
         log = lambda i, scalars, place=place: logs[place].append(scalars)
         heads[place] = training.train_head(clip, model, config, log=log, device=place)
     gaussians, deformation, motion = heads[device]
-    for name, tensor in {**gaussians.tensors(), **dict(deformation.named_parameters()), **deformation.binding.tensors()}.items():
+    for name, tensor in {
+        **gaussians.tensors(),
+        **dict(deformation.named_parameters()),
+        **deformation.binding.tensors(),
+    }.items():
         assert tensor.device.type == device, name
-    assert motion.T_camera_head.device.type == "cpu" and motion.refined.device.type == "cpu" and float(motion.refined.abs().max()) > 0
+    assert (
+        motion.T_camera_head.device.type == "cpu"
+        and motion.refined.device.type == "cpu"
+        and float(motion.refined.abs().max()) > 0
+    )
     assert [s["gaussians"] for s in logs["cpu"]] == [s["gaussians"] for s in logs[device]]
     losses = np.array([[s["loss"] for s in logs[place]] for place in ("cpu", device)])
-    assert np.allclose(*losses[:, :2], rtol=1e-4)  # before rounding, which Adam makes as large as its steps, has spread: 1e-3 at the third on one machine
+    assert np.allclose(
+        *losses[:, :2], rtol=1e-4
+    )  # before rounding, which Adam makes as large as its steps, has spread: 1e-3 at the third on one machine
     assert np.allclose(*losses, rtol=0.05)
     seen = [psnr(clip, g.map(lambda v: v.cpu()), d.to("cpu"), clip.test[0]) for g, d, _ in heads.values()]
     assert abs(seen[0] - seen[1]) < 0.3, seen
@@ -185,7 +212,7 @@ def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_
 
 @needs_device
 def test_a_checkpoint_of_the_device_is_resumed_there_and_on_the_cpu(device, clip, model, tmp_path):  # noqa: F811
-    from hicode.training import avatar as training
+    from hicode.training import head as training
 
     file, config = tmp_path / "head.safetensors", short()
     training.train_head(clip, model, config, checkpoint=file, stop_at=6, device=device)
@@ -215,16 +242,18 @@ def test_interpolation_has_the_same_gradient_on_both(device, count):
 @needs_device
 def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path, monkeypatch):  # noqa: F811
     """`train`, `speak` and `evaluate` as the commands call them, with --device cuda answered by the stand-in."""
-    from hicode import synthesis
     from hicode.avatar.avatar import Avatar
     from hicode.avatar.compositor import CompositorConfig
     from hicode.evaluation import report
-    from hicode.training import run
-    from hicode.training.compositor import CompositorTraining
+    from hicode.session import session as synthesis
+    from hicode.training import avatar as run
+    from hicode.training.refiner import CompositorTraining
 
     for module in (run, synthesis, report):
         monkeypatch.setattr(module, "resolve_device", lambda asked: device if asked == "cuda" else "cpu")
-    tiny = CompositorTraining(steps=4, renders=4, crop_px=48, batch=1, validation=1, generator=CompositorConfig(filters=4))
+    tiny = CompositorTraining(
+        steps=4, renders=4, crop_px=48, batch=1, validation=1, generator=CompositorConfig(filters=4)
+    )
     monkeypatch.setattr(run, "compositor_preset", lambda preset: tiny)
     path = clip_on_disk(tmp_path / "c", clip)
     trained = run.train(path, tmp_path / "a.hicode", head=short(), device="cuda", progress=False)
@@ -238,7 +267,10 @@ def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path
         frames[asked] = np.stack(list(synthesis.synthesize(avatar.to(device if asked == "cuda" else "cpu"), sound)))
     # the kernels against the dense reference, each within half a grey level
     assert np.abs(frames["cpu"].astype(int) - frames["cuda"]).max() <= 1
-    figures = [report.evaluate(tmp_path / "a.hicode", path, modes=("tracked",), device=asked, progress=False) for asked in ("cpu", "cuda")]
+    figures = [
+        report.evaluate(tmp_path / "a.hicode", path, modes=("tracked",), device=asked, progress=False)
+        for asked in ("cpu", "cuda")
+    ]
     assert abs(figures[0]["tracked"]["head"]["psnr"] - figures[1]["tracked"]["head"]["psnr"]) < 0.05
 
 
@@ -246,9 +278,9 @@ def clip_on_disk(path: Path, drawn, seconds: int = 2) -> Path:
     """The drawn clip (tests/test_training.py), repeated, as a folder with sound."""
     import json
 
-    from hicode.clip import save_track, write_png
     from hicode.files import save_tensors
     from hicode.motion import FaceTrack
+    from hicode.preparation.clip import save_track, write_png
 
     t = 25 * seconds
     write_clip(path, t=t, size=SIZE)
@@ -257,8 +289,18 @@ def clip_on_disk(path: Path, drawn, seconds: int = 2) -> Path:
         write_png(path / "frames" / f"{i:06d}.png", drawn.image(int(k)))
         write_png(path / "masks/head" / f"{i:06d}.png", drawn.head_mask(int(k)))
     track = drawn.track
-    save_track(path / "track.safetensors", FaceTrack(track.motion[order], track.identity, track.camera, track.landmarks_px[order], track.confidence[order]))
-    save_tensors(path / "depth.safetensors", {"frames": torch.tensor(list(drawn.depths())), "depth": np.stack(list(drawn.depths().values()))}, "hicode-depth", 2)
+    save_track(
+        path / "track.safetensors",
+        FaceTrack(
+            track.motion[order], track.identity, track.camera, track.landmarks_px[order], track.confidence[order]
+        ),
+    )
+    save_tensors(
+        path / "depth.safetensors",
+        {"frames": torch.tensor(list(drawn.depths())), "depth": np.stack(list(drawn.depths().values()))},
+        "hicode-depth",
+        2,
+    )
     config = json.loads((path / "clip.json").read_text())
     config |= {"steps": {"faces": {"settings": {"start": 0.0}}}, "test": [t - 3, t]}
     (path / "clip.json").write_text(json.dumps(config))

@@ -129,4 +129,6 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
         save_tensors(tmp_path / str(k), tensors, "s", 1, {"é": "ü\n\\"})
     assert len({(tmp_path / str(k)).read_bytes() for k in range(8)}) == 1
     loaded, config = load_tensors(tmp_path / "0", "s", 1)
-    assert config == {"é": "ü\n\\"} and torch.equal(loaded["b"], tensors["b"]) and torch.equal(loaded["a"], tensors["a"])
+    assert (
+        config == {"é": "ü\n\\"} and torch.equal(loaded["b"], tensors["b"]) and torch.equal(loaded["a"], tensors["a"])
+    )

@@ -34,7 +34,9 @@ def test_rotation_round_trips_through_axis_angle_and_quaternion():
     R = rotation_from_axis_angle(a)
     assert torch.allclose(R @ R.mT, torch.eye(3, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(axis_angle_from_rotation(R), a, atol=1e-8)
-    assert torch.allclose(rotation_from_quat(3 * quat_from_rotation(R)), R, atol=1e-12)  # 3: quaternions need not be normalised
+    assert torch.allclose(
+        rotation_from_quat(3 * quat_from_rotation(R)), R, atol=1e-12
+    )  # 3: quaternions need not be normalised
 
 
 def test_rotation_about_z_turns_x_to_y():
@@ -53,7 +55,11 @@ def test_similarity_recovers_scale_rotation_translation():
     R = rotation_from_axis_angle(torch.tensor([0.2, 0.5, -0.4], dtype=torch.float64))
     target = 1.7 * source @ R.T + torch.tensor([1.0, 2, 3])
     s, R2, t = similarity(source, target)
-    assert abs(s - 1.7) < 1e-12 and torch.allclose(R2, R) and torch.allclose(t, torch.tensor([1.0, 2, 3], dtype=torch.float64))
+    assert (
+        abs(s - 1.7) < 1e-12
+        and torch.allclose(R2, R)
+        and torch.allclose(t, torch.tensor([1.0, 2, 3], dtype=torch.float64))
+    )
 
 
 def a_camera():
@@ -75,7 +81,9 @@ def test_unproject_inverts_project():
 def test_cropped_and_resized_cameras_see_the_same_rays():
     points = torch.randn(20, 3, generator=torch.Generator().manual_seed(3))
     pixel, _ = a_camera().project(points)
-    assert torch.allclose(a_camera().cropped(100, 50, 200, 100).project(points)[0], pixel - torch.tensor([100.0, 50.0]), atol=1e-4)
+    assert torch.allclose(
+        a_camera().cropped(100, 50, 200, 100).project(points)[0], pixel - torch.tensor([100.0, 50.0]), atol=1e-4
+    )
     assert torch.allclose(a_camera().resized(320, 240).project(points)[0], pixel / 2, atol=1e-4)
 
 

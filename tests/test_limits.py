@@ -11,18 +11,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-
-from hicode import cli, runtime
-from hicode.clip import Clip, write_png
-from hicode.errors import ResourceError
-from hicode.geometry import rotation_from_axis_angle
-from hicode.motion import LEFT_EYE_OUTER, MOUTH_CORNERS_INNER, RIGHT_EYE_OUTER
-from hicode.prepare import PrepareConfig, _look_along, _Work, head_turn_deg
-from hicode.render import rasterize
-from test_bad_input import the_one_line
 from test_clip import write_clip
 from test_prepare import portrait, swaying, write_video
 from test_render import cloud, head_camera
+
+from hicode import cli, runtime
+from hicode.errors import ResourceError
+from hicode.geometry import rotation_from_axis_angle
+from hicode.motion import LEFT_EYE_OUTER, MOUTH_CORNERS_INNER, RIGHT_EYE_OUTER
+from hicode.preparation.clip import Clip, write_png
+from hicode.preparation.prepare import PrepareConfig, _look_along, _Work, head_turn_deg
+from hicode.render import rasterize
+from test_bad_input import the_one_line
 
 # --- how much there is ---------------------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ def little(monkeypatch):
     """A machine with so many bytes left."""
 
     def leave(free: float) -> None:
-        from hicode.training import run
+        from hicode.training import avatar as run
 
         for module in (runtime, run):
             monkeypatch.setattr(module, "available_memory", lambda: free)
@@ -106,7 +106,7 @@ def test_training_that_will_not_fit_does_not_begin(little, tmp_path, capfd):
 
 
 def test_frames_and_renders_take_less_where_there_is_less_and_say_so(little, tmp_path, capsys):
-    from hicode.training import run
+    from hicode.training import avatar as run
 
     clip = Clip.open(write_clip(tmp_path / "c", t=60, size=32)[0])
     little(1e12)
@@ -122,8 +122,8 @@ def test_frames_and_renders_take_less_where_there_is_less_and_say_so(little, tmp
 
 def test_a_pool_render_takes_what_is_said(tmp_path):
     """A pool item of a head that fills the frame, in bytes a pixel."""
-    from hicode.training import run
-    from hicode.training.compositor import _pool_item
+    from hicode.training import avatar as run
+    from hicode.training.refiner import _pool_item
 
     mask = np.full((64, 64), 255, np.uint8)
     frame = np.zeros((64, 64, 3), np.uint8)
@@ -140,7 +140,9 @@ def test_gaussians_that_cover_the_image_are_refused_before_their_pairs_are_laid_
     little(1e12)
     rasterize(g, camera, torch.zeros(3))
     little(2e6)
-    with pytest.raises(ResourceError, match=r"Rendering 2,000 Gaussians that cover \d+ tiles each at 256x256 needs about"):
+    with pytest.raises(
+        ResourceError, match=r"Rendering 2,000 Gaussians that cover \d+ tiles each at 256x256 needs about"
+    ):
         rasterize(g, camera, torch.zeros(3))
     small = g.map(lambda v: v.clone())
     small.log_scales[:] = -5
@@ -163,16 +165,16 @@ LONG = 600
 WALK = """
 import resource, sys
 import numpy as np
-import hicode.clip
-from hicode.avatar.images import Images
+import hicode.preparation.clip
+from hicode.media.images import Images
 from hicode.avatar.compositor import background_plate
-from hicode.clip import Clip
+from hicode.preparation.clip import Clip
 from hicode.evaluation.report import _Work as Evaluation
-from hicode.face.fit import track_flow
-from hicode.prepare import PrepareConfig, _frames, _look_along, _Work
-from hicode.training.avatar import TrainingFrames
+from hicode.tracking.fit import track_flow
+from hicode.preparation.prepare import PrepareConfig, _frames, _look_along, _Work
+from hicode.training.head import TrainingFrames
 
-hicode.clip.CACHE_BYTES = 8 << 20  # the cache has a bound of its own; what is held beside it is asked here
+hicode.preparation.clip.CACHE_BYTES = 8 << 20  # the cache has a bound of its own; what is held beside it is asked here
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -210,8 +212,9 @@ def test_a_long_clip_passes_through_every_step_in_bounded_memory(tmp_path):
             name = path / kind / f"{t:06d}.png"
             name.unlink(missing_ok=True)
             os.link(path / kind / "000000.png", name)
-    from hicode.clip import save_track, split
     from test_clip import some_track
+
+    from hicode.preparation.clip import save_track, split
 
     save_track(path / "track.safetensors", some_track(LONG, 192))
     config = json.loads((path / "clip.json").read_text())
@@ -236,8 +239,14 @@ def looked_at(tmp_path, frames, mouth=(64, 85)) -> dict:
         write_png(folder / f"{t:06d}.png", np.ascontiguousarray(frame))
     points = np.full((len(frames), 478, 2), mouth, np.float32) + np.array([0, -25], np.float32)
     points[:, :200] += [12, 10]
-    points[:, MOUTH_CORNERS_INNER[0]], points[:, MOUTH_CORNERS_INNER[1]] = (mouth[0] - 9, mouth[1]), (mouth[0] + 9, mouth[1])
-    points[:, RIGHT_EYE_OUTER], points[:, LEFT_EYE_OUTER] = (mouth[0] - 18, mouth[1] - 30), (mouth[0] + 18, mouth[1] - 30)
+    points[:, MOUTH_CORNERS_INNER[0]], points[:, MOUTH_CORNERS_INNER[1]] = (
+        (mouth[0] - 9, mouth[1]),
+        (mouth[0] + 9, mouth[1]),
+    )
+    points[:, RIGHT_EYE_OUTER], points[:, LEFT_EYE_OUTER] = (
+        (mouth[0] - 18, mouth[1] - 30),
+        (mouth[0] + 18, mouth[1] - 30),
+    )
     track = SimpleNamespace(landmarks_px=torch.from_numpy(points))
     return _look_along(_Work(tmp_path, PrepareConfig(), {}, False), track, len(frames))
 

@@ -28,7 +28,9 @@ def test_a_result_says_what_made_it_in_plain_json():
     assert found["version"] == __version__ and found["seed"] == 7
     assert found["config"] == {"head": {"rate": 0.1, "where": "a/b", "stages": [1, 2]}, "n": 3, "bad": None}
     pinned = assets.ASSETS["face_landmarks"].package
-    assert found["assets"] == {"face_landmarks": {"package": f"pypi mediapipe {pinned.version}", "sha256": pinned.sha256}}
+    assert found["assets"] == {
+        "face_landmarks": {"package": f"pypi mediapipe {pinned.version}", "sha256": pinned.sha256}
+    }
     assert "core" in found["machine"] and found["torch"] and found["made"].endswith("+00:00")
 
 

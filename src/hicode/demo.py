@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 
 from hicode.errors import OutputError
-from hicode.prepare import PrepareConfig, prepare
+from hicode.preparation.prepare import PrepareConfig, prepare
 from hicode.runtime import Device
 
 DEMO_SECONDS = 12.0
@@ -37,9 +37,9 @@ def make(
     from hicode.media.audio import read_speech
     from hicode.provenance import sha256
     from hicode.runtime import resolve_device
-    from hicode.synthesis import speak
-    from hicode.training.run import train
-    from hicode.training.speech import load_generic
+    from hicode.session.session import speak
+    from hicode.training.adaptation import load_generic
+    from hicode.training.avatar import train
 
     out = Path(out)
     if out.suffix.lower() not in (".mp4", ".m4v", ".mov"):

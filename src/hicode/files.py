@@ -80,7 +80,9 @@ def check_free_space(folder: Path, need_bytes: int) -> None:
     """Raise OutputError where `folder`'s disk has less than `need_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
-        raise OutputError(f"{folder} has {free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB are needed. Free some space.")
+        raise OutputError(
+            f"{folder} has {free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB are needed. Free some space."
+        )
 
 
 def write_json(path: Path | str, value) -> None:
@@ -158,4 +160,6 @@ def _check(path: Path, header: dict, schema: str, version: int) -> None:
     if number > version:
         raise FileFormatError(f"{path} is {schema} version {number}; this hicode reads up to {version}. Update hicode.")
     if number < version:
-        raise FileFormatError(f"{path} is {schema} version {number}, older than {version} and without an upgrade. Make it anew.")
+        raise FileFormatError(
+            f"{path} is {schema} version {number}, older than {version} and without an upgrade. Make it anew."
+        )

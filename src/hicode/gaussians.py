@@ -42,7 +42,9 @@ class Gaussians:
         """A new cloud with `function` applied to each tensor (to, detach, index ...)."""
         return replace(self, **{k: function(v) for k, v in self.tensors().items()})
 
-    def deformed(self, d_means: Tensor, d_quats: Tensor, d_log_scales: Tensor, d_colors: Tensor | float = 0.0) -> "Gaussians":
+    def deformed(
+        self, d_means: Tensor, d_quats: Tensor, d_log_scales: Tensor, d_colors: Tensor | float = 0.0
+    ) -> "Gaussians":
         """Eq. 8: offsets added to location, raw quaternion and log-scale; and, beyond the paper, to colour. Opacity stays canonical."""
         return replace(
             self,

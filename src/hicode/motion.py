@@ -38,7 +38,7 @@ class Motion:
 
     speech  "t s" the sound's features of each frame, where an avatar is moved by them directly (an ablation); usually absent
     hair    "t p 3" how far points on the head outside the face are from their places on the skull (head frame, head units), where they were followed
-            (`hicode.face.hair`); they belong to one track's `hair_points`
+            (`hicode.tracking.hair`); they belong to one track's `hair_points`
     refined "t l 3" how much farther landmarks, then hair points are than they were tracked, as training found from these very frames (l = 478 + p): the
             carrier goes by it, the control, which must do without on any other frame, does not hear it
     """
@@ -69,11 +69,25 @@ class Motion:
     def control_at(
         self, t: int, device: torch.device | str = "cpu"
     ) -> tuple[
-        Float[Tensor, "64"], Float[Tensor, "478 3"], Float[Tensor, "s"] | None, Float[Tensor, "3 3"], Float[Tensor, "p 3"] | None, Float[Tensor, "l 3"] | None
+        Float[Tensor, "64"],
+        Float[Tensor, "478 3"],
+        Float[Tensor, "s"] | None,
+        Float[Tensor, "3 3"],
+        Float[Tensor, "p 3"] | None,
+        Float[Tensor, "l 3"] | None,
     ]:
         """(expression, landmarks, speech, the head's rotation to the camera, hair, refined) of frame t, what deforms a head, on the head's device."""
-        speech, hair, refined = (None if values is None else values[t].to(device) for values in (self.speech, self.hair, self.refined))
-        return self.expression[t].to(device), self.landmarks[t].to(device), speech, self.T_camera_head[t, :3, :3].to(device), hair, refined
+        speech, hair, refined = (
+            None if values is None else values[t].to(device) for values in (self.speech, self.hair, self.refined)
+        )
+        return (
+            self.expression[t].to(device),
+            self.landmarks[t].to(device),
+            speech,
+            self.T_camera_head[t, :3, :3].to(device),
+            hair,
+            refined,
+        )
 
     def __post_init__(self):
         t = self.expression.shape[0]
@@ -82,7 +96,10 @@ class Motion:
         assert self.T_camera_head.shape == (t, 4, 4), self.T_camera_head.shape
         assert self.speech is None or len(self.speech) == t, (len(self.speech), t)
         assert self.hair is None or (len(self.hair) == t and self.hair.shape[2:] == (3,)), (self.hair.shape, t)
-        assert self.refined is None or (len(self.refined) == t and self.refined.shape[2:] == (3,)), (self.refined.shape, t)
+        assert self.refined is None or (len(self.refined) == t and self.refined.shape[2:] == (3,)), (
+            self.refined.shape,
+            t,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         return {

@@ -82,7 +82,9 @@ def _checkout() -> tuple[str | None, bool | None]:
 
     def git(*command: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

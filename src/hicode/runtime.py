@@ -27,7 +27,11 @@ def tune_allocator() -> bool:
 
     try:
         libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30) and libc.mallopt(_M_TOP_PAD, 1 << 26))
+        return bool(
+            libc.mallopt(_M_MMAP_MAX, 0)
+            and libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+            and libc.mallopt(_M_TOP_PAD, 1 << 26)
+        )
     except (OSError, AttributeError):
         return False
 
@@ -58,7 +62,9 @@ def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
     if not torch.cuda.is_available():
         raise InputError("No CUDA device is visible to torch. Leave --device out, or install a CUDA build of torch.")
     if find_spec("gsplat") is None:
-        raise InputError("--device cuda needs gsplat, which is not installed. pip install 'hicode[cuda]', or leave --device out.")
+        raise InputError(
+            "--device cuda needs gsplat, which is not installed. pip install 'hicode[cuda]', or leave --device out."
+        )
     return "cuda"
 
 

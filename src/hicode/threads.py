@@ -62,7 +62,9 @@ def frame_pool() -> ThreadPoolExecutor:
 
     for started in [pool.submit(alone) for _ in range(count)]:
         started.result()
-    torch.set_num_threads(count)  # the number is each thread's own, but threads to come inherit the one that was set last
+    torch.set_num_threads(
+        count
+    )  # the number is each thread's own, but threads to come inherit the one that was set last
     return pool
 
 
@@ -71,5 +73,7 @@ def _forget() -> None:
     _pool, _lock = None, threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):  # a forked child has the pool's bookkeeping but none of its threads, and would wait for ever
+if hasattr(
+    os, "register_at_fork"
+):  # a forked child has the pool's bookkeeping but none of its threads, and would wait for ever
     os.register_at_fork(after_in_child=_forget)

@@ -23,5 +23,8 @@ for name, selection in (("near", 0), ("far", 1)):
     box = found.location_data.relative_bounding_box
     corners = [box.xmin * w, box.ymin * h, (box.xmin + box.width) * w, (box.ymin + box.height) * h]
     keypoints = [[p.x * w, p.y * h] for p in found.location_data.relative_keypoints]
-    out |= {f"{name}_box": np.array([*corners, found.score[0]], np.float32), f"{name}_keypoints": np.array(keypoints, np.float32)}
+    out |= {
+        f"{name}_box": np.array([*corners, found.score[0]], np.float32),
+        f"{name}_keypoints": np.array(keypoints, np.float32),
+    }
 np.savez(Path(__file__).with_suffix(".npz"), **out)

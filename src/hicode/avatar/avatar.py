@@ -15,13 +15,13 @@ from torch import Tensor
 
 from hicode.avatar.compositor import Box, Compositor, compose, face_mask, outlined, seam_box
 from hicode.avatar.deformation import Deformation
-from hicode.avatar.grain import Grain
-from hicode.avatar.images import Images
-from hicode.avatar.inference import FrameDeformer
+from hicode.avatar.fast import FrameDeformer
+from hicode.avatar.film_grain import Grain
 from hicode.camera import Camera
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
 from hicode.gaussians import Gaussians
+from hicode.media.images import Images
 from hicode.motion import LIPS, FaceTrack, Motion
 from hicode.render import Rendering, rasterize
 from hicode.speech.faceformer import SpeechModels
@@ -82,7 +82,7 @@ class Avatar:
         """How the landmarks move with each of the 3DMM's actions."""
         if self.deformation.carrier is not None:
             return self.deformation.carrier.landmark_basis
-        from hicode.face.model import HeadModel
+        from hicode.tracking.head_model import HeadModel
 
         model = HeadModel.load()
         return model.landmarks(model.expression_basis)
@@ -107,18 +107,28 @@ class Avatar:
         """What deforms this cloud quickly, made once; None where only `Deformation` itself can."""
         known = self.__dict__.get("_known_deformer")
         if known is None or known.gaussians is not self.gaussians or known.deformation is not self.deformation:
-            known = FrameDeformer(self.deformation, self.gaussians) if FrameDeformer.supports(self.deformation) else None
+            known = (
+                FrameDeformer(self.deformation, self.gaussians) if FrameDeformer.supports(self.deformation) else None
+            )
             self.__dict__["_known_deformer"] = known
         return known
 
     @torch.no_grad()
-    def render(self, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto") -> Rendering:
+    def render(
+        self, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto"
+    ) -> Rendering:
         """The head at frame t of a motion, over a constant background (black where none is given)."""
         return self.rasterized(self.deformed(motion, t), motion, t, background, backend)
 
     @torch.no_grad()
     def rasterized(
-        self, deformed: Gaussians, motion: Motion, t: int, background: Float[Tensor, "3"] | None = None, backend: str = "auto", within: Box | None = None
+        self,
+        deformed: Gaussians,
+        motion: Motion,
+        t: int,
+        background: Float[Tensor, "3"] | None = None,
+        backend: str = "auto",
+        within: Box | None = None,
     ) -> Rendering:
         """The second half of `render`; where nothing outside a box (px) is wanted, it is left black and uncovered."""
         background = torch.zeros(3) if background is None else background
@@ -127,7 +137,10 @@ class Avatar:
             return rasterize(deformed, camera, background, backend=backend)
         x0, y0, x1, y1 = within
         part = rasterize(deformed, camera.cropped(x0, y0, x1 - x0, y1 - y0), background, backend=backend)
-        rgb, alpha = part.rgb.new_zeros(camera.height, camera.width, 3), part.alpha.new_zeros(camera.height, camera.width)
+        rgb, alpha = (
+            part.rgb.new_zeros(camera.height, camera.width, 3),
+            part.alpha.new_zeros(camera.height, camera.width),
+        )
         rgb[y0:y1, x0:x1], alpha[y0:y1, x0:x1] = part.rgb, part.alpha
         return Rendering(rgb, alpha)
 
@@ -142,11 +155,18 @@ class Avatar:
         return face_mask(head_mask, self.landmarks_px(motion, t), self.landmarks_px(frame_motion, frame_t))
 
     def outlined(
-        self, rendering: Rendering, motion: Motion, t: int, head_mask: UInt8[np.ndarray, "h w"], within: Box | None = None
+        self,
+        rendering: Rendering,
+        motion: Motion,
+        t: int,
+        head_mask: UInt8[np.ndarray, "h w"],
+        within: Box | None = None,
     ) -> tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w"]]:
         """The head rendered over black at frame t of a motion, and its alpha, with the outline that the mask of a frame of the same pose has above the mouth;
         where a box (px) is given, in it."""
-        return outlined(rendering.rgb, rendering.alpha, head_mask, float(self.landmarks_px(motion, t)[LIPS, 1].mean()), within)
+        return outlined(
+            rendering.rgb, rendering.alpha, head_mask, float(self.landmarks_px(motion, t)[LIPS, 1].mean()), within
+        )
 
     def composed(
         self, rendering: Rendering, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], index: int,
@@ -168,7 +188,9 @@ class Avatar:
         """The final frame of frame t of a motion: rendered and composited; its grain is that of index t. Where the frame's own motion is given (of the same
         poses, at the same t), the face alone, else the head."""
         shown = None if own is None else self.face_mask(motion, t, head_mask, own, t)
-        rendering = self.rasterized(self.deformed(motion, t), motion, t, backend=backend, within=None if shown is None else seam_box(shown))
+        rendering = self.rasterized(
+            self.deformed(motion, t), motion, t, backend=backend, within=None if shown is None else seam_box(shown)
+        )
         return self.composed(rendering, motion, t, frame, head_mask, t, shown=shown)
 
     def save(self, path: Path | str) -> Path:
@@ -176,10 +198,15 @@ class Avatar:
         tensors: dict[str, Tensor] = {f"gaussians.{k}": v for k, v in self.gaussians.tensors().items()}
         deformation, deformation_config = self.deformation.state()
         # Indices are below 2^31 and anchors' count below 2^15: half the file of a long binding goes.
-        tensors |= {f"deformation.{k}": v.to(torch.int32) if v.dtype == torch.int64 else v for k, v in deformation.items()}
+        tensors |= {
+            f"deformation.{k}": v.to(torch.int32) if v.dtype == torch.int64 else v for k, v in deformation.items()
+        }
         tensors |= {f"driving.{k}": v for k, v in self.driving.tensors().items()}
         tensors |= {"camera.K": self.camera.K, "plate": torch.from_numpy(self.plate)}
-        tensors |= {"driving_frames.data": self.driving_frames.data, "driving_frames.offsets": self.driving_frames.offsets}
+        tensors |= {
+            "driving_frames.data": self.driving_frames.data,
+            "driving_frames.offsets": self.driving_frames.offsets,
+        }
         tensors |= {"driving_masks.data": self.driving_masks.data, "driving_masks.offsets": self.driving_masks.offsets}
         tensors |= {"mouth_expression": self.mouth_expression, "mouth_landmark_weight": self.mouth_landmark_weight}
         config = {
@@ -205,7 +232,9 @@ class Avatar:
         try:
             return _assemble(tensors, config)
         except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-            raise FileFormatError(f"{path} is an avatar with parts missing or of the wrong shape ({error}). Train it anew.") from error
+            raise FileFormatError(
+                f"{path} is an avatar with parts missing or of the wrong shape ({error}). Train it anew."
+            ) from error
 
 
 def _assemble(tensors: dict[str, Tensor], config: dict) -> Avatar:

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
-from hicode.avatar.grain import GrainLayer
+from hicode.avatar.film_grain import GrainLayer
 
 # Lengths as fractions of the image's larger side (the comments give px at 512).
 # How far the dilated mask goes beyond the head: half of it for tracking error and hair, half for the feather.
@@ -41,7 +41,9 @@ REACH = 12 / 512
 # that the mask cuts go on as they are; a plate there smears them.
 HIDE = 4 / 512
 FEATHER = 6 / 512  # width of the rim in which the composite fades into the fill
-JAW_REACH = 6 / 512  # further reach downwards: the spoken jaw may open wider than the driving frame's. Not hidden: hiding the neck cost .9 dB of a frame
+JAW_REACH = (
+    6 / 512
+)  # further reach downwards: the spoken jaw may open wider than the driving frame's. Not hidden: hiding the neck cost .9 dB of a frame
 # Background this near to a head mask is not trusted (soft hair, motion blur). 6 px instead of 3 costs 1 dB of band (EdMarkey, held out).
 PLATE_GUARD = 3 / 512
 # Frame and plate that differ by up to LIGHT, of 1, in every channel differ in their light; by SURFACE and more in what they show.
@@ -55,7 +57,9 @@ SOLID = 0.95  # alpha from which on a render's colour is taken to be known
 CONTEXT = 16  # px of the input frame around the dilated mask that the generator sees
 STRIDE = 16  # the generator's sides are multiples of this
 
-Region = Literal["face", "head"]  # what of the rendered head goes into a frame of its pose: the face (`face_mask`), or all of it
+Region = Literal[
+    "face", "head"
+]  # what of the rendered head goes into a frame of its pose: the face (`face_mask`), or all of it
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in px, the last two exclusive
 
 INPUT_CHANNELS = 11
@@ -163,7 +167,9 @@ class Compositor(nn.Module):
 
     def _convolution(self, name: str, x: Tensor, leaky: bool = True) -> Tensor:
         if self._packed is not None:
-            return torch.ops.mkldnn._convolution_pointwise(x, *self._packed[name], *(("leaky_relu", [0.2], "") if leaky else ("none", [], "")))
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, *self._packed[name], *(("leaky_relu", [0.2], "") if leaky else ("none", [], ""))
+            )
         y = getattr(self, name)(x)
         return F.leaky_relu(y, 0.2, inplace=True) if leaky else y  # in place: nobody else reads a convolution's result
 
@@ -275,7 +281,9 @@ def _long_drawn(head_mask: UInt8[np.ndarray, "h w"], unit: float) -> np.ndarray:
     below = cv2.copyMakeBorder(head_mask, 0, down, 0, 0, cv2.BORDER_REPLICATE)[down:]
     fall = cv2.subtract(head_mask, below)  # saturates: 0 where it rises
     wide = cv2.copyMakeBorder(head_mask, 0, 0, aside, aside, cv2.BORDER_REPLICATE)
-    across = cv2.convertScaleAbs(cv2.absdiff(wide[:, 2 * aside :], wide[:, : -2 * aside]), alpha=down / aside)  # to twice the slope of `fall`
+    across = cv2.convertScaleAbs(
+        cv2.absdiff(wide[:, 2 * aside :], wide[:, : -2 * aside]), alpha=down / aside
+    )  # to twice the slope of `fall`
     per_px = down / unit
     return (head_mask <= 127) & (fall > 3 * per_px) & (fall < 24 * per_px) & (across < fall)
 
@@ -320,7 +328,9 @@ def compose(
     out = frame.copy()
     if seam is not None:
         composite = plain_composite(rgb, alpha, frame, plate, seam)
-        residual = np.zeros((0, 0, 12), np.float32) if generator is None else generator.residual_subpixels(composite.layers)
+        residual = (
+            np.zeros((0, 0, 12), np.float32) if generator is None else generator.residual_subpixels(composite.layers)
+        )
         field, scale, lips = np.zeros((0, 0), np.uint8), 0.0, np.ones(4, np.float32)
         if grain is not None:
             field, scale = grain.field[seam.window], grain.scale
@@ -371,7 +381,12 @@ def outlined(
     h, w = alpha.shape
     x, y, width, height = cv2.boundingRect(cv2.threshold(head_mask, 127, 255, cv2.THRESH_BINARY)[1])
     margin = math.ceil(_px(REACH, head_mask))  # composition shows nothing beyond
-    x0, x1, y0, y1 = max(0, x - margin), min(w, x + width + margin), max(0, y - margin), min(h, y + height, math.ceil(above))
+    x0, x1, y0, y1 = (
+        max(0, x - margin),
+        min(w, x + width + margin),
+        max(0, y - margin),
+        min(h, y + height, math.ceil(above)),
+    )
     if within is not None:
         x0, y0, x1, y1 = max(x0, within[0]), max(y0, within[1]), min(x1, within[2]), min(y1, within[3])
     if width == 0 or y1 <= y0 or x1 <= x0:
@@ -386,7 +401,17 @@ def outlined(
     most = cv2.dilate(head_mask[box], np.ones((rim, rim), np.uint8))
     distance = cv2.distanceTransform((solid < 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_3)
     rgb, alpha = rgb.copy(), alpha.copy()
-    _outline(rgb[box], alpha[box], head_mask[box], most, distance, colors, np.float32(above - y0), np.float32(fade), np.float32(reach))
+    _outline(
+        rgb[box],
+        alpha[box],
+        head_mask[box],
+        most,
+        distance,
+        colors,
+        np.float32(above - y0),
+        np.float32(fade),
+        np.float32(reach),
+    )
     return rgb, alpha
 
 
@@ -449,16 +474,35 @@ def _borders_halved(frame, plate, hidden, light, of_light, around, known):
                 for x in range(2 * j, min(2 * j + 2, w)):
                     if not hidden[y, x]:
                         count += 1
-                        r, g, b = r + np.int32(frame[y, x, 0]), g + np.int32(frame[y, x, 1]), b + np.int32(frame[y, x, 2])
-                        plate_r, plate_g, plate_b = plate_r + np.int32(plate[y, x, 0]), plate_g + np.int32(plate[y, x, 1]), plate_b + np.int32(plate[y, x, 2])
+                        r, g, b = (
+                            r + np.int32(frame[y, x, 0]),
+                            g + np.int32(frame[y, x, 1]),
+                            b + np.int32(frame[y, x, 2]),
+                        )
+                        plate_r, plate_g, plate_b = (
+                            plate_r + np.int32(plate[y, x, 0]),
+                            plate_g + np.int32(plate[y, x, 1]),
+                            plate_b + np.int32(plate[y, x, 2]),
+                        )
             if count:
                 scale = np.float32(1 / 255) / np.float32(count)
                 size = max(abs(r - plate_r), abs(g - plate_g), abs(b - plate_b)) * scale
-                other = min(max((size - np.float32(LIGHT)) * np.float32(1 / (SURFACE - LIGHT)), np.float32(0)), np.float32(1))
+                other = min(
+                    max((size - np.float32(LIGHT)) * np.float32(1 / (SURFACE - LIGHT)), np.float32(0)), np.float32(1)
+                )
                 known[i, j], of_light[i, j] = 1, np.float32(1) - other
                 lit = scale * (np.float32(1) - other)
-                light[i, j, 0], light[i, j, 1], light[i, j, 2] = (r - plate_r) * lit, (g - plate_g) * lit, (b - plate_b) * lit
-                around[i, j, 0], around[i, j, 1], around[i, j, 2], around[i, j, 3] = r * scale, g * scale, b * scale, other
+                light[i, j, 0], light[i, j, 1], light[i, j, 2] = (
+                    (r - plate_r) * lit,
+                    (g - plate_g) * lit,
+                    (b - plate_b) * lit,
+                )
+                around[i, j, 0], around[i, j, 1], around[i, j, 2], around[i, j, 3] = (
+                    r * scale,
+                    g * scale,
+                    b * scale,
+                    other,
+                )
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
@@ -519,14 +563,18 @@ def _paste(layers, residual, inside, field, scale, lips, out):
             levels = field[y]
             for x in range(w):
                 dx = np.float32(x) - lips[0]
-                grain[x] = scale * min(max(across * dx * dx + height, zero), one) * (np.float32(levels[x]) - np.float32(128))
+                grain[x] = (
+                    scale * min(max(across * dx * dx + height, zero), one) * (np.float32(levels[x]) - np.float32(128))
+                )
         for x in range(w):
             if inside[y, x]:
                 weight, alpha = layers[y, x, 10], layers[y, x, 3]
                 more = alpha * grain[x]
                 for c in range(3):
                     fill = layers[y, x, 7 + c]
-                    value = (fill + weight * (layers[y, x, c] + extra[x, c] + more - alpha * fill)) * most + np.float32(0.5)
+                    value = (fill + weight * (layers[y, x, c] + extra[x, c] + more - alpha * fill)) * most + np.float32(
+                        0.5
+                    )
                     out[y, x, c] = np.uint8(np.int32(min(max(value, zero), most)))
 
 

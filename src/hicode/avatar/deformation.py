@@ -119,7 +119,9 @@ def landmark_attention(
     return mean_and_deviation(*(attention @ torch.cat([v, v * v], 1)).chunk(2, 1))
 
 
-def mean_and_deviation(mean: Float[Tensor, "n c"], second: Float[Tensor, "n c"]) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
+def mean_and_deviation(
+    mean: Float[Tensor, "n c"], second: Float[Tensor, "n c"]
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
     """Of E[v] and E[v²] (Eq. 10). The root is that of max(variance, 0) + 1e-5: rounding makes the variance negative where attention is sharp."""
     return mean, ((second - mean * mean).clamp_min(0) + 1e-5).sqrt()
 
@@ -136,7 +138,9 @@ class StillAttention:
     @torch.no_grad()
     def thinned(self, error: float = THIN_ERROR) -> "StillAttention":
         """The same weights but for `error` of a row's at most: a smooth kernel over the head has few directions. Worth its tenth of a second where many frames follow."""
-        return StillAttention(tuple((left, right) if right is not None else _thin(left, error) for left, right in self.parts))
+        return StillAttention(
+            tuple((left, right) if right is not None else _thin(left, error) for left, right in self.parts)
+        )
 
     def moments(self, v: Float[Tensor, "478 c"]) -> tuple[Float[Tensor, "m c"], Float[Tensor, "m c"]]:
         """E[v] and E[v²] of the landmarks' values."""
@@ -179,9 +183,15 @@ class CrossAttention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.query, self.out, self.norm = nn.Linear(channels, channels), nn.Linear(channels, channels), nn.LayerNorm(channels)
+        self.query, self.out, self.norm = (
+            nn.Linear(channels, channels),
+            nn.Linear(channels, channels),
+            nn.LayerNorm(channels),
+        )
 
-    def forward(self, x: Float[Tensor, "n c"], k: Float[Tensor, "l c"], v: Float[Tensor, "l c"]) -> Float[Tensor, "n c"]:
+    def forward(
+        self, x: Float[Tensor, "n c"], k: Float[Tensor, "l c"], v: Float[Tensor, "l c"]
+    ) -> Float[Tensor, "n c"]:
         attention = torch.softmax((self.query(x) * x.shape[1] ** -0.5) @ k.T, -1)
         return self.norm(x + self.out(attention @ v))
 
@@ -196,7 +206,9 @@ class HierarchicalControl(nn.Module):
         c, h = config.channels, config.hidden
         reaches = len(config.attention_reaches)
         if self.stands_still and (not reaches or c % reaches):
-            raise InputError(f"Attention by nearness cannot divide {c} channels among {reaches} attention_reaches. Give as many as divide them, or learned attention.")
+            raise InputError(
+                f"Attention by nearness cannot divide {c} channels among {reaches} attention_reaches. Give as many as divide them, or learned attention."
+            )
         if config.attention == "learned" and reaches > 1:
             raise InputError(f"Learned attention takes one of attention_reaches or none, not {reaches}.")
         self.register_buffer("center", center.clone().float())
@@ -212,14 +224,18 @@ class HierarchicalControl(nn.Module):
         if config.fine in ("adain", "addition", "attention"):
             # A landmark's value, and its key where attention learns, come from its position, its displacement from the mean (small: normalised on its own) and its index.
             width = c if self.stands_still else 2 * c
-            self.key_value = nn.Sequential(nn.Linear(3 * (2 + 2 * config.landmark_frequencies), h), nn.ReLU(), nn.Linear(h, width))
+            self.key_value = nn.Sequential(
+                nn.Linear(3 * (2 + 2 * config.landmark_frequencies), h), nn.ReLU(), nn.Linear(h, width)
+            )
             self.landmark_code = nn.Parameter(0.1 * torch.randn(N_LANDMARKS, width))
         if config.fine == "attention":
             self.fine_attention = CrossAttention(c)
         if config.fine == "concat":
             self.landmark_encoder = nn.Sequential(nn.Linear(3 * N_LANDMARKS, h), nn.ReLU(), nn.Linear(h, c))
         if config.coarse in ("adain", "audio"):
-            self.style = nn.Linear(config.speech_dim if config.coarse == "audio" else EXPRESSION_DIM + IDENTITY_DIM, 2 * c)
+            self.style = nn.Linear(
+                config.speech_dim if config.coarse == "audio" else EXPRESSION_DIM + IDENTITY_DIM, 2 * c
+            )
             nn.init.normal_(self.style.weight, std=0.02 if config.coarse == "adain" else 0.01)
             with torch.no_grad():
                 self.style.bias[:c] = 1.0  # deviation 1, mean 0: the second AdaIN starts as a plain normalisation
@@ -237,7 +253,9 @@ class HierarchicalControl(nn.Module):
         if self.sway or self.relight:
             self.register_buffer("turn_mean", torch.eye(3))
         features = c * (1 + (config.fine == "concat") + (config.coarse == "concat"))
-        self.head = nn.Sequential(nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), _zero_linear(h, 13 if config.shade else 10))
+        self.head = nn.Sequential(
+            nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), _zero_linear(h, 13 if config.shade else 10)
+        )
 
     def set_statistics(
         self,
@@ -251,11 +269,15 @@ class HierarchicalControl(nn.Module):
             u, _, v = torch.linalg.svd(turn.mean(0))  # the rotation nearest to the mean
             self.turn_mean.copy_(u @ v)
         if self.config.coarse == "audio":
-            assert speech is not None and speech.shape[1] == self.config.speech_dim, "the motion carries no speech features of this width"
+            assert speech is not None and speech.shape[1] == self.config.speech_dim, (
+                "the motion carries no speech features of this width"
+            )
             self.speech_mean.copy_(speech.mean(0))
             self.speech_std.copy_(speech.std(0, correction=0) + 1e-3)
         self.expression_mean.copy_(expression.mean(0))
-        self.expression_std.copy_(expression.std(0, correction=0) + 0.02)  # floor: an action that never moves must not be amplified
+        self.expression_std.copy_(
+            expression.std(0, correction=0) + 0.02
+        )  # floor: an action that never moves must not be amplified
         if hasattr(self, "expression_components"):
             normalized = ((expression - self.expression_mean) / self.expression_std).double()
             variance, components = torch.linalg.eigh(normalized.T @ normalized / len(normalized))
@@ -274,7 +296,9 @@ class HierarchicalControl(nn.Module):
         """Whether it was told how the clip's head stands (`set_statistics`)."""
         return hasattr(self, "turn_mean")
 
-    def turn_field(self, query: Float[Tensor, "m c"], sways: Float[Tensor, "m"] | None) -> Float[Tensor, "m o 3"] | None:
+    def turn_field(
+        self, query: Float[Tensor, "m c"], sways: Float[Tensor, "m"] | None
+    ) -> Float[Tensor, "m o 3"] | None:
         """What a turn adds to each offset, per unit of `turned`: positions sway (`Standing.sways`), colours are relit everywhere. None where the
         head's turn moves nothing.
         """
@@ -294,7 +318,9 @@ class HierarchicalControl(nn.Module):
         if turn is None or not self.knows_turns:
             return None
         away = self.turn_mean.T @ turn
-        return torch.stack([away[2, 1] - away[1, 2], away[0, 2] - away[2, 0], away[1, 0] - away[0, 1]]) / (2 * TURN_UNIT)
+        return torch.stack([away[2, 1] - away[1, 2], away[0, 2] - away[2, 0], away[1, 0] - away[0, 1]]) / (
+            2 * TURN_UNIT
+        )
 
     @torch.no_grad()
     def standing(self, points: Float[Tensor, "m 3"]) -> Standing:
@@ -321,15 +347,22 @@ class HierarchicalControl(nn.Module):
         part = normalized[None] @ self.expression_components.T
         return ((limit * torch.tanh(part / limit.clamp_min(1e-6))) @ self.expression_components)[0]
 
-    def keys_values(self, landmarks: Float[Tensor, "478 3"]) -> tuple[Float[Tensor, "478 c"] | None, Float[Tensor, "478 c"]]:
+    def keys_values(
+        self, landmarks: Float[Tensor, "478 3"]
+    ) -> tuple[Float[Tensor, "478 c"] | None, Float[Tensor, "478 c"]]:
         """K and V of the landmark attention (Eq. 9); no K where attention stands still."""
         position = (landmarks - self.center) / self.radius
         displacement = (landmarks - self.landmark_mean) / self.landmark_std
-        kv = self.landmark_code + self.key_value(torch.cat([sinusoidal(position, self.config.landmark_frequencies), displacement], -1))
+        kv = self.landmark_code + self.key_value(
+            torch.cat([sinusoidal(position, self.config.landmark_frequencies), displacement], -1)
+        )
         return (None, kv) if self.stands_still else kv.chunk(2, 1)
 
     def attended(
-        self, q: Float[Tensor, "m c"], landmarks: Float[Tensor, "478 3"], attention: StillAttention | Float[Tensor, "m 478"] | None
+        self,
+        q: Float[Tensor, "m c"],
+        landmarks: Float[Tensor, "478 3"],
+        attention: StillAttention | Float[Tensor, "m 478"] | None,
     ) -> tuple[Float[Tensor, "m c"], Float[Tensor, "m c"]]:
         """Mean and deviation of the landmarks' values as each point attends to them (Eqs 9-10)."""
         k, v = self.keys_values(landmarks)
@@ -407,7 +440,11 @@ class Mix:
 
         n, k = self.index.shape
         of = np.repeat(np.arange(n), k)
-        return csr_matrix((self.weight.numpy().ravel(), (self.index.numpy().ravel(), of)), shape=(int(self.index.max()) + 1, n), dtype=np.float32)
+        return csr_matrix(
+            (self.weight.numpy().ravel(), (self.index.numpy().ravel(), of)),
+            shape=(int(self.index.max()) + 1, n),
+            dtype=np.float32,
+        )
 
 
 NEAREST_LANDMARKS = 8  # that a Gaussian rides on
@@ -476,7 +513,10 @@ def bind(
     kernel = kernel / np.maximum(kernel.sum(1, keepdims=True), 1e-6) * np.exp(-((lm_distance[:, :1] / reach) ** 2))
     if hair is not None and len(hair):
         hair_index, hair_weights = _hair_binding(xyz, hair.detach().cpu().numpy(), lm_distance[:, 0])
-        lm_index, kernel = np.concatenate([lm_index, N_LANDMARKS + hair_index], 1), np.concatenate([kernel, hair_weights], 1)
+        lm_index, kernel = (
+            np.concatenate([lm_index, N_LANDMARKS + hair_index], 1),
+            np.concatenate([kernel, hair_weights], 1),
+        )
     return Binding(
         triangles.cpu()[torch.from_numpy(nearest // len(steps))].long(),
         torch.from_numpy(barycentric.astype(np.float32)),
@@ -485,11 +525,17 @@ def bind(
     )
 
 
-HAIR_NEAR, HAIR_WIDE, HAIR_REACH = 0.12, 0.3, 0.5  # dm: points this near count; where none is, the nearest; beyond the last none moves anything
+HAIR_NEAR, HAIR_WIDE, HAIR_REACH = (
+    0.12,
+    0.3,
+    0.5,
+)  # dm: points this near count; where none is, the nearest; beyond the last none moves anything
 HAIR_FACE = 0.2  # dm from the landmarks over which hair takes over from the face
 
 
-def _hair_binding(xyz: np.ndarray, hair: np.ndarray, from_face: np.ndarray) -> tuple[Int[np.ndarray, "n 6"], Float[np.ndarray, "n 6"]]:
+def _hair_binding(
+    xyz: np.ndarray, hair: np.ndarray, from_face: np.ndarray
+) -> tuple[Int[np.ndarray, "n 6"], Float[np.ndarray, "n 6"]]:
     """The six nearest points of the hair (fewer where there are fewer, then padded by nothing) and their weights: 0 on the face, 1 in all in the hair."""
     from scipy.spatial import cKDTree
 
@@ -498,7 +544,11 @@ def _hair_binding(xyz: np.ndarray, hair: np.ndarray, from_face: np.ndarray) -> t
     distance, index = distance.reshape(len(xyz), k), index.reshape(len(xyz), k)
     weights = np.exp(-((distance / HAIR_NEAR) ** 2)) + 1e-6 * np.exp(-distance / HAIR_WIDE)
     beside_the_face = -np.expm1(-((from_face[:, None] / HAIR_FACE) ** 2))
-    weights *= np.exp(-((distance[:, :1] / HAIR_REACH) ** 2)) * beside_the_face / np.maximum(weights.sum(1, keepdims=True), 1e-12)
+    weights *= (
+        np.exp(-((distance[:, :1] / HAIR_REACH) ** 2))
+        * beside_the_face
+        / np.maximum(weights.sum(1, keepdims=True), 1e-12)
+    )
     pad = ((0, 0), (0, 6 - k))
     return np.pad(index, pad), np.pad(weights, pad)
 
@@ -523,7 +573,9 @@ class Carrier(nn.Module):
         self.register_buffer("residual_mean", torch.zeros(N_LANDMARKS, 3))
         self.register_buffer("hair_points", torch.zeros(0, 3) if hair_points is None else hair_points.clone())
 
-    def residual(self, expression: Float[Tensor, "*b 64"], landmarks: Float[Tensor, "*b 478 3"]) -> Float[Tensor, "*b 478 3"]:
+    def residual(
+        self, expression: Float[Tensor, "*b 64"], landmarks: Float[Tensor, "*b 478 3"]
+    ) -> Float[Tensor, "*b 478 3"]:
         """What the landmarks say beyond the 3DMM."""
         model = self.landmark_neutral + torch.tensordot(expression, self.landmark_basis, 1)
         return landmarks - model
@@ -554,11 +606,15 @@ class Carrier(nn.Module):
         refined: Float[Tensor, "l 3"] | None = None,
     ) -> Float[Tensor, "n 3"]:
         with torch.no_grad():
-            on_mesh = _weighted_rows(torch.tensordot(expression, self.expression_basis, 1), binding.vertices, binding.weights)
+            on_mesh = _weighted_rows(
+                torch.tensordot(expression, self.expression_basis, 1), binding.vertices, binding.weights
+            )
         return on_mesh + _MixRows.apply(self.beside_the_mesh(expression, landmarks, hair, refined), binding.mix)
 
 
-def _weighted_rows(table: Float[Tensor, "m c"], index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"]) -> Float[Tensor, "n c"]:
+def _weighted_rows(
+    table: Float[Tensor, "m c"], index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"]
+) -> Float[Tensor, "n c"]:
     """out[i] = Σ_k weight[i, k] table[index[i, k]] for a table without gradient."""
     return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
 
@@ -654,7 +710,14 @@ _farthest_points_compiled = None
 class Deformation(nn.Module):
     """F_Δ of Eq. 7 for one person: carrier plus hierarchical control. Holds what depends on the cloud (binding, anchors) beside what is trained."""
 
-    def __init__(self, config: DeformationConfig, identity: Float[Tensor, "80"], center: Tensor, radius: float, carrier: Carrier | None):
+    def __init__(
+        self,
+        config: DeformationConfig,
+        identity: Float[Tensor, "80"],
+        center: Tensor,
+        radius: float,
+        carrier: Carrier | None,
+    ):
         super().__init__()
         assert (carrier is not None) == (config.base == "mesh"), "the mesh base needs a carrier, and only it does"
         self.config = config
@@ -745,7 +808,9 @@ class Deformation(nn.Module):
         anchors the embedding's gradient only fights the photometric one.
         """
         if self.config.coarse == "audio" and speech is None:
-            raise InputError("This avatar is moved by speech features (the ablation None), and the motion carries none. Speak, or use a clip with sound.")
+            raise InputError(
+                "This avatar is moved by speech features (the ablation None), and the motion carries none. Speak, or use a clip with sound."
+            )
         points = self.anchors.points if self.anchors is not None else means.detach()
         query = self._query
         if query is None and not torch.is_grad_enabled():
@@ -778,14 +843,25 @@ class Deformation(nn.Module):
         if self.binding is not None:
             tensors |= {f"binding.{k}": v for k, v in self.binding.tensors().items()}
         if self.anchors is not None:
-            tensors |= {"anchors.points": self.anchors.points, "anchors.index": self.anchors.index, "anchors.weight": self.anchors.weight}
+            tensors |= {
+                "anchors.points": self.anchors.points,
+                "anchors.index": self.anchors.index,
+                "anchors.weight": self.anchors.weight,
+            }
         return tensors, asdict(self.config)
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Deformation":
         # Files from before shade, sway and relight have none of them; for a while faces swayed too; expressions were heard as
         # they are, and landmarks from anywhere; attention used to learn, by one reach or none.
-        before = {"shade": False, "sway": False, "sway_reach": 0.0, "relight": False, "attention": "learned", "expression_reach": 0.0}
+        before = {
+            "shade": False,
+            "sway": False,
+            "sway_reach": 0.0,
+            "relight": False,
+            "attention": "learned",
+            "expression_reach": 0.0,
+        }
         config = before | config
         reach = config.pop("attention_reach", 0.0)
         reaches = config.pop("attention_reaches", [reach] if reach else [])
@@ -794,7 +870,12 @@ class Deformation(nn.Module):
         carrier = None
         if cfg.base == "mesh":
             net.setdefault("carrier.hair_points", torch.zeros(0, 3))  # files from before hair was followed
-            carrier = Carrier(*(net[f"carrier.{k}"] for k in ("expression_basis", "landmark_neutral", "landmark_basis", "hair_points")))
+            carrier = Carrier(
+                *(
+                    net[f"carrier.{k}"]
+                    for k in ("expression_basis", "landmark_neutral", "landmark_basis", "hair_points")
+                )
+            )
         deformation = Deformation(cfg, net["identity"], net["control.center"], float(net["control.radius"]), carrier)
         if "landmark_motion" in net:
             deformation.register_buffer("landmark_motion", net["landmark_motion"].clone())

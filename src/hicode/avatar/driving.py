@@ -87,7 +87,9 @@ class SilenceGate:
         assert level is None or level > 0, level
         self.config, self._heard = config, heard
         self._level, self._running = level, RunningLevel(rate_hz=25)
-        self._closed_db, self._open_db = (config.heard_closed_db, config.heard_open_db) if heard else (config.closed_db, config.open_db)
+        self._closed_db, self._open_db = (
+            (config.heard_closed_db, config.heard_open_db) if heard else (config.closed_db, config.open_db)
+        )
         self._coming: list[float] = []
         self._speech: list[float] = []
         self._gate, self._quiet = 0.0, 0

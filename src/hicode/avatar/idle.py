@@ -117,7 +117,9 @@ class IdleSource:
         shortest, longest = c.blink_s
         mean_s = 60 / c.blinks_per_min - c.blink_gap_s - (shortest + longest) / 2
         pause = _log_normal(self._blinks, mean_s, c.blink_spread)
-        length = float(np.clip(self._blinks.normal((shortest + longest) / 2, (longest - shortest) / 4), shortest, longest))
+        length = float(
+            np.clip(self._blinks.normal((shortest + longest) / 2, (longest - shortest) / 4), shortest, longest)
+        )
         return after_s + c.blink_gap_s + pause, length
 
     def _closure(self, now_s: float) -> float:
@@ -137,7 +139,9 @@ class IdleSource:
             glance = self._gaze.random() < c.glance_chance
             side, aside = (-1 if self._gaze.random() < 0.5 else 1), float(self._gaze.uniform(*c.glance_deg))
             yaw, pitch = (float(v) for v in self._gaze.normal(0, 1, 2).clip(-2, 2))
-            self._to = (side * aside, -0.4 * aside + 0.5 * pitch) if glance else (yaw * c.gaze_deg[0], pitch * c.gaze_deg[1])
+            self._to = (
+                (side * aside, -0.4 * aside + 0.5 * pitch) if glance else (yaw * c.gaze_deg[0], pitch * c.gaze_deg[1])
+            )
             self._next_saccade_s += self._fixation(glance)
         size = math.dist(self._from, self._to)
         done = _eased((now_s - self._saccade_s) / (0.025 + 0.0024 * size))
@@ -145,7 +149,9 @@ class IdleSource:
 
     def _head(self, now_s: float) -> list[float]:
         sums = (sum(a * math.sin(w * now_s + p) for a, w, p in waves) for waves in self._waves)
-        return [limit * math.tanh(x / 2) for limit, x in zip(self.config.head_deg, sums)]  # two deviations are near the limit, nothing is beyond
+        return [
+            limit * math.tanh(x / 2) for limit, x in zip(self.config.head_deg, sums)
+        ]  # two deviations are near the limit, nothing is beyond
 
 
 def blink_profile(since_s: float, length_s: float, closed_s: float) -> float:
@@ -177,7 +183,9 @@ def eye_gap(landmarks: Float[Tensor, "*t 478 3"]) -> Float[Tensor, "*t 2"]:
     return torch.stack(gaps, -1)
 
 
-DIP = 0.72  # of the gap around it: below is a blink. A 40 ms frame and the track's smoothing leave some blinks half open
+DIP = (
+    0.72  # of the gap around it: below is a blink. A 40 ms frame and the track's smoothing leave some blinks half open
+)
 SHUT = 0.5  # of the track's usual gap: below is shut, however long
 AROUND_S, LONGEST_BLINK_S = 0.6, 0.5
 LEARN_BELOW = 0.45  # of the gap beside it: a blink as deep as this shows how the subject's lids close
@@ -247,18 +255,24 @@ class Eyes:
             own = list(EYE_ACTIONS[eye])
             # The gap is linear in the displacement while the corners stay: one division finds the scale.
             closes_by = lambda moved, eye=eye: (open_gap - eye_gap(rest + moved))[eye]
-            if learned is not None and closes_by(learned[1]) > (1 - 1.5 * LEARN_BELOW) * open_gap[eye]:  # both eyes together were; a wink was not
+            if (
+                learned is not None and closes_by(learned[1]) > (1 - 1.5 * LEARN_BELOW) * open_gap[eye]
+            ):  # both eyes together were; a wink was not
                 expression[eye, own], landmarks[eye] = learned[0][own], learned[1] * near[eye, :, None]
                 scale = max(1.0, (1 - OWN_CLOSED) * open_gap[eye] / closes_by(landmarks[eye]))
             else:
                 expression[eye, BLINK[eye]], landmarks[eye] = 1.0, basis[BLINK[eye]] * near[eye, :, None]
                 closes = closes_by(landmarks[eye])
-                scale = (1 - MODEL_CLOSED) * open_gap[eye] / closes if closes > 1e-4 else 0.0  # landmarks without an eye: it stays as it is
+                scale = (
+                    (1 - MODEL_CLOSED) * open_gap[eye] / closes if closes > 1e-4 else 0.0
+                )  # landmarks without an eye: it stays as it is
             shut_gap[eye] -= scale * closes_by(landmarks[eye])
             expression[eye] *= scale
             landmarks[eye] *= scale
         looks = torch.zeros(4, 64)
-        for way, (right, left) in enumerate(((LOOK_IN, LOOK_OUT), (LOOK_OUT, LOOK_IN), (LOOK_UP, LOOK_UP), (LOOK_DOWN, LOOK_DOWN))):
+        for way, (right, left) in enumerate(
+            ((LOOK_IN, LOOK_OUT), (LOOK_OUT, LOOK_IN), (LOOK_UP, LOOK_UP), (LOOK_DOWN, LOOK_DOWN))
+        ):
             for eye, action in enumerate((right[0], left[1])):
                 travel = float(basis[action, IRISES[eye][0]].norm())
                 looks[way, action] = EYEBALL * RADIANS / travel if travel > 0 else 0.0
@@ -351,7 +365,9 @@ class Idler:
         closure = self._shown(idle.closure, near_own_blink)
         if not self.still and not closure.any():
             return motion
-        frames = [self._frame(motion, t, float(closure[t]), idle.gaze_deg[t], idle.head_deg[t]) for t in range(len(motion))]
+        frames = [
+            self._frame(motion, t, float(closure[t]), idle.gaze_deg[t], idle.head_deg[t]) for t in range(len(motion))
+        ]
         expression, landmarks, poses = (torch.stack(values) for values in zip(*frames))
         return replace(motion, expression=expression, landmarks=landmarks, T_camera_head=poses)
 
@@ -366,7 +382,9 @@ class Idler:
             out[t] = value if self._blink else 0.0
         return out
 
-    def _frame(self, motion: Motion, t: int, closure: float, gaze_deg: np.ndarray, head_deg: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def _frame(
+        self, motion: Motion, t: int, closure: float, gaze_deg: np.ndarray, head_deg: np.ndarray
+    ) -> tuple[Tensor, Tensor, Tensor]:
         expression, landmarks, pose = motion.expression[t].clone(), motion.landmarks[t].clone(), motion.T_camera_head[t]
         eyes = self.eyes
         change = torch.zeros_like(expression)
@@ -407,14 +425,18 @@ def still_frame(driving: Motion) -> int:
     """The driving frame that holds best: eyes open, no blink near it, the head where it usually is and not moving."""
     reach = round(0.2 * driving.fps)
     gap = eye_gap(driving.landmarks).mean(1).numpy()
-    busy = near_own_blinks(own_blinks(driving), np.clip(np.arange(-reach, len(driving) + reach), 0, len(driving) - 1), reach)
+    busy = near_own_blinks(
+        own_blinks(driving), np.clip(np.arange(-reach, len(driving) + reach), 0, len(driving) - 1), reach
+    )
     poses = driving.T_camera_head.numpy()
     usual = driving.T_camera_head[:, :3, :3].mean(0)
     u, _, v = torch.linalg.svd(usual)
     turn = axis_angle_from_rotation((u @ v).T @ driving.T_camera_head[:, :3, :3]).norm(dim=-1).numpy()
     points = driving.T_camera_head[:, :3, 3].numpy()
     away = np.linalg.norm(points - np.median(points, 0), axis=1)
-    speed = np.linalg.norm(np.gradient(poses.reshape(len(poses), -1), axis=0), axis=1) if len(poses) > 1 else np.zeros(1)
+    speed = (
+        np.linalg.norm(np.gradient(poses.reshape(len(poses), -1), axis=0), axis=1) if len(poses) > 1 else np.zeros(1)
+    )
     # Every term in units of its own usual size.
     cost = sum(x / max(float(np.median(x)), 1e-6) for x in (turn, away, speed))
     cost = cost + 10 * np.clip(1 - gap / max(float(np.median(gap)), 1e-6), 0, None) + 1e3 * busy

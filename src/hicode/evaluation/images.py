@@ -141,8 +141,7 @@ class Truth:
         height, width = image.shape[:2]
         if min(height, width) < SMALLEST_SIDE_PX:
             raise InputError(
-                f"Frames are {width}x{height}; LPIPS needs at least {SMALLEST_SIDE_PX} px a side. "
-                "Give larger frames."
+                f"Frames are {width}x{height}; LPIPS needs at least {SMALLEST_SIDE_PX} px a side. Give larger frames."
             )
         self.image, self.vgg = image, vgg
         nowhere = np.zeros((height, width), bool)

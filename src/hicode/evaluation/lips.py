@@ -19,7 +19,7 @@ from hicode.errors import InputError
 from hicode.motion import LEFT_EYE_OUTER, LIPS, LOWER_LIP_INNER, N_LANDMARKS, RIGHT_EYE_OUTER, UPPER_LIP_INNER
 
 if TYPE_CHECKING:
-    from hicode.face.landmarks import FaceLandmarker
+    from hicode.tracking.landmarks import FaceLandmarker
 
 DETECTOR = (
     "MediaPipe face_landmark_with_attention (478 points, mediapipe 0.10.21), each frame by itself: "
@@ -37,7 +37,7 @@ def detect(
     frames: list[UInt8[np.ndarray, "h w 3"]], landmarker: "FaceLandmarker", looks: int = LOOKS
 ) -> Float[np.ndarray, "t 478 3"]:
     """Landmarks of the largest face of each frame, in px; NaN where none is found or believed."""
-    from hicode.face.landmarks import rois_from_landmarks
+    from hicode.tracking.landmarks import rois_from_landmarks
 
     out = np.full((len(frames), N_LANDMARKS, 3), np.nan, np.float32)
     for i, frame in enumerate(frames):
@@ -246,7 +246,9 @@ _WORD_CLOSURE_S = 0.12  # a word that begins with p, b or m closes the lips some
 _CLOSED_PHONES = {"P", "B", "M"}
 
 
-def closures_due(path: Path | str, first: int, count: int, offset_frames: float = 0.0, fps: float = 25.0) -> list[tuple[int, int]]:
+def closures_due(
+    path: Path | str, first: int, count: int, offset_frames: float = 0.0, fps: float = 25.0
+) -> list[tuple[int, int]]:
     """[first, end) of the frames in which each p, b or m of an alignment is spoken, counted from frame `first` of the video, in `count` frames.
 
     A line is `start end label`. In a file called *.align (GRID) labels are words and times are in 1/25000 s: a word that begins with p, b or m
@@ -256,7 +258,9 @@ def closures_due(path: Path | str, first: int, count: int, offset_frames: float 
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path} does not exist or is no file. Give an alignment: a line of start, end and phone for each sound.")
+        raise InputError(
+            f"{path} does not exist or is no file. Give an alignment: a line of start, end and phone for each sound."
+        )
     words = path.suffix.lower() == ".align"
     due = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
@@ -268,7 +272,9 @@ def closures_due(path: Path | str, first: int, count: int, offset_frames: float 
         except (ValueError, IndexError):
             start, end, label = 0.0, -1.0, ""
         if not start <= end:
-            raise InputError(f"{path}, line {number}, is not start, end and label: {line[:60]!r}. Give an alignment, a sound a line.")
+            raise InputError(
+                f"{path}, line {number}, is not start, end and label: {line[:60]!r}. Give an alignment, a sound a line."
+            )
         if words:
             start, end, word = start / _GRID_UNITS_PER_S, end / _GRID_UNITS_PER_S, label.lower()
             if word[0] not in "pbm":

@@ -100,7 +100,11 @@ def page(report: dict, pictures: Pictures) -> str:
 def _cards(report: dict) -> str:
     """The few figures that a reader looks for, each beside its control."""
     rows, out = rows_of(report), []
-    wanted = (("head PSNR", ("head", "psnr"), 2, " dB"), ("frame LPIPS", ("frame", "lpips"), 3, ""), ("LMD", ("lmd_px",), 2, " px"))
+    wanted = (
+        ("head PSNR", ("head", "psnr"), 2, " dB"),
+        ("frame LPIPS", ("frame", "lpips"), 3, ""),
+        ("LMD", ("lmd_px",), 2, " px"),
+    )
     for mode in report["over_control"]:
         for name, where, digits, unit in wanted:
             found, floor = value(rows[mode], where), value(rows["control"], where)
@@ -110,7 +114,9 @@ def _cards(report: dict) -> str:
     for mode in report["over_control"]:
         missed = rows[mode]["missed_faces"]
         if missed:
-            out.append(_card(f"no face, {TITLES[mode]}", f"{missed}", f"of {len(report['per_frame'][mode]['face'])} frames"))
+            out.append(
+                _card(f"no face, {TITLES[mode]}", f"{missed}", f"of {len(report['per_frame'][mode]['face'])} frames")
+            )
     if report.get("fps"):
         out.append(_card("speed", f"{report['fps']:.1f} fps", report["timing"]["fps_is"]))
     return f"<div class='cards'>{''.join(out)}</div>"
@@ -147,12 +153,12 @@ def _one_table(columns: list[Column], rows: dict[str, dict]) -> str:
     )
     body = []
     for name, row in rows.items():
-        cells = "".join(
-            f"<td{_edge(i, starts)}>{cell(row, column)}</td>" for i, column in enumerate(columns)
-        )
+        cells = "".join(f"<td{_edge(i, starts)}>{cell(row, column)}</td>" for i, column in enumerate(columns))
         kind = " class='aside'" if name in ("ground_truth", "control") else ""
         body.append(f"<tr{kind}><td>{_dot(name)}{TITLES[name]}</td>{cells}</tr>")
-    return f"<table><thead><tr><th></th>{top}</tr><tr><th></th>{names}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return (
+        f"<table><thead><tr><th></th>{top}</tr><tr><th></th>{names}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    )
 
 
 def _edge(i: int, starts: set[int]) -> str:
@@ -164,7 +170,10 @@ def _dot(name: str) -> str:
 
 
 def _open(report: dict) -> str:
-    return "".join(f"<p>{escape(what)}: <span class='soft'>{escape(why)}</span></p>" for what, why in report["not_measured"].items())
+    return "".join(
+        f"<p>{escape(what)}: <span class='soft'>{escape(why)}</span></p>"
+        for what, why in report["not_measured"].items()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -183,7 +192,9 @@ def _curves(report: dict) -> str:
     missed = sorted({i for row in rows.values() for i, seen in enumerate(row["face"]) if not seen})
     out = [_key([(TITLES[name], COLORS[name], "") for name in judged])]
     if missed:
-        out.append(f"<p class='small' style='color:{MISSED}'>Red ticks: frames in which some row, or the truth, has no face.</p>")
+        out.append(
+            f"<p class='small' style='color:{MISSED}'>Red ticks: frames in which some row, or the truth, has no face.</p>"
+        )
     for title, key in charts:
         series = [(TITLES[name], COLORS[name], rows[name][key], "") for name in judged]
         out.append(f"<h3>{escape(title)}</h3>{chart(series, first, marks=missed)}")
@@ -198,7 +209,9 @@ def _sound(report: dict, samples: np.ndarray | None) -> str:
     ]
     if "opening_predicted" in rows.get("audio", {}):
         series.append(("predicted from the sound", COLORS["audio"], rows["audio"]["opening_predicted"], "4 3"))
-    missed = sorted({i for name, row in rows.items() if name != "control" for i, seen in enumerate(row["face"]) if not seen})
+    missed = sorted(
+        {i for name, row in rows.items() if name != "control" for i, seen in enumerate(row["face"]) if not seen}
+    )
     out = [_key([(name, color, dash) for name, color, _, dash in series])]
     count = len(rows["ground_truth"]["opening"])
     out.append(waveform(samples, count, first) if samples is not None else "<p class='soft'>There is no sound.</p>")
@@ -247,11 +260,15 @@ def chart(
     out = [f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' font-size='11'>"]
     for v in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step:
         out.append(f"<line x1='{LEFT}' x2='{width - RIGHT}' y1='{y(v):.1f}' y2='{y(v):.1f}' stroke='#e8eaed'/>")
-        out.append(f"<text x='{LEFT - 6}' y='{y(v) + 4:.1f}' text-anchor='end' fill='#5d646e'>{v + 0.0:.{digits}f}</text>")
+        out.append(
+            f"<text x='{LEFT - 6}' y='{y(v) + 4:.1f}' text-anchor='end' fill='#5d646e'>{v + 0.0:.{digits}f}</text>"
+        )
     out.append(_ticks(count, first, width, height))
     for i in marks or []:
         x = _x(i, count, width)
-        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM - 6}' y2='{height - BOTTOM}' stroke='{MISSED}' stroke-width='2'/>")
+        out.append(
+            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM - 6}' y2='{height - BOTTOM}' stroke='{MISSED}' stroke-width='2'/>"
+        )
     for name, color, values, dash in series:
         pieces, piece = [], []
         for i, v in enumerate([*values, None]):
@@ -282,7 +299,9 @@ def _ticks(count: int, first: int, width: int, height: int) -> str:
     out = [f"<line x1='{LEFT}' x2='{width - RIGHT}' y1='{height - BOTTOM}' y2='{height - BOTTOM}' stroke='#9aa1aa'/>"]
     for i in range((-first) % step, count, step):
         x = _x(i, count, width)
-        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM}' y2='{height - BOTTOM + 4}' stroke='#9aa1aa'/>")
+        out.append(
+            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM}' y2='{height - BOTTOM + 4}' stroke='#9aa1aa'/>"
+        )
         out.append(f"<text x='{x:.1f}' y='{height - 5}' text-anchor='middle' fill='#5d646e'>{first + i}</text>")
     return "".join(out)
 
@@ -317,7 +336,9 @@ def _strips(strip: list[tuple[int, dict[str, np.ndarray]]]) -> str:
         cells = ["<b></b>", *(f"<i>{t}</i>" for t, _ in line), blank]
         for name in line[0][1]:
             cells.append(f"<b>{_dot(name)}{TITLES[name]}</b>")
-            cells += [f"<img alt='{TITLES[name]}, frame {t}' src='{_data_uri(_mouth(crops[name]))}'>" for t, crops in line]
+            cells += [
+                f"<img alt='{TITLES[name]}, frame {t}' src='{_data_uri(_mouth(crops[name]))}'>" for t, crops in line
+            ]
             cells.append(blank)
         out.append(f"<div class='strip'>{''.join(cells)}</div>")
     return "".join(out)

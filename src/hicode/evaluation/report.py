@@ -30,7 +30,6 @@ from torch import Tensor
 
 from hicode.avatar.compositor import Region, dilate_mask, hidden_mask
 from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
-from hicode.clip import SAMPLES_PER_FRAME, Clip
 from hicode.errors import HicodeError, InputError
 from hicode.evaluation.images import REGIONS, Truth, mean_of_frames, seam_error
 from hicode.evaluation.lips import DETECTOR, closures_due, detect, opening
@@ -49,13 +48,14 @@ from hicode.evaluation.show import Pictures, ShownFrame, evenly, mouth_windows, 
 from hicode.evaluation.syncnet import LipStream, SyncNet, crop, crop_boxes
 from hicode.files import check_writable, write_json
 from hicode.motion import FaceTrack, Motion
+from hicode.preparation.clip import SAMPLES_PER_FRAME, Clip
 from hicode.progress import progress_bar
 from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device
 from hicode.speech.encoder import AudioEncoder, Window
 
 if TYPE_CHECKING:
-    from hicode.face.landmarks import FaceLandmarker
+    from hicode.tracking.landmarks import FaceLandmarker
 
 SCHEMA, VERSION = "hicode-report", 1
 Mode = Literal["tracked", "audio"]
@@ -91,7 +91,13 @@ class Evaluated(Protocol):
     def own_hair(self, track: FaceTrack) -> Motion: ...
 
     def synthesize_frame(
-        self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], *, own: Motion | None = None
+        self,
+        motion: Motion,
+        t: int,
+        frame: UInt8[np.ndarray, "h w 3"],
+        head_mask: UInt8[np.ndarray, "h w"],
+        *,
+        own: Motion | None = None,
     ) -> UInt8[np.ndarray, "h w 3"]: ...
 
     def face_mask(
@@ -198,7 +204,9 @@ class _Work:
         """The test frames' motion in each driving mode that is asked for and possible."""
         if self.avatar.hears:
             self.clip.hear(self.avatar.speech.encoder)
-            self.findings.notes.append("Speech features move this avatar directly: its tracked row hears the test sound as its audio row does.")
+            self.findings.notes.append(
+                "Speech features move this avatar directly: its tracked row hears the test sound as its audio row does."
+            )
         tracked = self.avatar.own_hair(self.clip.track)[slice(self.test[0], self.test[-1] + 1)]
         if self.region == "face":
             self.own = tracked
@@ -299,11 +307,13 @@ class _Work:
         return (total / len(picked) + 0.5).astype(np.uint8)
 
     def control(self, i: int) -> UInt8[np.ndarray, "h w 3"]:
-        return np.where(hidden_mask(self.composed_mask(i))[..., None] > 0, self.mean_frame, self.clip.image(self.test[i]))
+        return np.where(
+            hidden_mask(self.composed_mask(i))[..., None] > 0, self.mean_frame, self.clip.image(self.test[i])
+        )
 
     @cached_property
     def landmarker(self) -> "FaceLandmarker":
-        from hicode.face.landmarks import FaceLandmarker
+        from hicode.tracking.landmarks import FaceLandmarker
 
         return FaceLandmarker()
 
@@ -343,7 +353,7 @@ def _remembered(work: _Work) -> dict | None:
     """What the avatar makes of frames that it learned from, under the motion that training found in them: the same measures, no rank with those of unseen
     frames. `without_grain` beside it: grain is laid on for the eye, and costs PSNR. None where another clip's frames are tested or none were learned.
     """
-    from hicode.training.avatar import training_split
+    from hicode.training.head import training_split
 
     avatar, clip = work.avatar, work.clip
     if avatar.source.get("sha256") != clip.source.get("sha256"):
@@ -362,12 +372,17 @@ def _remembered(work: _Work) -> dict | None:
                 if name == "without" and grain is None:
                     continue
                 avatar.grain = laid_on
-                image = avatar.synthesize_frame(avatar.driving, t - clip.train[0], clip.image(t), clip.head_mask(t), **own)
+                image = avatar.synthesize_frame(
+                    avatar.driving, t - clip.train[0], clip.image(t), clip.head_mask(t), **own
+                )
                 found[name].append(truth.compare(image))
     finally:
         avatar.grain = grain
     means = {
-        name: {region: {metric: mean_of_frames([f[region][metric] for f in frames]) for metric in frames[0][region]} for region in REGIONS}
+        name: {
+            region: {metric: mean_of_frames([f[region][metric] for f in frames]) for metric in frames[0][region]}
+            for region in REGIONS
+        }
         for name, frames in found.items()
         if frames
     }
@@ -378,7 +393,11 @@ def _remembered(work: _Work) -> dict | None:
 
 
 def _figures(
-    work: _Work, rows: dict[str, Row], motions: dict[str, Motion], due: list[tuple[int, int]] | None, net: SyncNet | None
+    work: _Work,
+    rows: dict[str, Row],
+    motions: dict[str, Motion],
+    due: list[tuple[int, int]] | None,
+    net: SyncNet | None,
 ) -> dict:
     clip, avatar = work.clip, work.avatar
     truth_points = rows["ground_truth"].landmarks()

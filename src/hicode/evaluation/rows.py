@@ -115,10 +115,17 @@ def figures(
         points = row.landmarks()
         distance = lip_distance(points, truth, width)
         found: dict = {
-            region: {metric: mean_of_frames([f[region][metric] for f in row.images]) for metric in row.images[0][region]}
+            region: {
+                metric: mean_of_frames([f[region][metric] for f in row.images]) for metric in row.images[0][region]
+            }
             for region in REGIONS
         }
-        found |= {"lmd_px": distance.px, "lmd_norm": distance.iod, "lmd_iod": distance.iod, "missed_faces": distance.missed}
+        found |= {
+            "lmd_px": distance.px,
+            "lmd_norm": distance.iod,
+            "lmd_iod": distance.iod,
+            "missed_faces": distance.missed,
+        }
         found |= sync[name]
         found |= {
             "jitter_px": jitter(points, width),
@@ -205,7 +212,9 @@ def _sync(rows: dict[str, Row], heard: dict, findings: Findings, sound_missing: 
         if frames >= MIN_AUC_FRAMES:
             auc = sync_auc(features, landmarks, offset_frames=round(result.offset_frames), model=model)[0]
         else:
-            findings.not_measured["AUC of sync"] = f"{frames} frames hold too few windows: at least {MIN_AUC_FRAMES} are needed"
+            findings.not_measured["AUC of sync"] = (
+                f"{frames} frames hold too few windows: at least {MIN_AUC_FRAMES} are needed"
+            )
         windows = windowed_offsets(features, landmarks, model)
         near = [w.margin > 0 and abs(w.offset_frames - result.offset_frames) <= 1 for _, w in windows]
         out[name] = {
@@ -233,10 +242,14 @@ def without_gaps(points: Float[np.ndarray, "t 478 3"]) -> Float[np.ndarray, "t 4
     return filled.reshape(points.shape).astype(np.float32)
 
 
-def _avconf(out: dict, rows: dict[str, Row], heard: dict, findings: Findings, net: SyncNet | None, sound_missing: str) -> None:
+def _avconf(
+    out: dict, rows: dict[str, Row], heard: dict, findings: Findings, net: SyncNet | None, sound_missing: str
+) -> None:
     """AVConf of each row, where the weights are there; without them no row has the key."""
     if net is None:
-        findings.not_measured["AVConf"] = "it needs SyncNet's own weights, which may not be shipped (--syncnet PATH to syncnet_v2.model)"
+        findings.not_measured["AVConf"] = (
+            "it needs SyncNet's own weights, which may not be shipped (--syncnet PATH to syncnet_v2.model)"
+        )
         return
     frames = len(rows["ground_truth"].points)
     for name, row in rows.items():
@@ -250,7 +263,11 @@ def _avconf(out: dict, rows: dict[str, Row], heard: dict, findings: Findings, ne
             findings.not_measured[f"AVConf of {name}"] = f"{frames} frames, at least {MIN_FRAMES} are needed"
         else:
             got = finish(net, row.lips, frames, sound.samples)
-        out[name]["avconf"] = got and {"confidence": got.confidence, "distance": got.distance, "offset_frames": got.offset_frames}
+        out[name]["avconf"] = got and {
+            "confidence": got.confidence,
+            "distance": got.distance,
+            "offset_frames": got.offset_frames,
+        }
 
 
 def over_control(out: dict[str, dict], modes: list[str]) -> dict[str, dict]:

@@ -99,7 +99,9 @@ def headlines(report: dict) -> list[str]:
             parts.append(f"LMD {gain['lmd_px']:+.2f} px")
         if parts:
             lines.append(f"{TITLES[mode]} over the control: {', '.join(parts)}")
-    steady = [f"{TITLES[m]} {row['jitter_px']:.2f}" for m, row in rows_of(report).items() if row["jitter_px"] is not None]
+    steady = [
+        f"{TITLES[m]} {row['jitter_px']:.2f}" for m, row in rows_of(report).items() if row["jitter_px"] is not None
+    ]
     if steady:
         lines.append(f"landmark jitter, px (the truth's own is what to aim at): {', '.join(steady)}")
     if kept := report.get("training_frames"):
@@ -134,7 +136,9 @@ def print_table(report: dict, console=None) -> None:
     from rich.table import Table
 
     console = console or Console()
-    table = Table(title=report["title"], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(
+        title=report["title"], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False
+    )
     shown = rows_of(report)
     # Measures go down and rows across, unlike on the page: four columns fit any terminal.
     table.add_column("", no_wrap=True)
@@ -173,7 +177,9 @@ def worst_first(psnr: list[float], worst: int, spread: int) -> list[tuple[int, s
     order = np.argsort(np.nan_to_num(np.asarray(psnr, float), nan=np.inf), kind="stable")
     low = [int(i) for i in order[:worst] if np.isfinite(psnr[int(i)])]
     even = [int(i) for i in np.linspace(0, len(psnr) - 1, spread) if int(i) not in low]
-    return [(i, f"worst {k + 1} by head PSNR") for k, i in enumerate(low)] + [(i, "evenly spread") for i in dict.fromkeys(even)]
+    return [(i, f"worst {k + 1} by head PSNR") for k, i in enumerate(low)] + [
+        (i, "evenly spread") for i in dict.fromkeys(even)
+    ]
 
 
 def evenly(count: int, shown: int) -> list[int]:

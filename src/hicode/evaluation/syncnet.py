@@ -83,7 +83,9 @@ class SyncNet(nn.Module):
         """The user's weights. FileFormatError, naming the file and the finding, for anything else; no code in the file is run."""
         path = Path(path)
         if not path.is_file():
-            raise FileFormatError(f"{path} does not exist or is no file. Give SyncNet's syncnet_v2.model with --syncnet, or leave it out.")
+            raise FileFormatError(
+                f"{path} does not exist or is no file. Give SyncNet's syncnet_v2.model with --syncnet, or leave it out."
+            )
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile file fails in any of a dozen ways
@@ -95,7 +97,9 @@ class SyncNet(nn.Module):
         wanted = net.state_dict()
         counters = {k for k in wanted if k.endswith("num_batches_tracked")}  # older files lack them; nothing reads them
         if not isinstance(state, dict):
-            raise FileFormatError(f"{path} holds a {type(state).__name__}, not SyncNet's tensors. Give syncnet_v2.model.")
+            raise FileFormatError(
+                f"{path} holds a {type(state).__name__}, not SyncNet's tensors. Give syncnet_v2.model."
+            )
         for name, tensor in wanted.items():
             found = state.get(name)
             if name in counters and found is None:
@@ -111,7 +115,9 @@ class SyncNet(nn.Module):
         net.load_state_dict({k: v for k, v in state.items() if k not in counters}, strict=False)
         bad = next((k for k, v in net.state_dict().items() if not torch.isfinite(v.float()).all()), None)
         if bad:
-            raise FileFormatError(f"{path} has values in {bad} that are not numbers. Give an undamaged syncnet_v2.model.")
+            raise FileFormatError(
+                f"{path} has values in {bad} that are not numbers. Give an undamaged syncnet_v2.model."
+            )
         return net
 
     @torch.inference_mode()
@@ -165,7 +171,9 @@ def score(seen: Float[Tensor, "n d"], heard: Float[Tensor, "m d"]) -> AVConf:
     return AVConf(float(mean.median() - mean[best]), float(mean[best]), MAX_OFFSET - best)
 
 
-def avconf(net: SyncNet, crops: Iterable[UInt8[np.ndarray, "224 224 3"]], samples: Float32[np.ndarray, "n"]) -> AVConf | None:
+def avconf(
+    net: SyncNet, crops: Iterable[UInt8[np.ndarray, "224 224 3"]], samples: Float32[np.ndarray, "n"]
+) -> AVConf | None:
     """AVConf of a clip's crops and its sound at 16 kHz; None below MIN_FRAMES frames."""
     stream, count = LipStream(net), 0
     for crop in crops:

@@ -28,7 +28,6 @@ import torch
 from jaxtyping import Bool, Float, Float64, UInt8
 
 from hicode.avatar.compositor import dilate_mask, hidden_mask
-from hicode.clip import shift_audio
 from hicode.errors import InputError
 from hicode.evaluation.images import REGIONS, Truth, seam_error
 from hicode.evaluation.lips import DETECTOR, closures_due, detect
@@ -50,13 +49,14 @@ from hicode.media.audio import read_audio
 from hicode.media.video import probe, read_video
 from hicode.motion import N_LANDMARKS, mouth_box
 from hicode.perceptual import SMALLEST_SIDE_PX
-from hicode.prepare import head_box
+from hicode.preparation.clip import shift_audio
+from hicode.preparation.prepare import head_box
 from hicode.progress import progress_bar
 from hicode.provenance import provenance
 from hicode.runtime import peak_memory_mb
 
 if TYPE_CHECKING:
-    from hicode.face.landmarks import FaceLandmarker
+    from hicode.tracking.landmarks import FaceLandmarker
 
 SCHEMA, VERSION = "hicode-comparison", 1
 FPS = 25.0
@@ -114,7 +114,11 @@ def compare_videos(
     out = _figures(pair, face, rows, due, net, findings)
     files = {"video": pair.video.described(), "reference": pair.reference.described()}
     used = ["face_landmarks", "face_detection", "person_mask", "perceptual", *([str(syncnet)] if syncnet else [])]
-    out["provenance"] = {"evaluated": datetime.date.today().isoformat(), **provenance(asdict(config), None, used), **files}
+    out["provenance"] = {
+        "evaluated": datetime.date.today().isoformat(),
+        **provenance(asdict(config), None, used),
+        **files,
+    }
     out["evaluation"] = {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb()}
     out = jsonable(out)
     if json:
@@ -202,11 +206,15 @@ class _Pair:
     def open(video: Path, reference: Path, config: CompareConfig) -> "_Pair":
         """Look at both files, first at what is quickly known. InputError where they do not fit."""
         if config.max_left_out < 0:
-            raise InputError(f"--max-left-out {config.max_left_out} is negative. Give a number of frames; the usual number is 5.")
+            raise InputError(
+                f"--max-left-out {config.max_left_out} is negative. Give a number of frames; the usual number is 5."
+            )
         a, b = _Footage(video), _Footage(reference)
         notes: list[str] = []
         if min(b.width, b.height) < SMALLEST_SIDE_PX:
-            raise InputError(f"{reference} is {b.width}x{b.height}; LPIPS needs {SMALLEST_SIDE_PX} px a side. Give larger frames.")
+            raise InputError(
+                f"{reference} is {b.width}x{b.height}; LPIPS needs {SMALLEST_SIDE_PX} px a side. Give larger frames."
+            )
         if (a.width, a.height) != (b.width, b.height):
             sizes = f"{video} is {a.width}x{a.height}, the reference {reference} {b.width}x{b.height}"
             if abs(a.width / a.height - b.width / b.height) > SHAPES_AGREE * b.width / b.height:
@@ -257,7 +265,10 @@ class _Pair:
 
     @cached_property
     def sounds(self) -> dict[str, Heard | None]:
-        return {"reference": _heard(self.reference.sound(), self.count), "video": _heard(self.video.sound(), self.count)}
+        return {
+            "reference": _heard(self.reference.sound(), self.count),
+            "video": _heard(self.video.sound(), self.count),
+        }
 
     def whose_sound(self, row: str) -> str | None:
         """Whose sound a row is measured against: its own, where that has none the other's."""
@@ -310,8 +321,8 @@ class _Face:
 
 def _follow(pair: _Pair, report: Callable[[int, int], None]) -> _Face:
     """Landmarks and head masks of the reference, as `prepare` makes them: segmentation looks at a square about the head."""
-    from hicode.face.landmarks import track_faces
-    from hicode.face.masks import Segmenter, head_mask
+    from hicode.tracking.landmarks import track_faces
+    from hicode.tracking.masks import Segmenter, head_mask
 
     t, width, height = pair.count, pair.reference.width, pair.reference.height
     try:
@@ -323,7 +334,10 @@ def _follow(pair: _Pair, report: Callable[[int, int], None]) -> _Face:
         ) from error
     points, found = landmarks.points_px.numpy(), np.asarray(landmarks.found)
     sizes = (points[found, :468, :2].max(1) - points[found, :468, :2].min(1)).max(1)
-    low, high = np.percentile(points[found, :468, :2].min(1), 1, axis=0), np.percentile(points[found, :468, :2].max(1), 99, axis=0)
+    low, high = (
+        np.percentile(points[found, :468, :2].min(1), 1, axis=0),
+        np.percentile(points[found, :468, :2].max(1), 99, axis=0),
+    )
     x, y, side = head_box(width, height, [*low, *high], float(np.median(sizes)))
     square = np.s_[y : y + side, x : x + side]
     persons: list[bytes] = []
@@ -354,7 +368,7 @@ def _unpacked(data: bytes) -> np.ndarray:
 
 @cache
 def landmarker() -> "FaceLandmarker":
-    from hicode.face.landmarks import FaceLandmarker
+    from hicode.tracking.landmarks import FaceLandmarker
 
     return FaceLandmarker()
 
@@ -362,7 +376,9 @@ def landmarker() -> "FaceLandmarker":
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def control(pair: _Pair, truth: UInt8[np.ndarray, "h w 3"], mask: UInt8[np.ndarray, "h w"] | None) -> UInt8[np.ndarray, "h w 3"]:
+def control(
+    pair: _Pair, truth: UInt8[np.ndarray, "h w 3"], mask: UInt8[np.ndarray, "h w"] | None
+) -> UInt8[np.ndarray, "h w 3"]:
     """The mean frame's head on a true frame; the true frame where there is no head to hide."""
     if mask is None:
         return truth
@@ -471,7 +487,9 @@ def _pictures(pair: _Pair, face: _Face, rows: dict[str, Row]) -> Pictures:
     for i in set(map(int, lost)) & set(wanted):
         wanted[i] += "; no face found in the video or the reference"
     mouths = [int(np.flatnonzero(face.found)[k]) for k in evenly(int(face.found.sum()), STRIP_SHOWN)]
-    windows = dict(zip(mouths, mouth_windows([face.mouth(i, width, height) for i in mouths], width, height), strict=True))
+    windows = dict(
+        zip(mouths, mouth_windows([face.mouth(i, width, height) for i in mouths], width, height), strict=True)
+    )
     head = face.square  # a head that is small in its frame is shown by itself
     crops = "" if (height, width) == tuple(part.stop - part.start for part in head) else "; cropped to the head"
     shown, strip = {}, []
@@ -479,7 +497,9 @@ def _pictures(pair: _Pair, face: _Face, rows: dict[str, Row]) -> Pictures:
         if i in wanted:
             images = {"control": control(pair, truth, face.mask(i)), "video": image}
             scores = {name: rows[name].images[i]["head"]["psnr"] for name in images}
-            shown[i] = ShownFrame(i, wanted[i] + crops, truth[head], {n: each[head] for n, each in images.items()}, scores)
+            shown[i] = ShownFrame(
+                i, wanted[i] + crops, truth[head], {n: each[head] for n, each in images.items()}, scores
+            )
         if i in windows:
             x0, y0, x1, y1 = windows[i]
             strip.append((i, {"ground_truth": truth[y0:y1, x0:x1], "video": image[y0:y1, x0:x1]}))

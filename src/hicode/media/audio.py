@@ -162,9 +162,7 @@ def _channel_weights(path: Path) -> np.ndarray | None:
     return None if moments is None else mix_weights(moments, layout)
 
 
-def _mono(
-    container, path: Path, start_s: float | None, weights: np.ndarray | None
-) -> Iterator[tuple[np.ndarray, int]]:
+def _mono(container, path: Path, start_s: float | None, weights: np.ndarray | None) -> Iterator[tuple[np.ndarray, int]]:
     """(samples, source rate), continuous from `start_s` (without one, from the track's own start)."""
     stream = container.streams.audio[0]
     cursor = 0

@@ -91,7 +91,13 @@ _LARGEST = np.float32(1e9)  # px: a Gaussian larger than this on the image is no
 _BIT = np.uint64(1)
 _NONE = np.uint64(0)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
-_0, _1, _2, _3, _4 = np.int64(0), np.int64(1), np.int64(2), np.int64(3), np.int64(4)  # a literal would compile its callee once more
+_0, _1, _2, _3, _4 = (
+    np.int64(0),
+    np.int64(1),
+    np.int64(2),
+    np.int64(3),
+    np.int64(4),
+)  # a literal would compile its callee once more
 _OPTIONS = {"fastmath": set(FAST), "error_model": "numpy", "cache": True, "boundscheck": False, "nogil": True}
 
 
@@ -133,13 +139,23 @@ def _projected_axes(view, lens, x, y, z, rotation):
     t00, t01, t02 = j00 * view[0] + j02 * view[8], j00 * view[1] + j02 * view[9], j00 * view[2] + j02 * view[10]
     t10, t11, t12 = j11 * view[4] + j12 * view[8], j11 * view[5] + j12 * view[9], j11 * view[6] + j12 * view[10]
     r00, r01, r02, r10, r11, r12, r20, r21, r22 = rotation
-    p00, p01, p02 = t00 * r00 + t01 * r10 + t02 * r20, t00 * r01 + t01 * r11 + t02 * r21, t00 * r02 + t01 * r12 + t02 * r22
-    p10, p11, p12 = t10 * r00 + t11 * r10 + t12 * r20, t10 * r01 + t11 * r11 + t12 * r21, t10 * r02 + t11 * r12 + t12 * r22
+    p00, p01, p02 = (
+        t00 * r00 + t01 * r10 + t02 * r20,
+        t00 * r01 + t01 * r11 + t02 * r21,
+        t00 * r02 + t01 * r12 + t02 * r22,
+    )
+    p10, p11, p12 = (
+        t10 * r00 + t11 * r10 + t12 * r20,
+        t10 * r01 + t11 * r11 + t12 * r21,
+        t10 * r02 + t11 * r12 + t12 * r22,
+    )
     return (near, jx, jy), (j00, j02, j11, j12), (t00, t01, t02, t10, t11, t12), (p00, p01, p02, p10, p11, p12)
 
 
 @njit(**_OPTIONS)
-def _project_16(means, log_scales, quats, logits, colors, i, view, lens, width, height, splats, depths, radii, boxes, o):
+def _project_16(
+    means, log_scales, quats, logits, colors, i, view, lens, width, height, splats, depths, radii, boxes, o
+):
     """Project the Gaussians i .. i + 15 into rows o .. o + 15."""
     mx, my, mz = load_rows_of_3(means, 3 * i)
     x = mx * view[0] + my * view[1] + mz * view[2] + view[3]
@@ -207,7 +223,21 @@ def _project(
         for i in range(chunk * CHUNK, min(n, (chunk + 1) * CHUNK), 16):
             if i + 16 <= n:
                 _project_16(
-                    means, log_scales, quats, logits, colors, i, view, lens, width, height, splats, depths, radii, boxes, i
+                    means,
+                    log_scales,
+                    quats,
+                    logits,
+                    colors,
+                    i,
+                    view,
+                    lens,
+                    width,
+                    height,
+                    splats,
+                    depths,
+                    radii,
+                    boxes,
+                    i,
                 )
             else:  # only whole rows are read, so nothing runs past the arrays' ends
                 _project_16(
@@ -309,13 +339,32 @@ def _touched_blocks(g, tile_x, tile_y):
     # The ellipse is widest at its tip; in a row of blocks that does not hold the tip, at the row's edge that is nearest to it.
     side = right_then_left()
     y = minimum(maximum(side * g[TIP_Y], maximum(top, vector(-half))), minimum(bottom, vector(half)))
-    edge = (y * g[XY] + side * vsqrt(maximum(y * y * g[SLOPE] + g[REACH], vector(0.0)))) * g[INVERSE_A] + (g[X] - tile_x)
+    edge = (y * g[XY] + side * vsqrt(maximum(y * y * g[SLOPE] + g[REACH], vector(0.0)))) * g[INVERSE_A] + (
+        g[X] - tile_x
+    )
     # In units of blocks. Pixel 4 c + 3 is block c's last, so a left edge beyond it belongs to c + 1; the margins are for rounding.
     return row_bits(edge * 0.25 + where(side > 0.0, 1e-3, 0.25 - 1e-3), inside)
 
 
 @njit(**_OPTIONS)
-def _blend_tile(tile, tiles_x, splats, rows, pairs, start, end, masks, buffer, corner, background, planes, width, height, pitch, plane):
+def _blend_tile(
+    tile,
+    tiles_x,
+    splats,
+    rows,
+    pairs,
+    start,
+    end,
+    masks,
+    buffer,
+    corner,
+    background,
+    planes,
+    width,
+    height,
+    pitch,
+    plane,
+):
     ox, oy = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
     tile_x, tile_y = np.float32(ox), np.float32(oy)
     alive = _NONE
@@ -375,7 +424,9 @@ def _blend_tile(tile, tiles_x, splats, rows, pairs, start, end, masks, buffer, c
 
 
 @njit(**_OPTIONS)
-def _blend(counter, schedule, tiles_x, tile_start, splats, rows, pairs, masks, background, planes, width, height, pitch, plane):
+def _blend(
+    counter, schedule, tiles_x, tile_start, splats, rows, pairs, masks, background, planes, width, height, pitch, plane
+):
     buffer, corner = np.empty(64 * BLOCKS, np.float32), np.empty(2 * BLOCKS, np.float32)
     j = take(counter)
     while j < schedule.shape[0]:
@@ -421,7 +472,9 @@ def _blend_tile_back(
         inside = (block_x() < np.float32(width - x)) & (block_y() < np.float32(height - y))
         red = _load_gradient(rgb_grad, x, y, width, height, rgb_strides[1], rgb_strides[2], _0, scratch)
         green = _load_gradient(rgb_grad, x, y, width, height, rgb_strides[1], rgb_strides[2], rgb_strides[0], scratch)
-        blue = _load_gradient(rgb_grad, x, y, width, height, rgb_strides[1], rgb_strides[2], 2 * rgb_strides[0], scratch)
+        blue = _load_gradient(
+            rgb_grad, x, y, width, height, rgb_strides[1], rgb_strides[2], 2 * rgb_strides[0], scratch
+        )
         # Everything is behind the first Gaussian. alpha = 1 - T at the end, so its gradient pulls on the last T only.
         behind = red * load_block(planes, q, pitch) + green * load_block(planes, q + plane, pitch)
         behind += blue * load_block(planes, q + 2 * plane, pitch)
@@ -528,8 +581,8 @@ def _project_16_back(
     rotation, qw, qx, qy, qz, normalise = _rotation(quats, i)
     s0, s1, s2 = load_rows_of_3(log_scales, 3 * i)
     s0, s1, s2 = where(seen, vexp(s0), 0.0), where(seen, vexp(s1), 0.0), where(seen, vexp(s2), 0.0)
-    (near, jx, jy), (j00, j02, j11, j12), (t00, t01, t02, t10, t11, t12), (p00, p01, p02, p10, p11, p12) = _projected_axes(
-        view, lens, x, y, z, rotation
+    (near, jx, jy), (j00, j02, j11, j12), (t00, t01, t02, t10, t11, t12), (p00, p01, p02, p10, p11, p12) = (
+        _projected_axes(view, lens, x, y, z, rotation)
     )
     r00, r01, r02, r10, r11, r12, r20, r21, r22 = rotation
 
@@ -549,8 +602,16 @@ def _project_16_back(
     g00, g01, g02 = t00 * d00 + t10 * d10, t00 * d01 + t10 * d11, t00 * d02 + t10 * d12  # to R
     g10, g11, g12 = t01 * d00 + t11 * d10, t01 * d01 + t11 * d11, t01 * d02 + t11 * d12
     g20, g21, g22 = t02 * d00 + t12 * d10, t02 * d01 + t12 * d11, t02 * d02 + t12 * d12
-    e00, e01, e02 = d00 * r00 + d01 * r01 + d02 * r02, d00 * r10 + d01 * r11 + d02 * r12, d00 * r20 + d01 * r21 + d02 * r22  # to T
-    e10, e11, e12 = d10 * r00 + d11 * r01 + d12 * r02, d10 * r10 + d11 * r11 + d12 * r12, d10 * r20 + d11 * r21 + d12 * r22
+    e00, e01, e02 = (
+        d00 * r00 + d01 * r01 + d02 * r02,
+        d00 * r10 + d01 * r11 + d02 * r12,
+        d00 * r20 + d01 * r21 + d02 * r22,
+    )  # to T
+    e10, e11, e12 = (
+        d10 * r00 + d11 * r01 + d12 * r02,
+        d10 * r10 + d11 * r11 + d12 * r12,
+        d10 * r20 + d11 * r21 + d12 * r22,
+    )
 
     # To the quaternion, through its normalisation.
     dw = 2.0 * (qx * (g21 - g12) + qy * (g02 - g20) + qz * (g10 - g01))
@@ -627,7 +688,12 @@ def _project_back(
                     d_means, d_log_scales, d_quats, d_logits, d_colors, d_means2d, pose, i,
                 )  # fmt: skip
             else:
-                t3, t3s, t4, t1 = np.empty(48, np.float32), np.empty(48, np.float32), np.empty(64, np.float32), np.empty(16, np.float32)
+                t3, t3s, t4, t1 = (
+                    np.empty(48, np.float32),
+                    np.empty(48, np.float32),
+                    np.empty(64, np.float32),
+                    np.empty(16, np.float32),
+                )
                 t3c, t2 = np.empty(48, np.float32), np.empty(32, np.float32)
                 _project_16_back(
                     _last_rows(means, _3, i), _last_rows(log_scales, _3, i), _last_rows(quats, _4, i), _last_rows(logits, _1, i), _0,
@@ -643,6 +709,7 @@ def _project_back(
 
 
 # Around the kernels
+
 
 class _Buffers:
     """Working memory of one rendering, used again by the next: fresh pages would cost as much as the blending."""
@@ -697,7 +764,12 @@ class _Rasterize(torch.autograd.Function):
 
         fx, fy, cx, cy = (float(K[i, j]) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
         margin_x, margin_y = FIELD_MARGIN * width / 2, FIELD_MARGIN * height / 2
-        field = (-(cx + margin_x) / fx, (width - cx + margin_x) / fx, -(cy + margin_y) / fy, (height - cy + margin_y) / fy)
+        field = (
+            -(cx + margin_x) / fx,
+            (width - cx + margin_x) / fx,
+            -(cy + margin_y) / fy,
+            (height - cy + margin_y) / fy,
+        )
         lens = np.array([fx, fy, cx, cy, *field], np.float32)
         view = _flat(T_camera_head)[:12]
         inputs = [_flat(t) for t in (means, log_scales, quats, logits)]
@@ -708,7 +780,18 @@ class _Rasterize(torch.autograd.Function):
         radii = torch.empty(rows)
         pieces = -(-n // CHUNK)
         run_on_threads(
-            _project, pieces, *inputs, _flat(colors), view, lens, width, height, splats.reshape(-1), depths, _flat(radii), boxes
+            _project,
+            pieces,
+            *inputs,
+            _flat(colors),
+            view,
+            lens,
+            width,
+            height,
+            splats.reshape(-1),
+            depths,
+            _flat(radii),
+            boxes,
         )
 
         first_slot = get("first_slot", (n + 1,), np.int64)
@@ -716,7 +799,9 @@ class _Rasterize(torch.autograd.Function):
         keys = depths.view(np.uint32)  # the bits of a positive float grow with it
         touching, total, least, most = _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start)
         _check_room(total, n, width, height)
-        schedule = np.argsort(-np.diff(tile_start), kind="stable")  # full tiles first, so that the threads finish together
+        schedule = np.argsort(
+            -np.diff(tile_start), kind="stable"
+        )  # full tiles first, so that the threads finish together
         order = get("order", (touching,), np.uint64)
         order = _order_by_depth(boxes, keys, n, least, most, order, get("other_order", (touching,), np.uint64))
         pairs, masks = get("pairs", (total, 2), np.int32), get("masks", (total,), np.uint64)
@@ -753,7 +838,17 @@ class _Rasterize(torch.autograd.Function):
         pose_sums = np.zeros((pieces if ctx.needs_input_grad[5] else 0, 12 * 16), np.float32)
         inputs = [_flat(t) for t in (means, log_scales, quats, logits)]
         run_on_threads(
-            _project_back, pieces, *inputs, view, lens, tiling[4], _flat(radii), first_slot, slots, *(_flat(t) for t in out), pose_sums
+            _project_back,
+            pieces,
+            *inputs,
+            view,
+            lens,
+            tiling[4],
+            _flat(radii),
+            first_slot,
+            slots,
+            *(_flat(t) for t in out),
+            pose_sums,
         )
         if stats is not None:
             stats.grad_means2d = out[5]
@@ -774,7 +869,11 @@ def _check_room(pairs: int, n: int, width: int, height: int) -> None:
     """Raise ResourceError where the pairs of a rendering will not fit: Gaussians grown over the whole image make millions of them."""
     if pairs * PAIR_BYTES > ASK_BYTES:
         doing = f"Rendering {n:,} Gaussians that cover {pairs / max(n, 1):.0f} tiles each at {width}x{height}"
-        require_memory(pairs * PAIR_BYTES, doing, "They have grown too large or too many: use fewer, lower their learning rates, or a smaller image.")
+        require_memory(
+            pairs * PAIR_BYTES,
+            doing,
+            "They have grown too large or too many: use fewer, lower their learning rates, or a smaller image.",
+        )
 
 
 def rasterize_cpu(
@@ -787,7 +886,9 @@ def rasterize_cpu(
     device = gaussians.means.device
     for name, tensor in gaussians.tensors().items():
         if tensor.dtype != torch.float32:
-            raise InputError(f"gaussians.{name} is {tensor.dtype}; the cpu rasteriser reads float32. Convert it, or take backend='reference'.")
+            raise InputError(
+                f"gaussians.{name} is {tensor.dtype}; the cpu rasteriser reads float32. Convert it, or take backend='reference'."
+            )
     tensors = [gaussians.means, gaussians.log_scales, gaussians.quats, gaussians.opacity_logits, gaussians.colors]
     tensors += [camera.T_camera_head, background]
     tensors = [t.to(device="cpu", dtype=torch.float32).contiguous() for t in tensors]

@@ -21,13 +21,18 @@ def rasterize_cuda(
     try:
         from gsplat import rasterization
     except ImportError as error:
-        raise InputError(f"backend='cuda' needs gsplat ({error}). pip install 'hicode[cuda]', or take backend='cpu'.") from error
+        raise InputError(
+            f"backend='cuda' needs gsplat ({error}). pip install 'hicode[cuda]', or take backend='cpu'."
+        ) from error
     device = gaussians.means.device
     if len(gaussians.means) == 0:  # gsplat 1.5 divides by their number
         if stats is not None:
             stats.radii_px, stats.grad_means2d = torch.zeros(0, device=device), torch.zeros(0, 2, device=device)
         # Zeros that hang on what a caller may ask gradients of.
-        nothing = sum(v.sum() for v in gaussians.tensors().values()) + 0 * camera.T_camera_head.to(device, torch.float32).sum()
+        nothing = (
+            sum(v.sum() for v in gaussians.tensors().values())
+            + 0 * camera.T_camera_head.to(device, torch.float32).sum()
+        )
         alpha = torch.zeros(camera.height, camera.width, device=device) + nothing
         return alpha[..., None] + background.to(device, torch.float32), alpha
     rgb, alpha, meta = rasterization(

@@ -68,7 +68,9 @@ class AudioEncoder(Protocol):
         """An incremental encoding; with the same `level`, the same features as `encode`."""
 
 
-def create_encoder(name: EncoderName = "embedded", path: str | Path | None = None, window: Window | None = None) -> AudioEncoder:
+def create_encoder(
+    name: EncoderName = "embedded", path: str | Path | None = None, window: Window | None = None
+) -> AudioEncoder:
     """The encoder of that name. `path`: HuBERT's local folder or hub name (default facebook/hubert-base-ls960). `window`: of the embedded one,
     where it is to be another than its own: features are only worth something to models that learned from the same window."""
     if name == "embedded":
@@ -159,12 +161,16 @@ class RunningLevel:
     def __init__(self, rate_hz: float = FEATURE_RATE_HZ):
         self._forget = 0.5 ** (1 / (20 * rate_hz))
         self._prior, self._fade = float(rate_hz), 0.5 ** (2 / rate_hz)  # half of it every half second of speech
-        self._floor_rise = 10 ** (6 / 20 / rate_hz)  # 6 dB a second: back at a noise that has become louder before long, and hardly up in a word
+        self._floor_rise = 10 ** (
+            6 / 20 / rate_hz
+        )  # 6 dB a second: back at a noise that has become louder before long, and hardly up in a word
         self._power, self._weight, self._peak, self._floor = 0.0, 0.0, 0.0, math.inf
 
     @property
     def level(self) -> float:
-        return max(math.sqrt((self.USUAL**2 * self._prior + self._power) / (self._prior + self._weight)), QUIETEST_LEVEL)
+        return max(
+            math.sqrt((self.USUAL**2 * self._prior + self._power) / (self._prior + self._weight)), QUIETEST_LEVEL
+        )
 
     def update(self, rms: Float[np.ndarray, "t"]) -> float:
         """The level after these frames."""
@@ -227,7 +233,11 @@ class EncoderStream:
             self._rows = rows if self._rows is None else torch.cat([self._rows, rows])
             windows = (len(self._rows) - window.rows) // window.hop + 1
             if windows > 0:
-                outputs.append(encoder._contextual(self._rows.unfold(0, window.rows, window.hop)[:windows].transpose(1, 2)).flatten(0, 1))
+                outputs.append(
+                    encoder._contextual(
+                        self._rows.unfold(0, window.rows, window.hop)[:windows].transpose(1, 2)
+                    ).flatten(0, 1)
+                )
                 self._rows = self._rows[windows * window.hop :]
         out = torch.cat(outputs) if outputs else torch.zeros(0, encoder.dim)
         self._emitted += len(out)
@@ -241,9 +251,13 @@ def checked_sound(samples) -> Float[np.ndarray, "n"]:
         raise InputError(f"The sound has shape {samples.shape}, expected one channel. Mix it down to mono.")
     bad = int((~np.isfinite(samples)).sum())
     if bad:
-        raise InputError(f"The sound has {bad} samples that are not numbers (first at {np.argmin(np.isfinite(samples))}). Repair the file.")
+        raise InputError(
+            f"The sound has {bad} samples that are not numbers (first at {np.argmin(np.isfinite(samples))}). Repair the file."
+        )
     if len(samples) and np.abs(samples).max() > LOUDEST:
-        raise InputError(f"The sound has samples of {np.abs(samples).max():.0e}, where 1 is full scale. Repair the file.")
+        raise InputError(
+            f"The sound has samples of {np.abs(samples).max():.0e}, where 1 is full scale. Repair the file."
+        )
     return samples
 
 
@@ -387,7 +401,10 @@ class EmbeddedEncoder(_WindowedEncoder):
             layer["qkv"] = torch.cat([layer.pop(name) for name in ("q", "k", "v")], 1)
             layer["qkv_bias"] = torch.cat([layer["q_bias"], torch.zeros_like(layer.pop("q_bias")), layer.pop("v_bias")])
             _, k, v = layer["qkv"].unflatten(-1, (3, self.HEADS, -1)).unbind(1)
-            layer["k_heads"], layer["v_heads"] = k.permute(1, 2, 0).contiguous(), v.transpose(0, 1).contiguous()  # h c d, h d c
+            layer["k_heads"], layer["v_heads"] = (
+                k.permute(1, 2, 0).contiguous(),
+                v.transpose(0, 1).contiguous(),
+            )  # h c d, h d c
             self._layers.append(layer)
 
     def _begin(self) -> "_Hearing":
@@ -417,13 +434,18 @@ class EmbeddedEncoder(_WindowedEncoder):
 
     def _attend(self, z: Float[Tensor, "b w d"], p: dict[str, Tensor]) -> Float[Tensor, "b w d"]:
         """Self-attention of all rows, before the output's matrix."""
-        q, k, v = (x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2) for x in F.linear(z, p["qkv"].T, p["qkv_bias"]).chunk(3, -1))
+        q, k, v = (
+            x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
+            for x in F.linear(z, p["qkv"].T, p["qkv_bias"]).chunk(3, -1)
+        )
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     def _attend_few(self, z: Float[Tensor, "b w d"], p: dict[str, Tensor], read: slice) -> Float[Tensor, "b r d"]:
         """The same of a few rows, without keys and values: q . (Wk z) = (Wk^T q) . z, and a mean of Wv z is Wv times a mean of z."""
         d = z.shape[-1]
-        q = F.linear(z[:, read], p["qkv"][:, :d].T, p["qkv_bias"][:d]).unflatten(-1, (self.HEADS, -1)).transpose(1, 2)  # b h r c
+        q = (
+            F.linear(z[:, read], p["qkv"][:, :d].T, p["qkv_bias"][:d]).unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
+        )  # b h r c
         asked = (q @ p["k_heads"]).flatten(1, 2)  # b h*r d
         mean = (asked @ z.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1) @ z
         values = mean.unflatten(1, (self.HEADS, -1)) @ p["v_heads"]
@@ -477,7 +499,9 @@ def _onnx_weights(path: Path) -> dict[str, Tensor]:
             shape = [1] * array.ndim
             if scale.size > 1:
                 shape[axes.get(name, 1)] = scale.size
-            value = (array.astype(np.float32) - zero.astype(np.float32).reshape(shape if zero.size > 1 else -1)) * scale.reshape(shape)
+            value = (
+                array.astype(np.float32) - zero.astype(np.float32).reshape(shape if zero.size > 1 else -1)
+            ) * scale.reshape(shape)
             # "conv1.weight_quantized" has its scale under "conv1.weight_scale"
             weights[stem] = torch.from_numpy(value.astype(np.float32))
     return weights
@@ -551,12 +575,16 @@ class HubertEncoder(_WindowedEncoder):
         try:
             from transformers import HubertModel
         except ImportError as error:
-            raise InputError("The hubert encoder needs transformers: pip install 'hicode[hubert]', or use --encoder embedded.") from error
+            raise InputError(
+                "The hubert encoder needs transformers: pip install 'hicode[hubert]', or use --encoder embedded."
+            ) from error
         try:
             self._model = HubertModel.from_pretrained(str(path)).eval()
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise InputError(f"No HuBERT model at {path} ({reason}). Give a local folder, or use --encoder embedded.") from error
+            raise InputError(
+                f"No HuBERT model at {path} ({reason}). Give a local folder, or use --encoder embedded."
+            ) from error
         self.dim = self._model.config.hidden_size
 
     def _local(self, audio: Tensor, memory: None = None) -> Tensor:

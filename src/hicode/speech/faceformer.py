@@ -110,7 +110,9 @@ class Faceformer(nn.Module):
 
     def memory(self, features: Float[Tensor, "b 2*t d"]) -> Float[Tensor, "b 2*t w"]:
         """What cross-attention reads: every feature in its context."""
-        return self._contextual(F.pad(self.listen(features), (0, 0, 2 * self.config.look_back, 2 * self.config.look_ahead)))
+        return self._contextual(
+            F.pad(self.listen(features), (0, 0, 2 * self.config.look_back, 2 * self.config.look_ahead))
+        )
 
     def frame_features(self, features: Float[Tensor, "b 2*t d"]) -> Float[Tensor, "b t d"]:
         """Standardised, the mean of a frame's two: what the linear answer hears."""
@@ -151,7 +153,9 @@ class Faceformer(nn.Module):
         bias = bias.masked_fill((distance < 0) | (distance >= self.config.window), float("-inf"))
         x = self._token(previous, frame, style)
         q, k, v = self.self_qkv(x).chunk(3, -1)
-        x = self._attended(x, F.scaled_dot_product_attention(self._heads(q), self._heads(k), self._heads(v), attn_mask=bias))
+        x = self._attended(
+            x, F.scaled_dot_product_attention(self._heads(q), self._heads(k), self._heads(v), attn_mask=bias)
+        )
         return self._answer(x, memory)
 
     def rollout(self, memory: Float[Tensor, "b 2*t w"], style: Float[Tensor, "*b w"]) -> Float[Tensor, "b t k"]:
@@ -160,7 +164,9 @@ class Faceformer(nn.Module):
         frames = [self.step(memory[:, 2 * i : 2 * i + 2], style, state) for i in range(memory.shape[1] // 2)]
         return torch.stack(frames, 1) if frames else memory.new_zeros(memory.shape[0], 0, self.config.components)
 
-    def step(self, memory: Float[Tensor, "b 2 w"], style: Float[Tensor, "*b w"], state: "DecoderState") -> Float[Tensor, "b k"]:
+    def step(
+        self, memory: Float[Tensor, "b 2 w"], style: Float[Tensor, "*b w"], state: "DecoderState"
+    ) -> Float[Tensor, "b k"]:
         """The next frame; `state` moves on."""
         frame = torch.tensor([state.frame % self.config.period])
         x = self._token(state.previous[:, None], frame, style)
@@ -181,7 +187,9 @@ class Faceformer(nn.Module):
 
     def _answer(self, x: Float[Tensor, "b t w"], memory: Float[Tensor, "b 2*t w"]) -> Float[Tensor, "b t k"]:
         """Cross-attention under the alignment mask, as an attention over two rows; feed-forward; output."""
-        keys, values = (z.unflatten(1, (-1, 2)).unflatten(-1, (self.config.heads, -1)) for z in self.cross_kv(memory).chunk(2, -1))
+        keys, values = (
+            z.unflatten(1, (-1, 2)).unflatten(-1, (self.config.heads, -1)) for z in self.cross_kv(memory).chunk(2, -1)
+        )
         q = self.cross_q(x).unflatten(-1, (self.config.heads, -1))
         scores = torch.einsum("bthc,btshc->btsh", q, keys) / q.shape[-1] ** 0.5
         heard = torch.einsum("btsh,btshc->bthc", scores.softmax(2), values).flatten(2)
@@ -243,7 +251,12 @@ class _Decoding:
         self._qkv, self._qkv_bias = w["self_qkv.weight"] * share[:, None], w["self_qkv.bias"] * share
         self._self_out, self._self_out_bias = w["self_out.weight"], w["self_out.bias"]
         self._norms = [(w[f"norm{i}.weight"], w[f"norm{i}.bias"]) for i in (1, 2, 3)]
-        self._up, self._up_bias, self._down, self._down_bias = w["up.weight"], w["up.bias"], w["down.weight"], w["down.bias"]
+        self._up, self._up_bias, self._down, self._down_bias = (
+            w["up.weight"],
+            w["up.bias"],
+            w["down.weight"],
+            w["down.bias"],
+        )
 
         q, q_bias = w["cross_q.weight"].reshape(heads), w["cross_q.bias"].reshape(heads[:2])
         k, v = w["cross_kv.weight"].reshape(2, *heads)
@@ -307,7 +320,9 @@ def _weights(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: _array(value).copy() for name, value in model.state_dict().items()}
 
 
-def _norm(x: Float[np.ndarray, "*n w"], gain: Float[np.ndarray, "w"], bias: Float[np.ndarray, "w"]) -> Float[np.ndarray, "*n w"]:
+def _norm(
+    x: Float[np.ndarray, "*n w"], gain: Float[np.ndarray, "w"], bias: Float[np.ndarray, "w"]
+) -> Float[np.ndarray, "*n w"]:
     """Layer normalisation with torch's epsilon."""
     x = x - np.add.reduce(x, -1, keepdims=True) / np.float32(x.shape[-1])
     variance = np.add.reduce(x * x, -1, keepdims=True) / np.float32(x.shape[-1])
@@ -323,7 +338,9 @@ class _Context:
 
     `answer` is a convolution over them, one matrix a frame of its reach."""
 
-    def __init__(self, model: Faceformer, weight: Float[Tensor, "k d l+1+a"], bias: Float[Tensor, "k"], back: int, ahead: int):
+    def __init__(
+        self, model: Faceformer, weight: Float[Tensor, "k d l+1+a"], bias: Float[Tensor, "k"], back: int, ahead: int
+    ):
         self.back, self.ahead = back, ahead
         self._mean, self._std, self._bias = (_array(x).copy() for x in (model.feature_mean, model.feature_std, bias))
         self._weight = _array(weight).transpose(2, 1, 0).copy()
@@ -364,11 +381,18 @@ class FaceformerStream:
         hear = w["hear.weight"] / w["feature_std"]
         self._hear, self._hear_bias = np.ascontiguousarray(hear.T), w["hear.bias"] - hear @ w["feature_mean"]
         self._hear_norm = w["hear_norm.weight"], w["hear_norm.bias"]
-        self._mix, self._mix_bias = np.ascontiguousarray(w["context.weight"].transpose(2, 1, 0).reshape(-1, c.width)), w["context.bias"]
+        self._mix, self._mix_bias = (
+            np.ascontiguousarray(w["context.weight"].transpose(2, 1, 0).reshape(-1, c.width)),
+            w["context.bias"],
+        )
         self._mix_norm = w["context_norm.weight"], w["context_norm.bias"]
         self._basis = w["basis"]
         self._heard = np.zeros((2 * c.look_back, c.width), np.float32)
-        self._linear = _Context(model, model.linear.weight, model.linear.bias, c.linear_back, c.look_ahead) if c.linear_share else None
+        self._linear = (
+            _Context(model, model.linear.weight, model.linear.bias, c.linear_back, c.look_ahead)
+            if c.linear_share
+            else None
+        )
         self._finished = False
 
     def push(self, features: Float[Tensor, "s d"]) -> Float[Tensor, "m n"]:
@@ -442,7 +466,13 @@ class LipClosure(nn.Module):
     @property
     def config(self) -> dict:
         """What a file records beside the tensors."""
-        return {"back": self.back, "ahead": self.ahead, "from_odds": self.from_odds, "to_odds": self.to_odds, "narrow": self.narrow}
+        return {
+            "back": self.back,
+            "ahead": self.ahead,
+            "from_odds": self.from_odds,
+            "to_odds": self.to_odds,
+            "narrow": self.narrow,
+        }
 
     def odds(self, frames: Float[Tensor, "l+t+a d"]) -> Float[Tensor, "t"]:
         """Probability of closed lips in t frames, from `Faceformer.frame_features` with `back` frames before and `ahead` after them."""
@@ -563,20 +593,34 @@ class SpeechModels:
             models = []
             for part in ("expression", "landmarks"):
                 model = Faceformer(FaceformerConfig(**config[part]))
-                model.load_state_dict({k.removeprefix(part + "."): v.float() for k, v in tensors.items() if k.startswith(part + ".")})
+                model.load_state_dict(
+                    {k.removeprefix(part + "."): v.float() for k, v in tensors.items() if k.startswith(part + ".")}
+                )
                 models.append(model)
             closure = None
             if "closure" in config:
                 closure = LipClosure(models[0].config.feature_dim, **config["closure"])
-                closure.load_state_dict({k.removeprefix("closure."): v.float() for k, v in tensors.items() if k.startswith("closure.")})
+                closure.load_state_dict(
+                    {k.removeprefix("closure."): v.float() for k, v in tensors.items() if k.startswith("closure.")}
+                )
             # Files from before say nothing of the window: there was but one.
-            window = Window(*config["window"]) if config.get("window") else Window(88, 4, 8) if config["encoder"] == "embedded" else None
+            window = (
+                Window(*config["window"])
+                if config.get("window")
+                else Window(88, 4, 8)
+                if config["encoder"] == "embedded"
+                else None
+            )
             names = ("expression_template", "landmark_template", "identity_frames")
             own = [tensors[name].float() for name in names]
             gains = config["expression_gain"], config["landmark_gain"]
-            return SpeechModels(*models, config["encoder"], *own, *gains, closure, config.get("closed_gap", 0.006), window)
+            return SpeechModels(
+                *models, config["encoder"], *own, *gains, closure, config.get("closed_gap", 0.006), window
+            )
         except (KeyError, TypeError, RuntimeError) as error:
-            raise FileFormatError(f"The speech models are damaged or from another version ({error!s:.200}). Train the avatar anew.") from error
+            raise FileFormatError(
+                f"The speech models are damaged or from another version ({error!s:.200}). Train the avatar anew."
+            ) from error
 
 
 class SpeechStream:
@@ -588,7 +632,9 @@ class SpeechStream:
         self._expression = FaceformerStream(models.expression, models.expression.identity_style(None).detach())
         self._landmarks = FaceformerStream(models.landmarks, style)
         closure = models.closure
-        self._closure = _Context(models.expression, closure.weight, closure.bias, closure.back, closure.ahead) if closure else None
+        self._closure = (
+            _Context(models.expression, closure.weight, closure.bias, closure.back, closure.ahead) if closure else None
+        )
         self._waiting = (torch.zeros(0, EXPRESSION_DIM), torch.zeros(0, 3 * N_LANDMARKS), torch.zeros(0))
         self._last: Tensor | None = None
         self._received = 0
@@ -596,7 +642,9 @@ class SpeechStream:
     def push(self, features: Float[Tensor, "s d"]) -> tuple[Float[Tensor, "m 64"], Float[Tensor, "m 478 3"]]:
         """Motion of the frames that became complete."""
         dim = self.models.feature_dim
-        assert features.shape[-1] == dim, f"features have {features.shape[-1]} dimensions, the speech models take {dim} ({self.models.encoder})"
+        assert features.shape[-1] == dim, (
+            f"features have {features.shape[-1]} dimensions, the speech models take {dim} ({self.models.encoder})"
+        )
         self._received += len(features)
         if len(features):
             self._last = features[-1:]

@@ -23,7 +23,10 @@ class SteadyNoise:
     STEP, FIRST_STEP, SETTLED_FRAMES = 0.06, 2.0, 15.0
     SHARES = (0.03, 0.07)  # -15 and -11.5 dB: recordings in quiet have .00-.03, those in noise at 10 dB .06-.11
     FORGET = 0.5 ** (1 / 2000)
-    SPEECH, PRIOR = 500.0, 300  # speech's mean power, summed over the bands, at a level of 1; frames that its expectation weighs
+    SPEECH, PRIOR = (
+        500.0,
+        300,
+    )  # speech's mean power, summed over the bands, at a level of 1; frames that its expectation weighs
     NOTHING = 1.01e-6  # power of a band in digital silence, as log-mel features see it
 
     def __init__(self):

@@ -1,580 +1,480 @@
-"""Training of the head: canonical Gaussians and their deformation, from a tracked clip (HiCoDe, "Expression-Controlled 3DGS Head Synthesis").
+"""Training an avatar from a prepared clip: speech models, head, compositor, each on its own as the paper trains them, then one file.
 
-One loop through the three stages. All randomness is a function of (seed, iteration), so a run resumed from a checkpoint gives what the
-uninterrupted run gives. Renders and losses cover the window that the head ever touches, not the whole frame.
+A run has a folder: `config.json`, `environment.json`, `metrics.jsonl`, TensorBoard events, and a result or checkpoint per part. Training again into
+the same folder goes on where it stopped, by what each part reads: head and compositor hold while pictures, head masks, split, track, depth and
+configuration are the same, speech while sound, track and speech weights are. So sound moved by another offset costs no head.
 """
 
-import math
+import hashlib
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import reduce
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import chain, count
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
-from torch import Tensor
-from torch.nn import functional as F
 
-from hicode.avatar.deformation import Binding, Carrier, Deformation, bind
-from hicode.camera import Camera
-from hicode.clip import Clip
-from hicode.errors import InputError
-from hicode.face.model import HeadModel
-from hicode.files import load_tensors, save_tensors
-from hicode.gaussians import Gaussians, gaussians_from_points
+from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar
+from hicode.avatar.compositor import Compositor, background_plate, with_whole_face
+from hicode.avatar.deformation import Deformation
+from hicode.avatar.film_grain import Grain
+from hicode.errors import FileFormatError, InputError
+from hicode.files import check_writable, load_tensors, read_json, save_tensors, write_json
+from hicode.gaussians import Gaussians
 from hicode.geometry import rigid, rotation_from_axis_angle
-from hicode.motion import N_LANDMARKS, Motion
-from hicode.render import RasterStats, rasterize
-from hicode.training.density import GradientStatistics, apply_plan, plan_density
-from hicode.training.losses import Box, HeadLoss, PerceptualLoss, WingLandmarks, check_finite, crop_around, depth_spread, random_crop
-from hicode.training.stages import HeadConfig, Stage
+from hicode.media.images import Images
+from hicode.motion import Motion
+from hicode.preparation.clip import Clip
+from hicode.progress import progress_bar
+from hicode.provenance import provenance, sha256
+from hicode.runtime import (
+    Device,
+    available_memory,
+    peak_memory_mb,
+    require_memory_for_frames,
+    resolve_device,
+    tune_allocator,
+)
+from hicode.speech.faceformer import SpeechModels
+from hicode.tracking.head_model import HeadModel
+from hicode.training.adaptation import GENERIC, AdaptConfig, adapt_example, example_of, load_generic
+from hicode.training.film_grain import learn_grain, project
+from hicode.training.head import HeadState, deform, head_in, train_head, training_split
+from hicode.training.refiner import compositor_preset, train_compositor
+from hicode.training.stages import HeadConfig, Preset, head_preset
 
-CHECKPOINT_SCHEMA, CHECKPOINT_VERSION = "hicode-head-checkpoint", 2
-VGG_CROP_PX = 128
-LEAST_VISITS = 4  # to each frame, without which its points stay as they were tracked: a step or two is noise, and a long clip's table large
-WINDOW_MARGIN_PX = 12
+RUN_SCHEMA, RUN_VERSION = "hicode-run", 2
+# The pretrained parts that a clip and an avatar are made with: the report of an avatar names them with their hashes.
+PARTS = ("face_landmarks", "face_detection", "person_mask", "head_model", "speech_encoder", "perceptual")
 
-Log = Callable[[int, dict[str, float]], None]
+# Memory of training without the frames it keeps decoded: of the program, and of each frame's track and speech (measured: 1.3 GB at 8 s, 1.4 GB at 20 s).
+TRAINING_BYTES, TRAINING_FRAME_BYTES = 1.3e9, 80e3
+BEFORE = "head-before.safetensors"  # in a run's folder: the head before it learned from the frames held back
+POOL_PIXEL_BYTES = 15  # of the compositor's pool: 14 layers and the depth
 
 
-# ---------------------------------------------------------------------------------------------------------------- training frames
+def train(
+    clip: Clip | Path | str,
+    out: Path | str,
+    preset: Preset = "standard",
+    *,
+    head: HeadConfig | None = None,
+    run: Path | str | None = None,
+    seed: int = 0,
+    compose: bool = True,
+    device: Device = "auto",
+    progress: bool = True,
+    speech_weights: Path | str | None = None,
+) -> Avatar:
+    """Learn an avatar from a clip and write it to `out`.
+
+    `head` overrides the preset's head configuration; `run` is the run's folder (default: `runs/NAME` beside `out`); `compose=False` keeps the plain
+    composite. A clip without sound trains the renderer alone; its speech models carry the clip's statistics only. `speech_weights`: generic speech
+    weights that `hicode pretrain` made, instead of those that ship; in a run that is otherwise the same only speech is learned anew.
+    """
+    tune_allocator()
+    place = resolve_device(device)
+    clip = clip if isinstance(clip, Clip) else Clip.open(clip)
+    out = Path(out)
+    check_writable(out)
+    generic = _generic(speech_weights)
+    config = head or replace(head_preset(preset), seed=seed)
+    _require_memory(clip)
+    folder = Path(run) if run else out.parent / "runs" / out.stem
+    if config.deformation.coarse == "audio":
+        clip.hear()
+    description = _open_run(folder, clip, config, preset, seed)
+    model = HeadModel.load()
+    report = _Report(folder, progress)
+    try:
+        with report.stage("speech"), progress_bar("Adapting speech", progress) as show:
+            speech = learn_speech(
+                clip, folder / "speech.safetensors", generic, speech_weights, lambda done: show(round(100 * done), 100)
+            )
+        with report.stage("head"):
+            gaussians, deformation, motion = _head(clip, model, config, folder, report, place)
+        with report.stage("compositor"):
+            avatar = _assemble(clip, model, gaussians, deformation, motion, speech)
+            if compose:
+                judged, found = _before_held_back(clip, model, config, folder, avatar, motion, place)
+                avatar.compositor = judged.compositor = _compositor(
+                    clip, judged, found, config, preset, folder, report, seed, place
+                )
+        if compose:
+            with report.stage("grain"):
+                avatar.grain = _grain(clip, judged, found, config, folder, progress)
+        avatar.info = {
+            "preset": preset,
+            "seed": seed,
+            "seconds": report.seconds,
+            "peak_memory_mb": round(peak_memory_mb()),
+            "config": description["config"],
+            "speech_weights": speech_weights and sha256(speech_weights),
+            "provenance": provenance(seed=seed, assets=(*PARTS, *([str(speech_weights)] if speech_weights else []))),
+        }
+        avatar.save(out)
+    finally:
+        report.close()
+    return avatar
 
 
-class TrainingFrames:
-    """Frames, head masks and mouth boxes of the training part, cut to the window that the head touches; as many as the memory given allows are kept decoded."""
+# ---------------------------------------------------------------------------------------------------------------- parts
 
-    def __init__(self, clip: Clip, preload_bytes: int, validation: int = 0, views: int = 1):
-        """The last `validation` are those held back: `self.known` is how many come before them. `views`: as `HeadConfig`'s; which frames (their places) these
-        are, `self.views` says, those held back left out."""
-        self.clip = clip
-        known, held_back = training_split(clip, validation)
-        self.frames, self.known = known + held_back, len(known)
-        self.views = [known.index(t) for t in islice(clip.depths(), views) if t in known]
-        self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
-        x0, y0, x1, y1 = self.window
-        self._room = preload_bytes // ((x1 - x0) * (y1 - y0) * 4)  # frames with their masks
-        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+
+def _generic(weights: Path | str | None) -> SpeechModels | None:
+    """The user's weights; None for those that ship. InputError where they hear by another encoder than avatars do."""
+    if weights is None:
+        return None
+    models, shipped = load_generic(weights), load_generic()
+    if (models.encoder, models.feature_dim) != (shipped.encoder, shipped.feature_dim):
+        raise InputError(
+            f"{weights} hears by {models.encoder} ({models.feature_dim} features), avatars by {shipped.encoder} ({shipped.feature_dim}). "
+            "Make it anew: hicode pretrain."
+        )
+    return models
+
+
+def learn_speech(
+    clip: Clip,
+    file: Path,
+    generic: SpeechModels | None = None,
+    weights: Path | str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> SpeechModels:
+    """The subject's speech models: those in `file` where they were made of what the clip holds now and of these weights, else learned and written there.
+
+    `generic` are the models in the file `weights`; None for those that ship.
+    """
+    generic, config = generic or load_generic(), AdaptConfig()
+    example = example_of(clip, config.encoder, generic.window)
+    digest = hashlib.sha256(json.dumps([asdict(config), sha256(weights or GENERIC)], sort_keys=True).encode())
+    for tensor in (example.features, example.expression, example.landmarks, example.speaking):
+        digest.update(repr(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+    made_of = digest.hexdigest()[:16]
+    if file.exists():
+        tensors, header = load_tensors(file, "hicode-speech", 1)
+        if header.get("made_of") == made_of:
+            return SpeechModels.from_state(tensors, header)
+        print(
+            f"{file} was learned from other sound, track or speech weights than these, or by an earlier hicode: speech is learned anew."
+        )
+    speech, _ = adapt_example(example, progress, config, generic)
+    tensors, header = speech.state()
+    save_tensors(file, tensors, "hicode-speech", 1, header | {"made_of": made_of})
+    return speech
+
+
+def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report: "_Report", device: str):
+    def preview(iteration: int, state: HeadState) -> None:
+        report.image(iteration, "render", _preview_image(clip, state))
+
+    with progress_bar("Training the head", report.visible) as show:
+
+        def log(iteration: int, scalars: dict[str, float]) -> None:
+            report.log("head", iteration, config.iterations, scalars)
+            show(iteration, config.iterations)
+
+        return train_head(
+            clip,
+            model,
+            replace(config, preload_bytes=_room_for_frames(clip, config.preload_bytes)),
+            checkpoint=folder / "head.safetensors",
+            log=log,
+            preview=preview,
+            preview_every=max(250, config.iterations // 10),
+            device=device,
+            before=folder / BEFORE,
+        )
+
+
+def _before_held_back(
+    clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, avatar: Avatar, motion: Motion, device: str
+) -> tuple[Avatar, Motion]:
+    """The avatar, and the training part's motion, as they were before the head learned from the frames held back: what comes after it is judged by them."""
+    if config.held_back_until >= config.iterations or not training_split(clip, config.validation_frames)[1]:
+        return replace(avatar), motion
+    gaussians, deformation, found = head_in(folder / BEFORE, clip, model, config, device)
+    return replace(avatar, gaussians=gaussians, deformation=deformation.eval()), found
+
+
+def _compositor(
+    clip: Clip,
+    avatar: Avatar,
+    motion: Motion,
+    head: HeadConfig,
+    preset: Preset,
+    folder: Path,
+    report: "_Report",
+    seed: int,
+    device: str,
+) -> Compositor | None:
+    """The generator, judged on frames that the head has not trained on; None where it does not beat the plain composite."""
+    known, unseen = training_split(clip, head.validation_frames)
+    config = replace(compositor_preset(preset), seed=seed)
+    config = replace(config, renders=_room_for_renders(clip, config.renders))
+    return train_compositor(
+        _Samples(clip, avatar, motion, known),
+        avatar.plate,
+        config,
+        progress=report.visible,
+        validation=_Samples(clip, avatar, motion, unseen) if unseen else None,
+        checkpoint=folder / "compositor.safetensors",
+        log=lambda step, terms: report.log("compositor", step, config.steps, terms),
+        report=lambda found: write_json(folder / "compositor.json", asdict(found)),
+        device=device,
+    )
+
+
+def _grain(clip: Clip, avatar: Avatar, motion: Motion, head: HeadConfig, folder: Path, visible: bool) -> Grain | None:
+    """The recording's fine detail, as much of it as pays on frames that the head has not trained on; None where it has none that does."""
+    known, unseen = training_split(clip, head.validation_frames)
+    if not unseen:
+        return None
+    places = [project(avatar, motion, [t - clip.train[0] for t in frames]) for frames in (known, unseen)]
+    grain, found = learn_grain(
+        avatar, _Samples(clip, avatar, motion, known), places[0], _Samples(clip, avatar, motion, unseen), places[1]
+    )
+    write_json(folder / "grain.json", asdict(found))
+    if visible:
+        print(found)
+    return grain
+
+
+def _require_memory(clip: Clip) -> None:
+    """Raise ResourceError where training would run out of memory, before it begins."""
+    frames = len(clip.track)
+    require_memory_for_frames(frames, clip.fps, TRAINING_BYTES, TRAINING_FRAME_BYTES, f"Training on {frames} frames")
+
+
+def _room_for_frames(clip: Clip, wanted: int) -> int:
+    """How many bytes of decoded frames may stay in memory: at most half of what is left, so that the rest of the program has room."""
+    whole = 4 * len(clip.train) * clip.width * clip.height
+    room = int(min(wanted, available_memory() / 2))
+    if room < min(whole, wanted):
+        print(
+            f"{room / 1e6:.0f} MB of memory are to spare for decoded frames, {whole / 1e6:.0f} MB would hold all: "
+            "frames that do not fit are read from disk each time, which is slower."
+        )
+    return room
+
+
+def _room_for_renders(clip: Clip, wanted: int) -> int:
+    """How many renders the compositor may learn from: their pool takes at most half of the memory that is left."""
+    each = POOL_PIXEL_BYTES * clip.width * clip.height
+    room = int(max(8, min(wanted, available_memory() / 2 // each)))
+    if room < wanted:
+        print(
+            f"The compositor learns from {room} renders instead of {wanted}: {each * wanted / 1e6:.0f} MB of memory are not to spare."
+        )
+    return room
+
+
+class _Samples:
+    """What the compositor learns from: renders of training frames beside the frames themselves, perturbed where a seed is given.
+
+    A trained head knows its training frames by heart; on frames it has not seen its render sits a px or two off. The perturbation moves pose,
+    expression and landmarks about as much as tracking errs, so the compositor meets the renders that it will have to mend.
+    """
+
+    def __init__(self, clip: Clip, avatar: Avatar, motion: Motion, frames: list[int]):
+        """`motion` of the training part, as `train_head` found it; `frames` are the clip's."""
+        self.clip, self.avatar, self.motion, self.frames = clip, avatar, motion, frames
 
     def __len__(self) -> int:
         return len(self.frames)
 
-    def camera(self, t: int) -> Camera:
-        x0, y0, x1, y1 = self.window
-        return self.clip.track.camera_at(t).cropped(x0, y0, x1 - x0, y1 - y0)
-
-    def image_and_mask(self, t: int) -> tuple[UInt8[Tensor, "3 h w"], UInt8[Tensor, "h w"]]:
-        if t in self._cache:
-            return self._cache[t]
-        x0, y0, x1, y1 = self.window
-        image = torch.from_numpy(np.ascontiguousarray(self.clip.image(t)[y0:y1, x0:x1].transpose(2, 0, 1)))
-        mask = torch.from_numpy(np.ascontiguousarray(self.clip.head_mask(t)[y0:y1, x0:x1]))
-        if len(self._cache) < self._room:
-            self._cache[t] = image, mask
-        return image, mask
-
-    def target(self, t: int, background: Float[Tensor, "3"]) -> Float[Tensor, "h w 3"]:
-        """The head over a constant colour, on the colour's device: decision 21, so that the cloud learns where the head ends."""
-        image, mask = (picture.to(background.device) for picture in self.image_and_mask(t))
-        alpha = mask.float() / 255
-        over = image.float() * (alpha / 255) + background[:, None, None] * (1 - alpha)
-        return over.permute(1, 2, 0)
-
-    def landmarks_px(self, t: int) -> Float[Tensor, "478 2"]:
-        return self.clip.track.landmarks_px[t] - torch.tensor(self.window[:2], dtype=torch.float32)
-
-    def mouth_box(self, t: int) -> tuple[int, int, int, int]:
-        """In window px, clipped, never empty."""
-        x0, y0, x1, y1 = self.window
-        a, b, c, d = self.clip.track.mouth_box(t, padding=0.2)
-        a, c = np.clip([a - x0, c - x0], 0, x1 - x0)
-        b, d = np.clip([b - y0, d - y0], 0, y1 - y0)
-        return int(a), int(b), int(max(c, a + 1)), int(max(d, b + 1))
+    def __call__(self, k: int, perturbation: int | None = None):
+        """(rgb "h w 3", alpha "h w", frame uint8, head mask uint8) of the k-th frame."""
+        t = self.frames[k]
+        place = t - self.clip.train[0]
+        motion = self.motion[place : place + 1]
+        if perturbation is not None:
+            rng = np.random.default_rng((perturbation, t))
+            noise = lambda scale, *shape: torch.from_numpy(rng.normal(0, scale, shape).astype(np.float32))
+            turn = rigid(
+                rotation_from_axis_angle(noise(0.006, 3)), noise(0.004, 3)
+            )  # 0.35°, 0.4 mm a standard deviation
+            motion = replace(
+                motion,
+                expression=motion.expression + noise(0.03, 1, 64),
+                landmarks=motion.landmarks + noise(0.004, 1, 1, 3) + noise(0.003, 1, 478, 3),
+                T_camera_head=motion.T_camera_head @ turn,
+            )
+        mask = self.clip.head_mask(t)
+        return *self.avatar.outlined(self.avatar.render(motion, 0), motion, 0, mask), self.clip.image(t), mask
 
 
-def training_split(clip: Clip, validation: int) -> tuple[list[int], list[int]]:
-    """(frames the head learns from, frames held back until `HeadConfig.validation_until`): the last `validation` of the training part, at most a tenth of it."""
+def _source(clip: Clip) -> dict:
+    """Where the clip came from: what output at the original size needs to find its frames again."""
+    start_s = clip.config["steps"]["faces"]["settings"]["start"]
+    place = {
+        "path": str(Path(clip.config["video"]).resolve()),
+        "first_frame": round(start_s * clip.fps),
+        "crop_box": list(clip.crop_box),
+    }
+    return clip.source | place
+
+
+def _assemble(
+    clip: Clip, model: HeadModel, gaussians: Gaussians, deformation: Deformation, motion: Motion, speech
+) -> Avatar:
+    """`motion`: the training part's, refined."""
     frames = list(clip.train)
-    held = min(validation, len(frames) // 10)
-    return frames[: len(frames) - held], frames[len(frames) - held :]
-
-
-def head_window(masks: list[UInt8[np.ndarray, "h w"]]) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 around every mask with a margin. Raises InputError where no mask shows a head."""
-    seen = np.max(np.stack(masks), 0) > 0
-    if not seen.any():
-        raise InputError("No head in any training frame's mask. Prepare the clip again with a video that shows one.")
-    h, w = seen.shape
-    ys, xs = np.where(seen.any(1))[0], np.where(seen.any(0))[0]
-    m = WINDOW_MARGIN_PX
-    return max(0, int(xs[0]) - m), max(0, int(ys[0]) - m), min(w, int(xs[-1]) + 1 + m), min(h, int(ys[-1]) + 1 + m)
-
-
-# ---------------------------------------------------------------------------------------------------------------- the start
-
-
-def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gaussians, Deformation]:
-    """Depth-based initialisation (Remark on 3DGS Initialization): points on the head as some training frames show it, and a Deformation bound to
-    them. Points seen in a frame's expression are carried back to the canonical, neutral one. Table 2's random initialisation has random points instead.
-    """
-    rng = np.random.default_rng((config.seed, 1))
-    track = clip.track
-    expression, landmarks = track.motion.expression, track.motion.landmarks
-    train = slice(clip.train[0], clip.train[-1] + 1)
-
-    parts = _seen_points(clip, config.views, config.gaussians - config.mouth_gaussians, rng)
-    first = parts[0][2]
-    vertices = model.vertices(track.identity, expression[first])
-    if config.mouth_gaussians:
-        parts.append((*_mouth_points(vertices, model, config.mouth_gaussians, rng), first))
-    if config.initialisation == "random":
-        parts = [(*_random_points(vertices, config.gaussians, rng), first)]
-    points, colors = (torch.cat(p) for p in list(zip(*parts))[:2])
-
-    center = vertices.mean(0)
-    radius = float((points - center).norm(dim=1).quantile(0.99))
-    carrier = None
-    if config.deformation.base == "mesh":
-        rest = model.vertices(track.identity)
-        neutral = model.landmarks(rest)
-        basis = torch.stack([model.landmarks(rest + b) - neutral for b in model.expression_basis])
-        carrier = Carrier(model.expression_basis, neutral, basis, track.hair_points)
-    torch.manual_seed(config.seed)
-    deformation = Deformation(config.deformation, track.identity, center, radius, carrier)
-    deformation.set_statistics(expression[train], landmarks[train], track.motion[train].speech, track.motion.T_camera_head[train, :3, :3])
-    motion_extent = landmarks[train].std(0).norm(dim=1)
-    deformation.register_buffer("landmark_motion", motion_extent)
-    if carrier is not None:
-        at_rest, bindings = [], []
-        for seen, _, t in parts:
-            deformation.binding = bind(seen, model.vertices(track.identity, expression[t]), model.triangles, landmarks[t], hair=track.hair_points)
-            at_rest.append(seen - deformation.carry(expression[t], landmarks[t], None if track.motion.hair is None else track.motion.hair[t]))
-            bindings.append(deformation.binding)
-        points, deformation.binding = torch.cat(at_rest), reduce(Binding.cat, bindings)
-    cloud = gaussians_from_points(points, colors, config.initial_opacity, max_scale=0.1)
-    return cloud, deformation
-
-
-_NORMAL_PX = 4.0  # at 512: depth is smoothed over so many pixels before its slope is taken
-
-
-def _seen_points(clip: Clip, views: int, count: int, rng: np.random.Generator) -> list[tuple[Tensor, Tensor, int]]:
-    """(points "n 3" of the head frame, their colours, the frame that shows them) by frame; at most `count`, the first training frame's first.
-
-    Each of the first `views` frames whose depth is known gives the pixels that face its camera more than any other's: a cheek comes from the frame that turns it to
-    the camera, where its depth is sure, and no patch of skin comes twice. Pixels are drawn evenly. InputError where the first frame shows no head.
-    """
-    track, depths = clip.track, dict(islice(clip.depths().items(), views))
-    eyes = {t: torch.linalg.inv(track.motion.T_camera_head[t].double())[:3, 3].float() for t in depths}
-    found = []
-    for t, depth in depths.items():
-        camera = track.camera_at(t)
-        ys, xs = np.where((clip.head_mask(t) > 127) & np.isfinite(depth))
-        if not found and len(ys) < 100:
-            raise InputError(f"Only {len(ys)} px of the first training frame (frame {t}) show the head. Trim the clip's start.")
-        pixels = torch.from_numpy(np.stack([xs + 0.5, ys + 0.5], 1).astype(np.float32))
-        points = camera.unproject(pixels, torch.from_numpy(depth[ys, xs].astype(np.float32)))
-        normals = _normals(depth, camera)[ys, xs]
-        facing = {k: (normals * F.normalize(eye - points, dim=1)).sum(1) for k, eye in eyes.items()}
-        own = torch.stack(list(facing.values())).amax(0) == facing[t]
-        found.append((points[own], clip.image(t)[ys[own], xs[own]], t))
-    sizes = [len(points) for points, _, _ in found]
-    chosen = np.sort(rng.choice(sum(sizes), min(count, sum(sizes)), replace=False))
-    parts = []
-    for (points, image, t), end in zip(found, np.cumsum(sizes)):
-        rows = chosen[(chosen >= end - len(points)) & (chosen < end)] - (end - len(points))
-        parts.append((points[torch.from_numpy(rows)], torch.from_numpy(image[rows].astype(np.float32) / 255), t))
-    return parts
-
-
-def _normals(depth: Float32[np.ndarray, "h w"], camera: Camera) -> Float[Tensor, "h w 3"]:
-    """Unit normals of a depth map's surface in the head frame, towards the camera."""
-    h, w = depth.shape
-    smooth = cv2.GaussianBlur(np.where(np.isfinite(depth), depth, np.nanmax(depth)), (0, 0), _NORMAL_PX * max(h, w) / 512)
-    x, y = np.meshgrid(np.arange(w) + 0.5, np.arange(h) + 0.5)
-    pixels = torch.from_numpy(np.stack([x.ravel(), y.ravel()], 1).astype(np.float32))
-    surface = camera.unproject(pixels, torch.from_numpy(smooth.ravel().astype(np.float32))).view(h, w, 3)
-    down, right = torch.gradient(surface, dim=(0, 1))
-    normal = F.normalize(torch.linalg.cross(down, right), dim=-1)
-    eye = torch.linalg.inv(camera.T_camera_head.double())[:3, 3].float()
-    return normal * ((eye - surface) * normal).sum(-1, keepdim=True).sign()
-
-
-def _random_points(vertices: Tensor, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Points anywhere in the head model's bounding box, of any colour: Table 2's "random initialisation", as 3DGS without a point cloud."""
-    low, high = vertices.amin(0), vertices.amax(0)
-    points = low + (high - low) * torch.from_numpy(rng.random((count, 3), np.float32))
-    return points, torch.from_numpy(rng.random((count, 3), np.float32))
-
-
-def _mouth_points(vertices: Tensor, model: HeadModel, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Points spread over teeth and tongue by area, dark red until training colours them: the first frame may not show them."""
-    triangles = model.triangles[model.part("upper_teeth", "lower_teeth", "tongue")].long()
-    corners = vertices[triangles]
-    area = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]).norm(dim=1).double().numpy()
-    pick = rng.choice(len(triangles), count, p=area / area.sum())
-    weights = torch.from_numpy(rng.dirichlet([1, 1, 1], count).astype(np.float32))
-    points = (corners[pick] * weights[..., None]).sum(1)
-    return points, torch.tensor([0.35, 0.2, 0.2]).expand(count, 3).clone()
-
-
-# ---------------------------------------------------------------------------------------------------------------- state and loop
-
-
-@dataclass
-class FrameTable:
-    """Numbers of each training frame, a row of any shape, with Adam's moments by row: a dense optimiser would keep moving rows that an iteration did not see."""
-
-    values: Float[Tensor, "t ..."]
-    first: Float[Tensor, "t ..."]
-    second: Float[Tensor, "t ..."]
-    visits: Float[Tensor, "t"]
-
-    @staticmethod
-    def zeros(rows: int, *shape: int) -> "FrameTable":
-        return FrameTable(*(torch.zeros(rows, *shape) for _ in range(3)), torch.zeros(rows))
-
-    def step(self, k: int, grad: Tensor, rate: float | Tensor) -> None:
-        """Of row k alone. `rate` may differ within the row."""
-        self.visits[k] += 1
-        first, second, count = self.first[k], self.second[k], float(self.visits[k])
-        first.mul_(0.7).add_(grad, alpha=0.3)
-        second.mul_(0.9).addcmul_(grad, grad, value=0.1)
-        self.values[k] -= rate * (first / (1 - 0.7**count)) / ((second / (1 - 0.9**count)).sqrt() + 1e-12)
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        return {f"frames.{name}.{k}": v for k, v in vars(self).items()}
-
-    @staticmethod
-    def of(tensors: dict[str, Tensor], name: str) -> "FrameTable":
-        return FrameTable(*(tensors[f"frames.{name}.{k}"] for k in ("values", "first", "second", "visits")))
-
-
-@dataclass
-class HeadState:
-    """All that training changes; what a checkpoint holds. What it finds of each frame stays on the CPU, a row at a time is used; the rest lies on `device`.
-
-    pose    rows "6"    how each training frame's head stands to its tracked pose (rad, dm; in the head frame)
-    points  rows "l 3"  `Motion.refined` (dm), 0 for `points_share` of 0; no row where that is not learned
-    points_share "l 1"  1 in the face, `LearningRates.off_face` for hair; 0 at mouth and jaw, where speech takes the track's place: what the head learns of lips must hold
-                        for landmarks as they come
-    """
-
-    params: dict[str, Tensor]
-    deformation: Deformation
-    optimizer: torch.optim.Optimizer
-    pose: FrameTable
-    points: FrameTable
-    points_share: Float[Tensor, "l 1"]
-    statistics: GradientStatistics
-    iteration: int = 0
-
-    def gaussians(self) -> Gaussians:
-        return Gaussians(**self.params)
-
-    @property
-    def device(self) -> torch.device:
-        return self.params["means"].device
-
-
-def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str = "cpu") -> HeadState:
-    """A state before its first iteration; says so where frames are seen too seldom for their points to be refined."""
-    state = _started(clip, model, config, device)
-    if state.deformation.carrier is not None and config.rates.points > 0 and not len(state.points.values):
-        print(
-            f"Landmarks and hair of the training frames stay as tracked: each of {len(clip.train)} frames is seen {_visits(clip, config):.1f} times after "
-            f"{config.points_start:.0%} of the training, refining them wants {LEAST_VISITS}. Frames that it has not seen are as good without."
-        )
-    return state
-
-
-def _visits(clip: Clip, config: HeadConfig) -> float:
-    """How often each training frame is seen once its points may be refined."""
-    return (1 - config.points_start) * config.iterations / len(clip.train)
-
-
-def _started(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str) -> HeadState:
-    cloud, deformation = initial_cloud(clip, model, config)
-    deformation = deformation.to(device)
-    if config.rates.turn_colors and deformation.control.knows_turns:
-        cloud = replace(cloud, turn_colors=torch.zeros(len(cloud), 3, 3))
-    params = {k: torch.nn.Parameter(v.to(device)) for k, v in cloud.tensors().items()}
-    n_frames = len(clip.train)
-    moves_points = deformation.carrier is not None and config.rates.points > 0 and _visits(clip, config) >= LEAST_VISITS
-    return HeadState(
-        params,
-        deformation,
-        _optimizer(params, deformation, config),
-        FrameTable.zeros(n_frames, 6),
-        FrameTable.zeros(n_frames if moves_points else 0, N_LANDMARKS + len(clip.track.hair_points), 3),
-        torch.cat([1 - model.mouth_landmark_weight, torch.full((len(clip.track.hair_points),), config.rates.off_face)])[:, None],
-        GradientStatistics.zeros(len(cloud), device),
+    faces = (with_whole_face(clip.head_mask(t), clip.track.landmarks_px[t].numpy()) for t in frames)
+    plate = background_plate((clip.image(t) for t in frames), faces)
+    kept = frames[:MAX_DRIVING_FRAMES]
+    return Avatar(
+        gaussians,
+        deformation.eval(),
+        clip.track.camera.with_pose(torch.eye(4)),
+        motion[: len(kept)],
+        Images.encode((clip.image(t) for t in kept), ".jpg"),
+        Images.encode((clip.head_mask(t) for t in kept), ".png"),
+        plate,
+        model.mouth_expression.clone(),
+        model.mouth_landmark_weight.clone(),
+        speech=speech,
+        source=_source(clip),
     )
 
 
-def _optimizer(params: dict[str, Tensor], deformation: Deformation, config: HeadConfig) -> torch.optim.Adam:
-    groups = [{"params": [p], "name": k, "lr": getattr(config.rates, k)} for k, p in params.items()]
-    network = list(deformation.control.parameters())
-    decay = {"weight_decay": config.rates.network_decay, "decoupled_weight_decay": True}
-    groups.append({"params": [p for p in network if p.ndim > 1], "name": "network", "lr": config.rates.network, **decay})
-    groups.append({"params": [p for p in network if p.ndim <= 1], "name": "network", "lr": config.rates.network})
-    return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15, fused=True)
-
-
-def train_head(
-    clip: Clip,
-    model: HeadModel,
-    config: HeadConfig,
-    checkpoint: Path | None = None,
-    log: Log = lambda iteration, scalars: None,
-    preview: Callable[[int, HeadState], None] = lambda iteration, state: None,
-    preview_every: int = 1000,
-    stop_at: int | None = None,
-    device: torch.device | str = "cpu",
-    before: Path | None = None,
-) -> tuple[Gaussians, Deformation, Motion]:
-    """Train to the end of the last stage; returns the cloud, its deformation, and the motion of the training part, refined in the frames that were learned from.
-
-    With `checkpoint`, state is written there every `config.checkpoint_seconds` and on interruption, and training goes on from what is found. `before`: where
-    to keep the state as it was before the frames held back were learned from (`head_in` reads it).
-    `log(iteration, scalars)` is called each iteration. `stop_at` ends early (tests). Raises TrainingError at a NaN, naming step and tensor.
-    """
-    frames = TrainingFrames(clip, config.preload_bytes, config.validation_frames, config.views)
-    state = start(clip, model, config, device)
-    if checkpoint is not None and checkpoint.exists():
-        load_checkpoint(checkpoint, state, config)
-    loss = head_loss(config, device)
-    last_saved = time.monotonic()
-    end = config.iterations if stop_at is None else min(stop_at, config.iterations)
-    try:
-        while state.iteration < end:
-            if before is not None and state.iteration == config.held_back_until:
-                save_checkpoint(before, state)
-            scalars = _iterate(state, frames, config, loss)
-            log(state.iteration, scalars)
-            if state.iteration % preview_every == 0 or state.iteration == end:
-                preview(state.iteration, state)
-            if checkpoint is not None and time.monotonic() - last_saved > config.checkpoint_seconds:
-                save_checkpoint(checkpoint, state)
-                last_saved = time.monotonic()
-    except KeyboardInterrupt:
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, state)
-        raise
-    if checkpoint is not None:
-        save_checkpoint(checkpoint, state)
-    return _finished(state, frames)
-
-
-def head_in(checkpoint: Path, clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str = "cpu") -> tuple[Gaussians, Deformation, Motion]:
-    """The head of a checkpoint, as `train_head` returns it. Raises FileFormatError."""
-    state = _started(clip, model, config, device)
-    load_checkpoint(checkpoint, state, config)
-    return _finished(state, TrainingFrames(clip, 0, config.validation_frames))
-
-
-def _finished(state: HeadState, frames: TrainingFrames) -> tuple[Gaussians, Deformation, Motion]:
-    state.deformation.requires_grad_(False)
-    return state.gaussians().map(lambda v: v.detach().clone()), state.deformation, _refined(state, frames)
-
-
-def head_loss(config: HeadConfig, device: torch.device | str = "cpu") -> HeadLoss:
-    """Eq. 15 with the networks that its weights call for."""
-    perceptual = PerceptualLoss(config.vgg_layers, device=device) if config.loss.vgg else None
-    if not config.loss.wing:
-        return HeadLoss(config.loss, perceptual)
-    from hicode.face.landmarks import FaceLandmarker
-
-    return HeadLoss(config.loss, perceptual, WingLandmarks(FaceLandmarker().requires_grad_(False).to(device)))
-
-
-def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_loss: HeadLoss) -> dict[str, float]:
-    """One iteration: render a frame, compare, step; then density control if it is due."""
-    stage, within = stage_at(config, state.iteration)
-    if stage.deform and (within == 0 or (stage.name == "refine" and within == stage.iterations // 2)):
-        state.deformation.place_anchors(state.params["means"])
-    n = frames.known if state.iteration < config.held_back_until else len(frames)
-    k = frames.views[within % len(frames.views)] if stage.frames == "views" else _shuffled_frame(config, state.iteration, n)
-    t = frames.frames[k]
-    chance = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
-    background = torch.rand(3, generator=chance).to(state.device)
-    progress = _set_rates(state, config, stage)
-
-    pose = _pose(state, frames, k)
-    if refining := stage.deform and config.rates.pose > 0:
-        pose = pose.detach().requires_grad_(True)
-    points = state.points.values[k] if stage.deform and len(state.points.values) else None
-    if moving := points is not None and progress >= config.points_start:
-        points = points.clone().requires_grad_(True)
-    moved = deform(state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform, refined=points)
-    stats = RasterStats() if stage.density else None
-    rendering = rasterize(moved, frames.camera(t).with_pose(pose), background, stats=stats)
-
-    crop = landmarks = None
-    if state.iteration % config.vgg_every == 0 and progress >= config.vgg_start:
-        crop = _perceptual_crop(frames, t, chance)
-    if stage.deform and state.iteration % config.wing_every == 0:
-        landmarks = frames.landmarks_px(t)
-    loss, terms = head_loss(rendering.rgb, frames.target(t, background), frames.mouth_box(t), face_crop=crop, landmarks_px=landmarks)
-    if config.spread and state.iteration % config.spread_every == 0:
-        spread = depth_spread(moved, frames.camera(t).with_pose(pose.detach()))
-        loss = loss + config.spread_every * config.spread * spread
-        terms["spread"] = spread.detach()
-    check_finite(state.iteration, terms, state.params | dict(state.deformation.control.named_parameters()))
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    pace = 0.05 + 0.95 * _cosine(progress)
-    if refining:
-        _refine_pose(state, frames, k, pose.grad, config.rates.pose * pace)
-    if moving:
-        state.points.step(k, points.grad, config.rates.points * pace * state.points_share)
-    _step(state, config)
-    state.iteration += 1
-    if stage.density:
-        state.statistics.add(stats.grad_means2d, stats.visible, rendering.rgb.shape[1], rendering.rgb.shape[0])
-        _control_density(state, config, stage)
-    return {"loss": float(loss.detach()), "gaussians": len(state.params["means"]), **{k: float(v) for k, v in terms.items()}}
-
-
 @torch.no_grad()
-def _step(state: HeadState, config: HeadConfig) -> None:
-    """The optimiser's step, of which Gaussians off the face take `LearningRates.off_face`. (A smaller gradient would not do: Adam's steps do not shrink with it.)"""
-    binding, share = state.deformation.binding, config.rates.off_face
-    if binding is None or share == 1:
-        state.optimizer.step()
-        return
-    pace = share + (1 - share) * binding.on_face
-    before = {k: v.detach().clone() for k, v in state.params.items()}
-    state.optimizer.step()
-    for k, v in state.params.items():
-        v.copy_(torch.lerp(before[k], v, pace.view(-1, *[1] * (v.ndim - 1))))
+def _preview_image(clip: Clip, state: HeadState) -> np.ndarray:
+    """Truth and render of three training frames, side by side, for TensorBoard."""
+    from hicode.render import rasterize
+
+    rows = []
+    for t in np.linspace(clip.train[0], clip.train[-1], 3).astype(int):
+        moved = deform(
+            state.gaussians(),
+            state.deformation,
+            clip.track.motion,
+            int(t),
+            learned=state.deformation.anchors is not None,
+        )
+        rendering = rasterize(moved, clip.track.camera_at(int(t)), torch.full((3,), 0.5))
+        rows.append(np.hstack([clip.image(int(t)), (rendering.rgb.clamp(0, 1) * 255).byte().cpu().numpy()]))
+    return np.vstack(rows)
 
 
-def deform(
-    gaussians: Gaussians, deformation: Deformation, motion: Motion, t: int, learned: bool = True, refined: Float[Tensor, "l 3"] | None = None
-) -> Gaussians:
-    """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage). `refined`: in place of the motion's."""
-    expression, landmarks, speech, turn, hair, known = motion.control_at(t, gaussians.means.device)
-    refined = known if refined is None else refined.to(gaussians.means.device)
-    if learned:
-        return deformation.moved(gaussians, expression, landmarks, speech, turn, hair, refined)
-    return gaussians.deformed(deformation.carry(expression, landmarks, hair), 0.0, 0.0)
+# ---------------------------------------------------------------------------------------------------------------- the run's folder
 
 
-def stage_at(config: HeadConfig, iteration: int) -> tuple[Stage, int]:
-    """The stage an iteration belongs to, and how far into it."""
-    for stage in config.stages:
-        if iteration < stage.iterations:
-            return stage, iteration
-        iteration -= stage.iterations
-    raise AssertionError(f"iteration beyond the last stage by {iteration}")
+def _open_run(folder: Path, clip: Clip, config: HeadConfig, preset: Preset, seed: int) -> dict:
+    """Write what the run is, or find that it is the same as the one in the folder; another run's folder is set aside, never mixed.
+
+    The run's identity is that of head and compositor: speech says itself what it was learned from (`learn_speech`).
+    """
+    what = {"preset": preset, "seed": seed, "config": json.loads(json.dumps(asdict(config)))}
+    description = {"schema": RUN_SCHEMA, "version": RUN_VERSION, "pictures": _pictures(clip)} | what
+    file = folder / "config.json"
+    if file.exists():
+        old = _read_run(file)
+        if old == description:
+            return description
+        before = {"schema": RUN_SCHEMA, "version": 1, "clip": _fingerprint_v1(clip)} | what
+        if old == before | {"hash": hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:16]}:
+            write_json(file, description)
+            return description
+        aside = _free_name(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"{folder} held another run ({_difference(old, description)}); it is now {aside}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, description)
+    write_json(folder / "environment.json", provenance())
+    return description
 
 
-def _shuffled_frame(config: HeadConfig, iteration: int, n: int) -> int:
-    """Every frame once an epoch, in an order that (seed, epoch) fixes."""
-    epoch, place = divmod(iteration, n)
-    return int(np.random.default_rng((config.seed, 3, epoch)).permutation(n)[place])
+def _free_name(wanted: str) -> Path:
+    """Nothing is called so yet: two runs may be set aside in one second."""
+    names = chain([wanted], (f"{wanted}-{i}" for i in count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
-def _set_rates(state: HeadState, config: HeadConfig, stage: Stage) -> float:
-    """Cosine from the end of the first stage on; returns the overall progress in [0, 1]."""
-    first = config.stages[0].iterations
-    progress = max(0.0, (state.iteration - first) / max(1, config.iterations - first))
-    cosine = _cosine(progress)
-    for group in state.optimizer.param_groups:
-        base = getattr(config.rates, group["name"])
-        floor = 0.02 if group["name"] in ("means", "network") else 0.1
-        group["lr"] = base * (floor + (1 - floor) * cosine)
-        if group["name"] == "network" and not stage.deform:
-            group["lr"] = 0.0
-    return progress
+def _read_run(file: Path) -> dict:
+    try:
+        old = read_json(file)
+    except FileFormatError:
+        return {}
+    return old if isinstance(old, dict) and old.get("schema") == RUN_SCHEMA else {}
 
 
-def _cosine(progress: float) -> float:
-    """From 1 to 0."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
+def _difference(old: dict, new: dict) -> str:
+    """Why the old run is not the new one, for the terminal."""
+    if not old:
+        return "its config.json does not say which"
+    if old.get("version") != new["version"]:
+        return "made by another hicode from this clip as it was then, or from another"
+    names = {
+        "preset": "preset",
+        "seed": "seed",
+        "config": "configuration",
+        "pictures": "pictures, masks, split, track or depth",
+    }
+    return "other " + ", ".join(name for key, name in names.items() if old.get(key) != new[key])
 
 
-def _pose(state: HeadState, frames: TrainingFrames, k: int) -> Float[Tensor, "4 4"]:
-    """Tracked pose with the refinement of training frame k applied in the head frame."""
-    delta = state.pose.values[k]
-    return frames.clip.track.motion.T_camera_head[frames.frames[k]] @ rigid(rotation_from_axis_angle(delta[:3]), delta[3:])
+def _pictures(clip: Clip) -> str:
+    """Changes with whatever head and compositor read of a clip, and with nothing else: its training frames and head masks, track, depth and hair; of the
+    sound nothing, but where its features move the head directly (`Clip.hear`)."""
+    digest = hashlib.sha256(json.dumps([clip.width, clip.height, clip.train.start, clip.train.stop]).encode())
+    pictures = [clip.path / kind / f"{t:06d}.png" for kind in ("frames", "masks/head") for t in clip.train]
+    hair = [clip.path / "hair.safetensors"] if (clip.path / "hair.safetensors").exists() else []
+    for file in (clip.path / "track.safetensors", clip.path / "depth.safetensors", *hair, *pictures):
+        try:
+            digest.update(bytes.fromhex(sha256(file)))
+        except OSError as error:
+            raise FileFormatError(
+                f"{file} is missing or damaged ({error.strerror}). Run hicode prepare again."
+            ) from error
+    if clip.track.motion.speech is not None:
+        digest.update(clip.track.motion.speech.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def _refined(state: HeadState, frames: TrainingFrames) -> Motion:
-    """The training part's motion with what was found of each frame; frames that were not learned from stay as tracked."""
-    tracked = frames.clip.track.motion[frames.frames[0] : frames.frames[-1] + 1]
-    poses = torch.stack([_pose(state, frames, k) for k in range(len(frames))])
-    return replace(tracked, T_camera_head=poses, refined=state.points.values.clone() if len(state.points.values) else None)
+def _fingerprint_v1(clip: Clip) -> str:
+    """What run folders of version 1 know their clip by: all settings and results of its preparation, and its track."""
+    digest = hashlib.sha256((clip.path / "clip.json").read_bytes())
+    digest.update((clip.path / "track.safetensors").read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def _refine_pose(state: HeadState, frames: TrainingFrames, k: int, grad: Float[Tensor, "4 4"], rate: float) -> None:
-    """A step of row k of the pose table, from the gradient of the pose that it gave."""
-    delta = state.pose.values[k].clone().requires_grad_(True)
-    tracked = frames.clip.track.motion.T_camera_head[frames.frames[k]]
-    (tracked @ rigid(rotation_from_axis_angle(delta[:3]), delta[3:])).backward(grad)
-    state.pose.step(k, delta.grad, rate)
+class _Report:
+    """metrics.jsonl, TensorBoard, and seconds per stage."""
 
+    LOG_EVERY = 25
 
-def _control_density(state: HeadState, config: HeadConfig, stage: Stage) -> None:
-    """Grow and prune when a round is due; binding, anchors and statistics follow the cloud."""
-    density = config.density
-    if state.iteration < density.start or state.iteration % density.every:
-        return
-    with torch.no_grad():
-        plan = plan_density(state.params, state.statistics, density, float(state.deformation.control.radius))
-        state.statistics = GradientStatistics.zeros(len(plan.source), state.device)
-        if not plan.changes:
+    def __init__(self, folder: Path, visible: bool):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.visible = visible
+        self.seconds: dict[str, float] = {}
+        self._lines = open(folder / "metrics.jsonl", "a", buffering=1)
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    @contextmanager
+    def stage(self, name: str):
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - started, 1)
+
+    def log(self, part: str, iteration: int, total: int, scalars: dict[str, float]) -> None:
+        if iteration % self.LOG_EVERY and iteration != total:
             return
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
-        state.params = apply_plan(plan, state.params, state.optimizer, generator)
-    if state.deformation.binding is not None:
-        state.deformation.binding = state.deformation.binding.select(plan.source)
-    if stage.deform:
-        state.deformation.place_anchors(state.params["means"])
+        self._lines.write(
+            json.dumps({"part": part, "iteration": iteration, "time": round(time.time(), 2)} | scalars) + "\n"
+        )
+        for name, value in scalars.items():
+            self._writer.add_scalar(f"{part}/{name}", value, iteration)
 
+    def image(self, iteration: int, name: str, image: np.ndarray) -> None:
+        self._writer.add_image(name, image, iteration, dataformats="HWC")
 
-def _perceptual_crop(frames: TrainingFrames, t: int, chance: torch.Generator) -> Box:
-    """Where the perceptual term looks: the mouth two times in five (the paper's mouth term), else anywhere on the head."""
-    mask = frames.image_and_mask(t)[1].numpy()
-    if float(torch.rand((), generator=chance)) < 0.4:
-        x0, y0, x1, y1 = frames.mouth_box(t)
-        return crop_around(((x0 + x1) / 2, (y0 + y1) / 2), VGG_CROP_PX, *mask.shape)
-    return random_crop(mask, VGG_CROP_PX, chance)
-
-
-# ---------------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(path: Path, state: HeadState) -> None:
-    tensors = {f"params.{k}": v for k, v in state.params.items()}
-    deformation, config = state.deformation.state()
-    tensors |= {f"deformation.{k}": v for k, v in deformation.items()}
-    tensors |= state.pose.tensors("pose") | state.points.tensors("points")
-    tensors |= {"statistics.total": state.statistics.total, "statistics.count": state.statistics.count}
-    for g, group in enumerate(state.optimizer.param_groups):
-        for p, parameter in enumerate(group["params"]):
-            for key, value in state.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{g}.{p}.{key}"] = value
-    save_tensors(path, tensors, CHECKPOINT_SCHEMA, CHECKPOINT_VERSION, {"iteration": state.iteration, "deformation": config})
-
-
-def load_checkpoint(path: Path, state: HeadState, config: HeadConfig) -> None:
-    """Put a checkpoint into a freshly started state of the same configuration. Raises FileFormatError."""
-    tensors, header = load_tensors(path, CHECKPOINT_SCHEMA, CHECKPOINT_VERSION)
-    tensors = {k: v if k.startswith("frames.") else v.to(state.device) for k, v in tensors.items()}
-    state.params = {k: torch.nn.Parameter(tensors[f"params.{k}"]) for k in state.params}
-    part = {k.removeprefix("deformation."): v for k, v in tensors.items() if k.startswith("deformation.")}
-    state.deformation = Deformation.from_state(part, header["deformation"]).to(state.device)
-    state.optimizer = _optimizer(state.params, state.deformation, config)
-    for g, group in enumerate(state.optimizer.param_groups):
-        for p, parameter in enumerate(group["params"]):
-            prefix = f"optimizer.{g}.{p}."
-            if moments := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
-                state.optimizer.state[parameter] = moments
-    state.pose, state.points = FrameTable.of(tensors, "pose"), FrameTable.of(tensors, "points")
-    state.statistics = GradientStatistics(tensors["statistics.total"], tensors["statistics.count"])
-    state.iteration = header["iteration"]
+    def close(self) -> None:
+        self._lines.close()
+        self._writer.close()

@@ -99,7 +99,9 @@ def plan_density(
     return Plan(source, fresh, len(copies), len(halves), int(prune.sum()))
 
 
-def apply_plan(plan: Plan, params: dict[str, Tensor], optimizer: Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
+def apply_plan(
+    plan: Plan, params: dict[str, Tensor], optimizer: Optimizer, generator: torch.Generator
+) -> dict[str, Tensor]:
     """New parameters by the plan; Adam's moments follow. Halves of a split are drawn from the parent's own Gaussian and shrunk by 1.6.
 
     `params` must be the optimiser's own tensors, one a group, each group named (`group["name"]`); the new ones take their places.
@@ -115,7 +117,9 @@ def apply_plan(plan: Plan, params: dict[str, Tensor], optimizer: Optimizer, gene
         if n_halves and name == "means":
             parents = plan.source[-n_halves:]
             rotation = rotation_from_quat(params["quats"].detach()[parents])
-            spread = torch.randn(n_halves, 3, generator=generator).to(value) * params["log_scales"].detach()[parents].exp()
+            spread = (
+                torch.randn(n_halves, 3, generator=generator).to(value) * params["log_scales"].detach()[parents].exp()
+            )
             value[-n_halves:] += (rotation @ spread[..., None]).squeeze(-1)
         if n_halves and name == "log_scales":
             value[-n_halves:] -= torch.log(torch.tensor(1.6))

@@ -33,7 +33,7 @@ from hicode.render import rasterize
 from hicode.threads import run_on_threads, take
 
 if TYPE_CHECKING:
-    from hicode.face.landmarks import FaceLandmarker
+    from hicode.tracking.landmarks import FaceLandmarker
 
 Box = tuple[int, int, int, int]
 
@@ -420,7 +420,7 @@ class WingLandmarks:
 
         `landmarks_px` are the truth's as tracked: they say where to look, not what to find.
         """
-        from hicode.face.landmarks import rois_from_landmarks
+        from hicode.tracking.landmarks import rois_from_landmarks
 
         roi = rois_from_landmarks(landmarks_px.to(rendered)[None])
         with torch.no_grad():
@@ -447,7 +447,9 @@ def depth_spread(gaussians: Gaussians, camera: Camera) -> Tensor:
     z = gaussians.means @ turn[:3]
     z = z - z.detach().mean()  # near 0, so that the difference of squares keeps its digits
     first, second, cover = rasterize(
-        replace(gaussians, colors=torch.stack([z, z * z, torch.ones_like(z)], 1)), camera, torch.zeros(3, device=z.device)
+        replace(gaussians, colors=torch.stack([z, z * z, torch.ones_like(z)], 1)),
+        camera,
+        torch.zeros(3, device=z.device),
     ).rgb.unbind(-1)
     spread = torch.where(cover > 0.3, second - first * first / cover.clamp_min(0.3), 0.0)
     return (spread / (1 + spread.detach() / _FAR_DM2)).mean()

@@ -127,7 +127,9 @@ class Ablation:
     def apply(self, config: HeadConfig) -> HeadConfig:
         """`config` with this row's control; budgets, losses and seed stay."""
         ours = self.base == "mesh"  # what Eqs 7-12 do not have stays out of the rows that are about them
-        changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours, sway=ours, relight=ours)
+        changed = replace(
+            config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours, sway=ours, relight=ours
+        )
         if not ours:
             changed = replace(changed, attention="learned", attention_reaches=(), expression_reach=0.0)
         rates = config.rates if ours else replace(config.rates, turn_colors=0.0)
@@ -138,19 +140,45 @@ class Ablation:
 # Gaussian by itself, so under it no row would be without either. The rows differ in the control alone; the last says what the carrier adds.
 ABLATIONS: dict[str, Ablation] = {
     "without-3dmm": Ablation("w/o 3DMM", "landmarks alone: no second AdaIN", coarse="none"),
-    "without-landmarks": Ablation("w/o Landmarks", "the 3DMM vector alone: no landmark attention, no first AdaIN", fine="none"),
-    "none": Ablation("None", "neither: the frame's speech features give the style of one AdaIN over the points", fine="none", coarse="audio"),
-    "addition": Ablation("w/ Addition", "attended landmark values and an affine map of the 3DMM vector are added", fine="addition", coarse="addition"),
-    "attention": Ablation(
-        "w/ Attention", "a cross-attention block over the landmarks, then one over 8 tokens of the 3DMM vector", fine="attention", coarse="attention"
+    "without-landmarks": Ablation(
+        "w/o Landmarks", "the 3DMM vector alone: no landmark attention, no first AdaIN", fine="none"
     ),
-    "random-init": Ablation("w/ Random Init.", "as full, from random points in the head's bounding box", initialisation="random"),
+    "none": Ablation(
+        "None",
+        "neither: the frame's speech features give the style of one AdaIN over the points",
+        fine="none",
+        coarse="audio",
+    ),
+    "addition": Ablation(
+        "w/ Addition",
+        "attended landmark values and an affine map of the 3DMM vector are added",
+        fine="addition",
+        coarse="addition",
+    ),
+    "attention": Ablation(
+        "w/ Attention",
+        "a cross-attention block over the landmarks, then one over 8 tokens of the 3DMM vector",
+        fine="attention",
+        coarse="attention",
+    ),
+    "random-init": Ablation(
+        "w/ Random Init.", "as full, from random points in the head's bounding box", initialisation="random"
+    ),
     "without-hfec": Ablation(
-        "w/o HFEC", "encodings of all landmarks and of the 3DMM vector concatenated to each point's features", fine="concat", coarse="concat"
+        "w/o HFEC",
+        "encodings of all landmarks and of the 3DMM vector concatenated to each point's features",
+        fine="concat",
+        coarse="concat",
     ),
     "full": Ablation("Ours (full)", "Eqs 9-12 with a learned style in Eq. 12; no carrier"),
-    "literal": Ablation("Eq. 12 as printed", "as full, the second AdaIN's style being mean and deviation of the 3DMM vector", coarse="literal"),
-    "mesh": Ablation("hicode", "full over the mesh carrier, with shade, sway, relight and colours that turn: what ships", base="mesh"),
+    "literal": Ablation(
+        "Eq. 12 as printed",
+        "as full, the second AdaIN's style being mean and deviation of the 3DMM vector",
+        coarse="literal",
+    ),
+    "mesh": Ablation(
+        "hicode", "full over the mesh carrier, with shade, sway, relight and colours that turn: what ships", base="mesh"
+    ),
 }
 
 
@@ -165,14 +193,30 @@ def _stages(initialise: int, deform: int, refine: int) -> tuple[Stage, ...]:
 def head_preset(preset: Preset) -> HeadConfig:
     """draft: a first look in minutes. standard: within half an hour on two cores. paper: the paper's schedule and network, nothing of ours."""
     if preset == "draft":
-        return HeadConfig(_stages(200, 300, 1_300), deformation=DeformationConfig(anchors=2048, attention_reaches=(0.05, 0.15)), vgg_every=4)
+        return HeadConfig(
+            _stages(200, 300, 1_300),
+            deformation=DeformationConfig(anchors=2048, attention_reaches=(0.05, 0.15)),
+            vgg_every=4,
+        )
     if preset == "standard":
-        return HeadConfig(_stages(500, 1_000, 11_000), rates=LearningRates(turn_colors=6e-5, off_face=0.3, points=2.5e-3), loss=LossWeights())
+        return HeadConfig(
+            _stages(500, 1_000, 11_000),
+            rates=LearningRates(turn_colors=6e-5, off_face=0.3, points=2.5e-3),
+            loss=LossWeights(),
+        )
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
         deformation=DeformationConfig(
-            anchors=0, base="none", shade=False, sway=False, relight=False, position_frequencies=10, landmark_frequencies=10,
-            attention="learned", attention_reaches=(), expression_reach=0.0,
+            anchors=0,
+            base="none",
+            shade=False,
+            sway=False,
+            relight=False,
+            position_frequencies=10,
+            landmark_frequencies=10,
+            attention="learned",
+            attention_reaches=(),
+            expression_reach=0.0,
         ),  # fmt: skip
         initial_opacity=0.1,
         views=1,

@@ -1,0 +1,202 @@
+"""The gate of the benchmarks: it says what got slower, and nothing else."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY))
+main = pytest.importorskip("research.benchmarks.__main__", reason="benchmarks/ is not beside the tests")
+
+
+@pytest.fixture
+def work(monkeypatch, tmp_path):
+    """One case whose cost the test sets; a baseline of its own."""
+    cost = {"loops": 20_000}
+
+    def busy():
+        sum(i * i for i in range(cost["loops"]))
+
+    monkeypatch.setattr(main, "CASES", {"busy": lambda: {"busy loop": busy}, "absent": _absent})
+    monkeypatch.setattr(main, "BASELINE", tmp_path / "baseline.json")
+    return cost
+
+
+def _absent():
+    raise main.Skipped("nothing here to measure")
+
+
+def test_the_gate_names_what_got_slower_and_fails(work, capsys):
+    assert main.main(["--save"]) == 0
+    assert main.main([]) == 0 and "Slower: nothing" in capsys.readouterr().out
+    work["loops"] *= 4
+    assert main.main([]) == 1 and "Slower: busy loop" in capsys.readouterr().out
+    work["loops"] //= 16
+    assert main.main([]) == 0
+
+
+def test_costs_are_compared_in_units_of_the_machines_speed(work):
+    main.main(["--save"])
+    baseline = json.loads(main.BASELINE.read_text())
+    known = baseline["cost"]["busy loop"]
+    assert (
+        main.slower({"busy loop": {"ms": 10 * known["ms"], "units": known["units"]}}, baseline["cost"]) == []
+    )  # a slow machine
+    assert main.slower({"busy loop": {"ms": known["ms"], "units": 2 * known["units"]}}, baseline["cost"]) == [
+        "busy loop"
+    ]
+    assert main.slower({"new": {"ms": 1, "units": 1}}, baseline["cost"]) == []
+
+
+def test_what_cannot_be_measured_here_is_said(work, capsys):
+    main.main([])
+    assert "absent: skipped, nothing here to measure" in capsys.readouterr().out
+
+
+def test_saving_some_keeps_the_others(work):
+    main.BASELINE.write_text(json.dumps({"cost": {"other": {"ms": 1, "units": 2}}}))
+    main.main(["busy", "--save"])
+    assert set(json.loads(main.BASELINE.read_text())["cost"]) == {"other", "busy loop"}
+
+
+def test_the_committed_baseline_knows_every_part():
+    cost = json.loads((REPOSITORY / "benchmarks" / "baseline.json").read_text())["cost"]
+    for name in (
+        "raster both",
+        "control 4096 both",
+        "loss L1+SSIM",
+        "loss VGG crop",
+        "step draft",
+        "speak all",
+        "prepare",
+    ):
+        assert cost[name]["units"] > 0
+
+
+# --- lips and sheets ---------------------------------------------------------------------------------------------------------------------
+
+
+def _speech(frames: int, seed: int):
+    import torch
+
+    from hicode.tracking.head_model import HeadModel
+    from hicode.training.adaptation import SpeechExample
+
+    head, rng = HeadModel.load(), np.random.default_rng(seed)
+    expression = torch.zeros(frames, 64)
+    expression[:, head.expression_names.index("jawOpen")] = torch.from_numpy(0.2 + 0.2 * rng.random(frames)).float()
+    expression[:, head.expression_names.index("mouthPucker")] = torch.from_numpy(0.3 * rng.random(frames)).float()
+    landmarks = head.landmarks(head.mean) + torch.einsum(
+        "te,elc->tlc", expression, head.landmarks(head.expression_basis)
+    )
+    return head, SpeechExample(
+        "a", torch.zeros(1, 2 * frames, 4), expression, landmarks, torch.arange(frames) % 40 < 30
+    )
+
+
+def test_lips_rate_the_truth_perfect_and_a_still_mouth_as_nothing():
+    from research.benchmarks import lips
+
+    head, example = _speech(120, 0)
+    template = lips.template_of([example])
+    truth = lips.figures(example.expression, example.landmarks, example, template, head)
+    assert all(abs(truth[k] - 1) < 1e-5 for k in ("opening", "width", "jaw", "x opening", "amplitude"))
+    assert truth["error"] == 0 and truth["less"] == 100 and truth["all 478"] == 0 and truth["apart"] < 1e-4
+    assert (truth["closed"], truth["falsely"]) == (100, 0)
+    still = template.expression.expand(120, 64), template.landmarks.expand(120, 478, 3)
+    nothing = lips.figures(*still, example, template, head)
+    assert abs(nothing["less"]) < 1e-6 and nothing["amplitude"] < 1e-5 and abs(nothing["expression less"]) < 1e-4
+    backwards = lips.figures(
+        2 * template.expression - example.expression,
+        2 * template.landmarks - example.landmarks,
+        example,
+        template,
+        head,
+    )
+    assert backwards["opening"] < -0.99 and backwards["less"] < -99
+
+
+def test_speakers_left_out_together_are_dealt_by_length():
+    from research.benchmarks import lips
+    from research.pretrain.corpus import Taken
+
+    def taken(speaker: str, frames: int) -> Taken:
+        return Taken(speaker, "clip", "own", frames, frames, False, 0.0, 1.0)
+
+    data = lips.Data(
+        [taken(s, n) for s, n in zip("abcdefgh", (10, 20, 30, 40, 50, 60, 70, 80))] + [taken("many", 5)] * 3, [], [], {}
+    )
+    assert lips.many(data) == "many"
+    dealt = lips.groups(data, "many")
+    assert sorted(sum(dealt, [])) == list("abcdefgh") and all(len(g) == 2 for g in dealt) and dealt[0] == ["h", "d"]
+
+
+def test_truth_and_a_still_mouth_ask_no_pair_and_score_all_or_nothing():
+    from research.benchmarks import lips
+    from research.pretrain.corpus import Taken
+
+    clips = [replace(_speech(60, seed)[1], speaker=name) for seed, name in enumerate("abbbbbb")]
+    taken = [Taken(e.speaker, str(i), "own", 60, 60, False, 0.0, 1.0) for i, e in enumerate(clips)]
+    data = lips.Data(taken, clips, [], {})
+    nobody = lambda i: pytest.fail("a pair was asked")
+    truth, still = (
+        lips.score(data, [(["a"], None)], None, lambda m: m, nobody, nobody, shown) for shown in ("truth", "still")
+    )
+    for scores in (truth.speakers["a"], truth.many):
+        assert scores["opening"] == pytest.approx(1) and scores["less"] == 100
+    for scores in (still.speakers["a"], still.many):
+        assert scores["opening"] == scores["width"] == scores["jaw"] == 0 and abs(scores["amplitude"]) < 1e-5
+
+
+def test_a_pair_once_trained_is_kept_for_its_examples_and_settings(tmp_path, monkeypatch):
+    from research.benchmarks import lips
+    from research.pretrain.corpus import Taken
+
+    from hicode.training.adaptation import PretrainConfig, load_generic
+
+    clips = [replace(_speech(60, seed)[1], speaker=name) for seed, name in enumerate("abccc")]
+    taken = [Taken(e.speaker, str(i), "own", 60, 60, False, 0.0, 1.0) for i, e in enumerate(clips)]
+    data, learned = lips.Data(taken, clips, [], {}), []
+    monkeypatch.setattr(
+        lips, "pretrain", lambda examples, *more, **options: learned.append(len(examples)) or load_generic()
+    )
+    config = PretrainConfig()
+    for names, settings in (
+        (["a"], config),
+        (["a"], config),
+        (["b"], config),
+        (["a"], replace(config, steps=7)),
+        (["a"], config),
+    ):
+        pair = lips.train(
+            data, names, settings, "embedded", lambda i: clips[i].features, None, None, tmp_path, visible=False
+        )
+    assert len(learned) == 3 and learned[0] == 3, "b, and two of the three sentences of c"
+    generic = load_generic()
+    assert all((a == b).all() for a, b in zip(pair.expression.parameters(), generic.expression.parameters()))
+
+
+def test_silent_lips_are_slower_than_speaking_ones():
+    from research.benchmarks import lips
+
+    speaking = np.repeat([True, False], 20)
+    assert lips.quiet(np.where(speaking, np.arange(40) % 2, 0.0) * 1.0, speaking) < 0.1
+    assert np.isnan(lips.quiet(np.zeros(3), speaking[:3]))
+
+
+def test_lip_shapes_are_recognised_from_what_tells_them():
+    import torch
+    from research.benchmarks.sheets import Shapes
+    from research.pretrain.phones import CLASSES
+
+    rng = torch.Generator().manual_seed(0)
+    classes = torch.randint(len(CLASSES), (40,), generator=rng).repeat_interleave(10)
+    features = torch.randn(800, 24, generator=rng) + 4 * torch.nn.functional.one_hot(classes, 24).repeat_interleave(
+        2, 0
+    )
+    shapes = Shapes([features[:600]], [classes[:300]])
+    assert (shapes(features[600:]) == classes[300:]).double().mean() > 0.85

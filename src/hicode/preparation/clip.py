@@ -1,0 +1,310 @@
+"""A prepared clip: a folder of frames, masks, track, depth, sound and speech features, read lazily.
+
+t frames at 25 fps, h x w px (square). The first 10/11 of them train, the last 1/11 (at least one second) test; nothing
+that learns, averages or stops early may look at the test part. Frame i owns the speech features 2i and 2i + 1 and the
+samples 640 i … 640 (i + 1).
+
+    clip.json                     schema, source, split, the settings of every step, the capture report
+    frames/000000.png …           RGB, lossless
+    masks/person/, masks/head/    grey, 0 … 255, soft
+    track.safetensors             FaceTrack
+    depth.safetensors             of the first training frame and of those that show the head from other sides
+    audio.wav                     16 kHz mono as recorded; `Clip.audio` corrects the measured offset
+    audio.<encoder>.safetensors   speech features of the corrected sound
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from hicode.camera import Camera
+from hicode.errors import FileFormatError, InputError
+from hicode.files import load_tensors, read_json, save_tensors
+from hicode.motion import FaceTrack, Motion
+from hicode.speech.encoder import AudioEncoder, Window, create_encoder, match_frames, usual_variant, usual_window
+
+SCHEMA, VERSION = "hicode-clip", 1
+AUDIO_RATE_HZ = 16000
+SAMPLES_PER_FRAME = 640
+CACHE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a clip. Masks are soft, 0 … 255."""
+
+    index: int
+    image: UInt8[np.ndarray, "h w 3"]
+    head_mask: UInt8[np.ndarray, "h w"]
+    person_mask: UInt8[np.ndarray, "h w"]
+    camera: Camera
+
+
+def split(frame_count: int) -> tuple[range, range]:
+    """(train, test): the last 1/11, at least 25 frames, tests."""
+    test = min(max(25, -(-frame_count // 11)), frame_count)
+    return range(frame_count - test), range(frame_count - test, frame_count)
+
+
+class Clip:
+    """A clip on disk. Opening reads `clip.json` only; memory stays within a small cache of decoded pictures, plus what
+    `preload` pins.
+    """
+
+    def __init__(self, path: Path, config: dict):
+        self.path = path
+        self.config = config
+        self.fps: float = config["fps"]
+        self.frame_count: int = config["frame_count"]
+        self.width: int = config["width"]
+        self.height: int = config["height"]
+        self.train = range(*config["train"])
+        self.test = range(*config["test"])
+        self.source: dict = config["source"]
+        self.crop_box: tuple[float, float, float] = tuple(
+            config["crop_box"]
+        )  # x0, y0, size in px of the upright source
+        self.audio_offset_frames: float = config["audio_offset_frames"]
+        self.report: dict = config["report"]
+        self._pictures = _Pictures()
+
+    @staticmethod
+    def open(path: Path | str) -> "Clip":
+        """FileFormatError where the folder is no finished clip, or is damaged."""
+        path = Path(path)
+        if not path.exists():
+            raise FileFormatError(f"{path} does not exist. Make a clip first: hicode prepare VIDEO -o {path}")
+        if not path.is_dir():
+            raise FileFormatError(
+                f"{path} is a file, not a clip folder. Make a clip first: hicode prepare VIDEO -o CLIP"
+            )
+        if not (path / "clip.json").exists():
+            raise FileFormatError(f"{path} is not a clip: it has no clip.json. Make one: hicode prepare VIDEO -o CLIP")
+        config = read_json(path / "clip.json", SCHEMA, VERSION)
+        if not config.get("complete"):
+            raise FileFormatError(
+                f"{path} is not finished. Go on with: hicode prepare {config.get('video', 'VIDEO')} -o {path}"
+            )
+        try:
+            clip = Clip(path, config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(
+                f"{path}/clip.json lacks or mangles {error}. It is damaged: run hicode prepare again."
+            ) from error
+        for name in (
+            "track.safetensors",
+            f"frames/{clip.frame_count - 1:06d}.png",
+            f"masks/head/{clip.frame_count - 1:06d}.png",
+        ):
+            if not (path / name).exists():
+                raise FileFormatError(f"{path} lacks {name}. The clip is damaged: run hicode prepare again.")
+        return clip
+
+    def __len__(self) -> int:
+        return self.frame_count
+
+    def __repr__(self) -> str:
+        return f"Clip({str(self.path)!r}, {self.frame_count} frames of {self.width}x{self.height})"
+
+    def __getitem__(self, t: int) -> Frame:
+        return Frame(t, self.image(t), self.head_mask(t), self.person_mask(t), self.track.camera_at(t))
+
+    def image(self, t: int) -> UInt8[np.ndarray, "h w 3"]:
+        return self._read("frames", t)
+
+    def head_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
+        return self._read("masks/head", t)
+
+    def person_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
+        return self._read("masks/person", t)
+
+    def _read(self, kind: str, t: int) -> np.ndarray:
+        if not 0 <= t < self.frame_count:
+            raise IndexError(f"frame {t} of {self.frame_count}")
+        return self._pictures.get(self.path / kind / f"{t:06d}.png", grey=kind != "frames").copy()
+
+    def preload(self, budget_bytes: int = 1 << 30, frames: range | None = None) -> int:
+        """Decode pictures and head masks of `frames` (default: training) into memory, as many as fit; how many frames
+        fitted.
+        """
+        frames = self.train if frames is None else frames
+        per_frame = 4 * self.width * self.height
+        fitting = list(frames)[: max(0, budget_bytes // per_frame)]
+        for t in fitting:
+            for kind in ("frames", "masks/head"):
+                self._pictures.pin(self.path / kind / f"{t:06d}.png", grey=kind != "frames")
+        return len(fitting)
+
+    @cached_property
+    def track(self) -> FaceTrack:
+        track = load_track(self.path / "track.safetensors")
+        if not (self.path / "hair.safetensors").exists():  # prepared before hair was followed
+            return track
+        tensors, _ = load_tensors(self.path / "hair.safetensors", "hicode-hair", 1)
+        return replace(track, motion=replace(track.motion, hair=tensors["displacement"]), hair_points=tensors["points"])
+
+    def hear(self, encoder: str = "embedded") -> None:
+        """Give the track's motion the sound's features, the two rows of each frame side by side: for avatars that are moved by
+        them directly (Table 2's None). Raises InputError for a video without sound.
+        """
+        if self.track.motion.speech is not None:
+            return
+        features = self.speech_features(encoder)
+        if features is None:
+            raise InputError(
+                f"{self.path} has no sound, and this avatar is moved by speech features. Use a clip with sound."
+            )
+        self.track = replace(
+            self.track, motion=replace(self.track.motion, speech=features.reshape(self.frame_count, -1))
+        )
+
+    def depths(self) -> dict[int, Float32[np.ndarray, "h w"]]:
+        """Camera depth (dm) by frame, NaN outside the head: the first training frame, then those that turn farthest from it and from each other."""
+        tensors, _ = load_tensors(self.path / "depth.safetensors", "hicode-depth", 2)
+        return dict(zip(tensors["frames"].tolist(), tensors["depth"].numpy()))
+
+    def audio(self) -> Float32[np.ndarray, "n"] | None:
+        """16 kHz mono, 640 samples a frame, moved by the measured offset so that it fits the picture; None for a video
+        without sound.
+        """
+        file = self.path / "audio.wav"
+        if not self.config["has_audio"]:
+            return None
+        import soundfile
+
+        try:
+            samples, rate_hz = soundfile.read(str(file), dtype="float32")
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise FileFormatError(f"{file} is missing or damaged ({error}). Run hicode prepare again.") from error
+        assert rate_hz == AUDIO_RATE_HZ, rate_hz
+        return shift_audio(samples, self.audio_offset_frames, self.frame_count)
+
+    def speech_features(self, encoder: str = "embedded", window: Window | None = None) -> Float[Tensor, "t d"] | None:
+        """Two rows a frame from the named encoder, made and stored on first use; None for a video without sound. `window`: the encoder's, where it
+        is to be another than its own (speech models from before); such features are not stored.
+        """
+        if not self.config["has_audio"]:
+            return None
+        usual = usual_window(encoder)
+        window = window or usual
+        file = self.path / f"audio.{encoder}.safetensors"
+        if file.exists():
+            tensors, config = load_tensors(file, FEATURES_SCHEMA, 1)
+            same = config["offset_frames"] == self.audio_offset_frames and config.get("window") == list(window)
+            same = same and config.get("variant") == usual_variant(encoder)
+            if same and len(tensors["features"]) == 2 * self.frame_count:
+                return tensors["features"]
+        made = create_encoder(encoder, window=window)
+        features, config = frame_features(made, self.audio(), self.frame_count, self.audio_offset_frames)
+        if window == usual:
+            save_tensors(file, {"features": features}, FEATURES_SCHEMA, 1, config)
+        return features
+
+
+FEATURES_SCHEMA = "hicode-speech-features"
+
+
+def frame_features(
+    encoder: AudioEncoder, samples: Float32[np.ndarray, "n"], frames: int, offset_frames: float
+) -> tuple[Float[Tensor, "2*t d"], dict]:
+    """What a clip stores of a sound that is moved by `offset_frames` already: features, and how they were made."""
+    config = {
+        "encoder": encoder.name,
+        "variant": encoder.variant,
+        "dim": encoder.dim,
+        "rate_hz": encoder.rate_hz,
+        "window": list(encoder.window),
+        "offset_frames": offset_frames,
+    }
+    return match_frames(encoder.encode(samples), frames), config
+
+
+class _Pictures:
+    """Decoded PNG files: those pinned, and the least recently used ones within CACHE_BYTES."""
+
+    def __init__(self):
+        self._recent: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._recent_bytes = 0
+        self._pinned: dict[Path, np.ndarray] = {}
+
+    def get(self, file: Path, grey: bool) -> np.ndarray:
+        if file in self._pinned:
+            return self._pinned[file]
+        if file in self._recent:
+            self._recent.move_to_end(file)
+            return self._recent[file]
+        picture = read_png(file, grey)
+        self._recent[file] = picture
+        self._recent_bytes += picture.nbytes
+        while self._recent_bytes > CACHE_BYTES and len(self._recent) > 1:
+            self._recent_bytes -= self._recent.popitem(last=False)[1].nbytes
+        return picture
+
+    def pin(self, file: Path, grey: bool) -> None:
+        if file not in self._pinned:
+            self._pinned[file] = read_png(file, grey)
+
+
+def read_png(file: Path, grey: bool) -> UInt8[np.ndarray, "h w *c"]:
+    try:
+        picture = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
+    except (OSError, cv2.error):
+        picture = None
+    if picture is None:
+        raise FileFormatError(f"{file} is missing or damaged. Run hicode prepare again.")
+    return picture if grey else np.ascontiguousarray(picture[..., ::-1])
+
+
+def write_png(file: Path, picture: UInt8[np.ndarray, "h w *c"]) -> None:
+    """Lossless and quick (level 1); not atomic: whoever writes a series renames the folder when it is whole."""
+    stored = picture[..., ::-1] if picture.ndim == 3 else picture
+    done, data = cv2.imencode(
+        ".png",
+        np.ascontiguousarray(stored),
+        [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE],
+    )
+    assert done, picture.shape
+    file.write_bytes(data.tobytes())
+
+
+def shift_audio(samples: Float32[np.ndarray, "n"], offset_frames: float, frame_count: int) -> Float32[np.ndarray, "m"]:
+    """Sound that lags the picture by -offset (negative: the picture leads) moved onto it; cut or padded to 640 samples
+    a frame.
+    """
+    start = round(-offset_frames * SAMPLES_PER_FRAME)
+    wanted = frame_count * SAMPLES_PER_FRAME
+    out = np.zeros(wanted, np.float32)
+    source = samples[max(start, 0) : max(start + wanted, 0)]
+    at = max(-start, 0)
+    source = source[: wanted - at]
+    out[at : at + len(source)] = source
+    return out
+
+
+def save_track(path: Path, track: FaceTrack) -> None:
+    tensors = {
+        **track.motion.tensors(),
+        "identity": track.identity,
+        "K": track.camera.K,
+        "landmarks_px": track.landmarks_px,
+        "confidence": track.confidence,
+    }
+    config = {"fps": track.motion.fps, "width": track.camera.width, "height": track.camera.height}
+    save_tensors(path, tensors, "hicode-track", 1, config)
+
+
+def load_track(path: Path) -> FaceTrack:
+    tensors, config = load_tensors(path, "hicode-track", 1)
+    try:
+        motion = Motion(tensors["expression"], tensors["landmarks"], tensors["T_camera_head"], config["fps"])
+        camera = Camera(tensors["K"], torch.eye(4), config["width"], config["height"])
+        return FaceTrack(motion, tensors["identity"], camera, tensors["landmarks_px"], tensors["confidence"])
+    except KeyError as error:
+        raise FileFormatError(f"{path} lacks {error}. The track is damaged: run hicode prepare again.") from error

@@ -1,0 +1,195 @@
+"""Grain: what a recording's frames have over their renders, laid on the head again."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from hicode.avatar.compositor import compose, seam_of
+from hicode.avatar.film_grain import GAIN, NEAREST, Grain, GrainLayer, lips_ellipse
+from hicode.motion import LIPS
+from hicode.training import film_grain as training
+from hicode.training.film_grain import fine_detail, learn_grain
+
+SIZE = 160
+rng = np.random.default_rng(0)
+# Landmarks over a disc of a head, lips in a patch of their own below the middle.
+LANDMARKS = np.stack(
+    [
+        SIZE / 2 + 0.3 * SIZE * np.sqrt(rng.random(478)) * np.cos(a := 7 * np.arange(478)),
+        SIZE / 2 + 0.3 * SIZE * np.sin(a),
+    ],
+    1,
+)
+LANDMARKS[LIPS] = [SIZE / 2, 0.65 * SIZE] + rng.uniform(-1, 1, (len(LIPS), 2)) * [12, 5]
+MASK = np.where(np.hypot(*(np.mgrid[:SIZE, :SIZE] - SIZE / 2)) < 0.4 * SIZE, 255, 0).astype(np.uint8)
+
+
+def smooth(seed: int = 1) -> np.ndarray:
+    """A picture without fine detail."""
+    coarse = np.random.default_rng(seed).uniform(60, 190, (6, 6, 3)).astype(np.float32)
+    return cv2.resize(coarse, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC).clip(20, 235).astype(np.uint8)
+
+
+def noisy(picture: np.ndarray, deviation: float, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, deviation, picture.shape[:2])[..., None]
+    return np.clip(picture + noise + 0.5, 0, 255).astype(np.uint8)
+
+
+def grain_of(deviation: float = 8.0, k: int = 8, strength: float = 1.0) -> Grain:
+    fields = [np.random.default_rng(i).normal(0, deviation, (SIZE, SIZE)).astype(np.float32) for i in range(k)]
+    return Grain.of(fields, torch.from_numpy(np.stack([LANDMARKS] * k)), strength)
+
+
+def test_fine_detail_is_the_recordings_and_not_the_trackers_error():
+    render = smooth()
+    frame = noisy(np.roll(render, 1, 1), 6.0, 0)  # a pixel beside the render, with grain
+    found = fine_detail(frame, render, MASK, LANDMARKS)
+    inside = cv2.erode(MASK, np.ones((25, 25))) > 0
+    inside &= np.hypot(*(np.mgrid[:SIZE, :SIZE] - [[[0.65 * SIZE]], [[SIZE / 2]]])) > 30  # beyond the lips
+    assert 4.0 < found[inside].std() < 7.0, "white noise of 6 levels, less what is not fine"
+    without = fine_detail(np.roll(render, 1, 1), render, MASK, LANDMARKS)
+    assert without[inside].std() < 1.0, "a shifted picture alone has next to none"
+    assert not found[MASK == 0].any(), "none outside the head"
+    x, y = LANDMARKS[LIPS].mean(0).round().astype(int)
+    assert not found[y - 2 : y + 3, x - 4 : x + 5].any(), "none on the lips"
+
+
+def test_the_same_frame_has_the_same_grain_and_the_next_one_another():
+    grain = grain_of()
+    again = Grain.from_state(*grain.state())
+    layers = [grain.layer(LANDMARKS, i).field for i in range(12)]
+    assert all(np.array_equal(layer, again.layer(LANDMARKS, i).field) for i, layer in enumerate(layers))
+    assert all(not np.array_equal(a, b) for a, b in zip(layers, layers[1:])), "none stays"
+    assert len({layer.tobytes() for layer in layers}) > NEAREST, "shaken, so that there are more kinds than fields"
+    correlation = np.corrcoef(layers[0][40:120, 40:120].ravel(), layers[1][40:120, 40:120].ravel())[0, 1]
+    assert abs(correlation) < 0.1
+
+
+def test_grain_goes_with_the_head():
+    """A field with a mark at a landmark: wherever the head is, how large and how turned, the mark is there (but for the shake of 1.25 px)."""
+    mark = np.zeros((SIZE, SIZE), np.float32)
+    x, y = LANDMARKS[100].round().astype(int)
+    mark[y - 3 : y + 4, x - 3 : x + 4] = 60
+    grain = Grain.of([mark], torch.from_numpy(LANDMARKS[None]), 1.0)
+    turn = np.array([[0.95, 0.2], [-0.2, 0.95]]) * 0.8
+    moved = (LANDMARKS - SIZE / 2) @ turn.T + SIZE / 2 + [9, -6]
+    found = grain.layer(moved, 3).field.astype(float) - 128
+    ys, xs = np.mgrid[:SIZE, :SIZE]
+    weight = np.clip(found, 0, None)
+    place = np.array([(xs * weight).sum(), (ys * weight).sum()]) / weight.sum()
+    assert np.linalg.norm(place - moved[100]) < 2.5
+
+
+def test_a_frame_takes_the_grain_of_a_head_that_stood_alike():
+    stretched = LANDMARKS * [0.8, 1.0]
+    fields = [np.full((SIZE, SIZE), v, np.float32) for v in [20.0] * NEAREST + [-20.0] * NEAREST]
+    grain = Grain.of(fields, torch.from_numpy(np.stack([LANDMARKS] * NEAREST + [stretched] * NEAREST)), 1.0)
+    assert all(grain.layer(LANDMARKS, i).field[80, 80] > 128 for i in range(20))
+    assert all(grain.layer(stretched, i).field[80, 60] < 128 for i in range(20))
+
+
+def test_composition_adds_it_on_the_render_and_nowhere_else():
+    frame = plate = smooth(3)
+    alpha = (MASK / 255).astype(np.float32)
+    rgb = alpha[..., None] * (smooth(4) / 255).astype(np.float32)
+    plain = compose(rgb, alpha, frame, MASK, plate)
+    field = np.full((SIZE, SIZE), 128 + 40, np.uint8)
+    out = compose(rgb, alpha, frame, MASK, plate, None, GrainLayer(field, 0.5 / (255 * GAIN), lips_ellipse(LANDMARKS)))
+    more = out.astype(int) - plain
+    assert not more[MASK == 0].any(), "not where nothing was rendered"
+    x, y = LANDMARKS[LIPS].mean(0).round().astype(int)
+    assert not more[y - 2 : y + 3, x - 4 : x + 5].any(), "not on the lips"
+    elsewhere = cv2.erode(MASK, np.ones((5, 5))) > 0
+    elsewhere[y - 30 : y + 30, x - 50 : x + 50] = False
+    assert np.abs(more[elsewhere] - 10).max() <= 1, "40 levels of a field of gain 2, by half: 10 grey levels"
+
+
+class Drawn:
+    """Renders that lack the frames' grain, and are otherwise right."""
+
+    def __init__(self, deviation: float, first: int, count: int):
+        self.deviation, self.first, self.count = deviation, first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __call__(self, k: int, perturbation=None):
+        picture = smooth(2)
+        alpha = (MASK / 255).astype(np.float32)
+        return (
+            alpha[..., None] * (picture / 255).astype(np.float32),
+            alpha,
+            noisy(picture, self.deviation, self.first + k),
+            MASK,
+        )
+
+
+class Plain:
+    plate, compositor = smooth(2), None
+
+
+@pytest.fixture
+def close(monkeypatch):
+    """A stand-in for LPIPS that needs no weights: how far the local contrast is from the truth's."""
+
+    class Contrast:
+        def normalized(self, image):
+            fine = image - torch.nn.functional.avg_pool2d(image, 5, 1, 2)
+            return torch.nn.functional.avg_pool2d(fine.square(), 9, 9).sqrt()
+
+        def from_features(self, a, b):
+            return (a - b).abs().mean()
+
+    monkeypatch.setattr(training, "lpips", Contrast)
+
+
+@pytest.mark.parametrize("per_db, strength", [(0.0, 0.25), (training.PER_DB, 0.2)])
+def test_as_much_is_given_as_its_price_allows(close, monkeypatch, per_db, strength):
+    monkeypatch.setattr(training, "PER_DB", per_db)
+    places = np.stack([LANDMARKS] * 12)
+    grain, found = learn_grain(Plain, Drawn(6.0, 0, 12), places, Drawn(6.0, 100, 4), places[:4])
+    assert grain is not None and found.strength == grain.strength and found.frames == 4
+    assert found.lpips < found.plain_lpips and 0 <= found.plain_psnr - found.psnr <= training.MOST_DB
+    assert len(grain.fields) == 12 and "Grain at" in str(found)
+    # Noise s times as strong on noise of the same kind costs 10 log10(1 + s²) dB: .26 at s = .25, were all of it fine and no peak cut. From .2 to .25 it buys
+    # less than a hundredth of LPIPS for each hundredth of a dB.
+    assert found.strength == strength
+
+
+def test_what_stands_out_of_the_grain_is_no_grain():
+    """An earring in a field would be a ghost on the cheek of every frame that the field is laid on."""
+    render, frame = smooth(2), noisy(smooth(2), 3.0, 1)
+    earring = np.zeros((SIZE, SIZE), np.uint8)
+    y, x = np.argwhere(cv2.erode(MASK, np.ones((41, 41))) > 0)[0]
+    cv2.circle(earring, (int(x), int(y)), 3, 1, -1)
+    wearing = np.where(earring[..., None] > 0, 255, frame).astype(np.uint8)
+    plain, field = (fine_detail(f, render, MASK, LANDMARKS) for f in (frame, wearing))
+    usual = np.abs(plain[MASK > 0]).std()
+    assert np.abs(wearing.astype(int) - frame)[earring > 0].mean() > 50 and np.abs(field).max() < 6 * usual
+
+
+def test_a_clean_recording_gets_none(close):
+    places = np.stack([LANDMARKS] * 6)
+    grain, found = learn_grain(Plain, Drawn(0.0, 0, 6), places, Drawn(0.0, 100, 3), places[:3])
+    assert grain is None and found.strength == 0 and str(found).startswith("No grain")
+
+
+def test_the_seam_box_is_where_the_field_is_read():
+    """A field brighter to the right: composed, its columns stand where the frame's do."""
+    frame = plate = np.full((SIZE, SIZE, 3), 100, np.uint8)
+    mask = np.where(np.hypot(*(np.mgrid[:SIZE, :SIZE] - 100)) < 25, 255, 0).astype(np.uint8)
+    alpha = (mask / 255).astype(np.float32)
+    rgb = alpha[..., None] * np.full(3, 100 / 255, np.float32)
+    field = np.broadcast_to(np.clip(128 + np.arange(SIZE) - SIZE // 2, 0, 255).astype(np.uint8), (SIZE, SIZE))
+    out = compose(
+        rgb,
+        alpha,
+        frame,
+        mask,
+        plate,
+        None,
+        GrainLayer(np.ascontiguousarray(field), 1 / 255, np.array([100, 118, 4, 4], np.float32)),
+    )
+    assert min(seam_of(mask).box[:2]) > 0
+    assert [int(out[90, x, 0]) for x in (90, 100, 110)] == [110, 120, 130] and out[118, 100, 0] == 100
