@@ -132,3 +132,15 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
     assert (
         config == {"é": "ü\n\\"} and torch.equal(loaded["b"], tensors["b"]) and torch.equal(loaded["a"], tensors["a"])
     )
+
+
+def test_a_file_gets_the_permissions_of_the_umask_and_the_umask_stays(tmp_path):
+    import os
+
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", {})
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640

@@ -73,7 +73,7 @@ def examine() -> list[Finding]:
     return findings
 
 
-PACKAGES = ("scipy", "onnxruntime", "opencv-python-headless", "soundfile", "soxr", "safetensors")
+PACKAGES = ("scipy", "flatbuffers", "opencv-python-headless", "soundfile", "soxr", "safetensors")
 
 
 def _python() -> Finding:

@@ -7,6 +7,7 @@ its name and the reason.
 import errno
 import json
 import os
+import secrets
 import shutil
 import struct
 import tempfile
@@ -38,16 +39,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
+        temporary = _create_next_to(path)
     except OSError as error:
         raise _os_error(path, error) from error
-    temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or error.errno is None:
@@ -57,10 +55,15 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _create_next_to(path: Path) -> Path:
+    """A new empty file in the folder of `path`, with the permissions that the user's umask gives (`mkstemp` gives 0600)."""
+    while True:
+        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+        try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+        except FileExistsError:
+            continue
+        return temporary
 
 
 def check_writable(path: Path | str) -> None:

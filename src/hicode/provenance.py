@@ -18,7 +18,7 @@ from hicode import __version__, assets
 from hicode.errors import AssetError
 from hicode.runtime import cores
 
-_PACKAGES = ("torch", "numpy", "scipy", "numba", "opencv-python-headless", "av", "onnxruntime")
+_PACKAGES = ("torch", "numpy", "scipy", "numba", "opencv-python-headless", "av")
 
 
 def provenance(config: dict | None = None, seed: int | None = None, assets: Iterable[str] = ()) -> dict:

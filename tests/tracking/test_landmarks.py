@@ -2,6 +2,7 @@
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import cv2
@@ -13,6 +14,7 @@ from hicode import assets
 from hicode.errors import AssetError, InputError
 from hicode.tracking import landmarks as module
 from hicode.tracking.landmarks import (
+    FaceBox,
     FaceLandmarker,
     TrackConfig,
     crop_face,
@@ -249,6 +251,27 @@ def test_the_largest_face_that_stays_is_taken_and_said(landmarker, frame):
     assert (track.points_px[:, 1, 0] < 400).all()
     assert track.report.faces == 2
     assert any("2 faces" in line for line in track.report.findings(25))
+
+
+class TwoFacesOneFalse:
+    """A detector that reports a second face, which the mesh network then denies: its crop is at the left."""
+
+    mesh = SimpleNamespace(input_size=(192, 192))
+
+    def detect(self, image):
+        keypoints = np.array([[0.0, 0.0], [10.0, 0.0]])
+        return [FaceBox(x, 20.0, x + 60.0, 80.0, 0.9, keypoints + [x, 40]) for x in (150.0, 10.0)]
+
+    def from_crops(self, crops, rois):
+        points = rois[:, None, :2] + rois[:, None, 2:3] * torch.linspace(-0.3, 0.3, 478)[:, None]
+        return torch.cat([points, torch.zeros(len(rois), 478, 1)], -1), (rois[:, 0] > 100).double()
+
+
+def test_a_second_face_that_proves_false_is_dropped():
+    """Faces hold arrays: they are told apart by identity, since comparing arrays for equality raises an error."""
+    track = track_faces([np.zeros((100, 240, 3), np.uint8)] * 20, TwoFacesOneFalse())
+    assert bool(track.found.all()) and track.report.faces == 1
+    assert track != track_faces([np.zeros((100, 240, 3), np.uint8)] * 3, TwoFacesOneFalse())
 
 
 def test_a_video_without_a_face_or_frames_is_refused(landmarker):

@@ -38,7 +38,7 @@ _BROW, _CHIN = 10, 152  # the oval's top and bottom
 _ROI_SCALE = 1.5  # MediaPipe's margin around a detection and around landmarks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FaceBox:
     """A detected face: corners in px, score in [0, 1], and six keypoints in px (right eye, left eye, nose, mouth, right ear, left ear)."""
 
@@ -272,7 +272,7 @@ class TrackReport:
         return lines
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Landmarks:
     """The landmarks of one face over a video.
 
@@ -344,7 +344,7 @@ def _chunks(frames: Iterable[np.ndarray], size: int) -> Iterable[list[np.ndarray
         yield chunk
 
 
-@dataclass
+@dataclass(eq=False)
 class _Track:
     """One face on its way through the video: regions as first found, then landmarks of the refined regions, by frame."""
 
