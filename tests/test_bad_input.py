@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_clip import write_clip
-from test_prepare import portrait, speech_like, swaying, write_video
 
 import hicode.preparation.prepare
+from helpers.clips import write_clip
+from helpers.terminal import the_one_line
+from helpers.videos import portrait, speech_like, swaying, write_video
 from hicode import assets, cli, runtime
 from hicode.files import save_tensors
 
@@ -192,13 +193,6 @@ def run(arguments: str, shelf, out) -> int:
     import shlex
 
     return cli.main([a.replace("{s}", str(shelf)).replace("{o}", str(out)) for a in shlex.split(arguments)])
-
-
-def the_one_line(capfd) -> str:
-    """The complaint; progress may stand before it."""
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("hicode:") or "Traceback" in line]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_a_disk_that_is_too_full_is_found_before_the_work(shelf, tmp_path, capfd, monkeypatch):

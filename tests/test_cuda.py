@@ -17,14 +17,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_clip import write_clip
-from test_head import SIZE, a_config, clip, model, psnr  # noqa: F401 (fixtures)
-from test_render import stand_in
 from torch.utils import _pytree as tree
 
-from hicode.training.density import DensityConfig
+from helpers.drawn_head import clip_on_disk, draw_clip, psnr, short
+from helpers.scenes import stand_in
+from hicode.tracking.head_model import HeadModel
 from hicode.training.losses import LossWeights
-from hicode.training.stages import LearningRates, Stage
+from hicode.training.stages import LearningRates
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HeadModel.load()
+
+
+@pytest.fixture(scope="module")
+def clip(model):
+    return draw_clip(model)
+
 
 CHILD = "HICODE_STAND_IN_DEVICE"
 GPU = CHILD not in os.environ and torch.cuda.is_available() and find_spec("gsplat") is not None
@@ -165,19 +175,8 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(device):
 # --- what runs on it ---------------------------------------------------------------------------------------------------
 
 
-def short(**changes):
-    """All three stages, density control and anchors; few Gaussians, since the stand-in for gsplat is dense."""
-    stages = (
-        Stage("initialise", 3, "views", False, True),
-        Stage("deform", 4, "all", True, True),
-        Stage("refine", 3, "all", True, False),
-    )
-    density = DensityConfig(every=2, start=2, budget=170, grad_threshold=0.0)
-    return a_config(stages=stages, gaussians=150, mouth_gaussians=20, density=density, **changes)
-
-
 @needs_device
-def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_path, monkeypatch):  # noqa: F811
+def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_path, monkeypatch):
     from hicode.training import head as training
 
     monkeypatch.setattr(training, "LEAST_VISITS", 1)
@@ -211,7 +210,7 @@ def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_
 
 
 @needs_device
-def test_a_checkpoint_of_the_device_is_resumed_there_and_on_the_cpu(device, clip, model, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_the_device_is_resumed_there_and_on_the_cpu(device, clip, model, tmp_path):
     from hicode.training import head as training
 
     file, config = tmp_path / "head.safetensors", short()
@@ -240,7 +239,7 @@ def test_interpolation_has_the_same_gradient_on_both(device, count):
 
 
 @needs_device
-def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path, monkeypatch):  # noqa: F811
+def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path, monkeypatch):
     """`train`, `speak` and `evaluate` as the commands call them, with --device cuda answered by the stand-in."""
     from hicode.avatar.avatar import Avatar
     from hicode.avatar.compositor import CompositorConfig
@@ -272,36 +271,3 @@ def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path
         for asked in ("cpu", "cuda")
     ]
     assert abs(figures[0]["tracked"]["head"]["psnr"] - figures[1]["tracked"]["head"]["psnr"]) < 0.05
-
-
-def clip_on_disk(path: Path, drawn, seconds: int = 2) -> Path:
-    """The drawn clip (tests/test_training.py), repeated, as a folder with sound."""
-    import json
-
-    from hicode.files import save_tensors
-    from hicode.motion import FaceTrack
-    from hicode.preparation.clip import save_track, write_png
-
-    t = 25 * seconds
-    write_clip(path, t=t, size=SIZE)
-    order = np.arange(t) % len(drawn.track)
-    for i, k in enumerate(order):
-        write_png(path / "frames" / f"{i:06d}.png", drawn.image(int(k)))
-        write_png(path / "masks/head" / f"{i:06d}.png", drawn.head_mask(int(k)))
-    track = drawn.track
-    save_track(
-        path / "track.safetensors",
-        FaceTrack(
-            track.motion[order], track.identity, track.camera, track.landmarks_px[order], track.confidence[order]
-        ),
-    )
-    save_tensors(
-        path / "depth.safetensors",
-        {"frames": torch.tensor(list(drawn.depths())), "depth": np.stack(list(drawn.depths().values()))},
-        "hicode-depth",
-        2,
-    )
-    config = json.loads((path / "clip.json").read_text())
-    config |= {"steps": {"faces": {"settings": {"start": 0.0}}}, "test": [t - 3, t]}
-    (path / "clip.json").write_text(json.dumps(config))
-    return path

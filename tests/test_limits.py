@@ -11,10 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from test_clip import write_clip
-from test_prepare import portrait, swaying, write_video
-from test_render import cloud, head_camera
 
+from helpers.clips import write_clip
+from helpers.scenes import cloud, head_camera
+from helpers.terminal import the_one_line
+from helpers.videos import portrait, swaying, write_video
 from hicode import cli, runtime
 from hicode.errors import ResourceError
 from hicode.geometry import rotation_from_axis_angle
@@ -22,7 +23,6 @@ from hicode.motion import LEFT_EYE_OUTER, MOUTH_CORNERS_INNER, RIGHT_EYE_OUTER
 from hicode.preparation.clip import Clip, write_png
 from hicode.preparation.prepare import PrepareConfig, _look_along, _Work, head_turn_deg
 from hicode.render import rasterize
-from test_bad_input import the_one_line
 
 # --- how much there is ---------------------------------------------------------------------------------------------------
 
@@ -212,8 +212,7 @@ def test_a_long_clip_passes_through_every_step_in_bounded_memory(tmp_path):
             name = path / kind / f"{t:06d}.png"
             name.unlink(missing_ok=True)
             os.link(path / kind / "000000.png", name)
-    from test_clip import some_track
-
+    from helpers.clips import some_track
     from hicode.preparation.clip import save_track, split
 
     save_track(path / "track.safetensors", some_track(LONG, 192))

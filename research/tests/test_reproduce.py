@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sweep_work
 import torch
 from research.reproduce import cells as cells_module
 from research.reproduce import run as run_module
@@ -35,17 +34,31 @@ from research.reproduce.tables import (
     table1,
     table2,
 )
-from test_head import FRAMES, SIZE, clip, model  # noqa: F401  (fixtures: a drawn head)
+from research.tests import sweep_work
 
+from helpers.drawn_head import FRAMES, SIZE, draw_clip
 from hicode import assets
 from hicode.cli import main
 from hicode.errors import InputError
 from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.preparation.clip import SCHEMA, VERSION, save_track, write_png
+from hicode.tracking.head_model import HeadModel
 from hicode.training.stages import ABLATIONS
 
-HERE = Path(__file__).resolve().parent
+
+@pytest.fixture(scope="module")
+def model():
+    return HeadModel.load()
+
+
+@pytest.fixture(scope="module")
+def clip(model):
+    return draw_clip(model)
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SEARCHED = [str(REPOSITORY), str(REPOSITORY / "src")]  # where workers find this module and the package
 
 
 # --- sweeps
@@ -102,7 +115,7 @@ def reaching(monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'hicode[cluster]'")
     monkeypatch.setenv(
         "PYTHONPATH",
-        os.pathsep.join([str(HERE), str(HERE.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        os.pathsep.join([*SEARCHED, *filter(None, [os.environ.get("PYTHONPATH")])]),
     )
 
 
@@ -139,8 +152,8 @@ def test_a_killed_driver_loses_no_finished_task(ray, request, tmp_path):
     if ray:
         request.getfixturevalue("reaching")
     script = (
-        f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent / 'src')!r}]\n"
-        "import sweep_work; from research.reproduce.sweep import Task, execute\n"
+        f"import sys; sys.path[:0] = {SEARCHED!r}\n"
+        "from research.tests import sweep_work; from research.reproduce.sweep import Task, execute\n"
         f"names = [('a', '0'), ('b', '0'), ('c', 'waits to be killed'), ('d', '0')]\n"
         f"execute([Task(n, sweep_work.work, ({str(tmp_path)!r}, n, how)) for n, how in names], ray={ray!r}, workers=1)"
     )
@@ -311,7 +324,7 @@ needs_parts = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def clips(clip, tmp_path_factory):  # noqa: F811
+def clips(clip, tmp_path_factory):
     """The drawn head as a prepared clip on disk, with noise for sound."""
     path = tmp_path_factory.mktemp("set") / "drawn.clip"
     for kind in ("frames", "masks/head", "masks/person"):

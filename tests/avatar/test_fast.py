@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_deformation import G, a_deformation, a_head, signals
 
+from helpers.deformations import G, a_deformation, a_head, signals
 from hicode.avatar.compositor import Compositor
 from hicode.avatar.deformation import THIN_ERROR, Binding
 from hicode.avatar.fast import SCORE_MAX, STILL, FrameDeformer

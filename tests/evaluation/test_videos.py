@@ -7,8 +7,8 @@ from io import StringIO
 import cv2
 import numpy as np
 import pytest
-from test_prepare import portrait, speech_like, swaying, write_video
 
+from helpers.videos import portrait, speech_like, swaying, write_video
 from hicode import assets, cli
 from hicode.errors import InputError
 from hicode.evaluation import videos

@@ -4,43 +4,16 @@
 
 import json
 
-import cv2
 import numpy as np
 import pytest
-import skimage.data
 
 import hicode.preparation.prepare as prepare_module
+from helpers.videos import portrait, speech_like, swaying, write_video
 from hicode.errors import InputError, OutputError
-from hicode.media.video import VideoWriter
 from hicode.preparation.clip import Clip
 from hicode.preparation.prepare import PrepareConfig, crop_square, follow_people, head_box, prepare
 
 FPS = 25
-
-
-def portrait(size: int = 256) -> np.ndarray:
-    """The astronaut's head and shoulders."""
-    return cv2.resize(skimage.data.astronaut()[:300, 70:370], (size, size), interpolation=cv2.INTER_AREA)
-
-
-def write_video(path, frames, audio=None):
-    frames = list(frames)
-    with VideoWriter(path, frames[0].shape[1], frames[0].shape[0], audio=audio) as video:
-        for frame in frames:
-            video.write(frame)
-    return path
-
-
-def swaying(count: int, scene: np.ndarray, amount: float = 4.0):
-    """The scene, swaying a few px, so that frames differ as a person's do."""
-    for t in range(count):
-        shift = np.float32([[1, 0, amount * np.sin(t / 6)], [0, 1, amount * np.sin(t / 9)]])
-        yield cv2.warpAffine(scene, shift, scene.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
-
-
-def speech_like(seconds: float) -> np.ndarray:
-    t = np.arange(int(seconds * 16000)) / 16000
-    return (0.2 * np.sin(2 * np.pi * 180 * t) * (1 + np.sin(2 * np.pi * 3 * t)) / 2).astype(np.float32)
 
 
 # --- who, and which part of the picture -------------------------------------------------------------------------------
@@ -103,15 +76,6 @@ def test_settings_out_of_range_are_refused_before_any_work(tmp_path, config, fin
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scene() -> np.ndarray:
-    """A room of 480x320 with a woman in it, and a smaller copy of her beside."""
-    room = np.full((320, 480, 3), (70, 90, 110), np.uint8)
-    room[64:320, 20:276] = portrait(256)
-    room[160:320, 310:470] = portrait(160)[:, ::-1]
-    return room
 
 
 @pytest.fixture(scope="module")

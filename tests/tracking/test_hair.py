@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_clip import write_clip
-from test_rigid_pose import FRAMES, KEYS, PX_PER_DM, TRAIN, drawn_head, swings, tracked
 
+from helpers.clips import write_clip
+from helpers.tracked_head import FRAMES, KEYS, PX_PER_DM, TRAIN, drawn_head, swings, tracked
 from hicode.avatar.avatar import Avatar
 from hicode.avatar.deformation import Carrier, bind
 from hicode.files import save_tensors

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_rigid_pose import FRAMES, KEYS, PX_PER_DM, TRAIN, drawn_head, swings, tracked
 
+from helpers.tracked_head import FRAMES, KEYS, PX_PER_DM, TRAIN, drawn_head, swings, tracked
 from hicode.motion import LIPS
 from hicode.tracking import landmark_drift as skin
 from hicode.tracking.landmark_drift import IRISES, SkinConfig, follow_skin, solve_keyframes

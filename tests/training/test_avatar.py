@@ -8,8 +8,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from test_head import clip, model  # noqa: F401 (fixtures)
 
+from helpers.drawn_head import clip_on_disk, draw_clip, short
 from hicode.avatar.compositor import CompositorConfig
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, read_json, save_tensors, write_json
@@ -22,13 +22,23 @@ from hicode.training import refiner as compositor
 from hicode.training.adaptation import GENERIC
 from hicode.training.film_grain import learn_grain
 from hicode.training.refiner import CompositorTraining
-from test_cuda import clip_on_disk, short
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HeadModel.load()
+
+
+@pytest.fixture(scope="module")
+def clip(model):
+    return draw_clip(model)
+
 
 ALL, NOTHING, SPEECH = (10, 4, 1), (0, 0, 0), (0, 0, 1)  # iterations of the head, steps of the compositor, adaptations
 
 
 @pytest.fixture
-def folder(tmp_path, clip):  # noqa: F811
+def folder(tmp_path, clip):
     """A drawn clip on disk with a sound that is not the same at any two times."""
     path = clip_on_disk(tmp_path / "c", clip)
     frames = Clip.open(path).frame_count
@@ -159,7 +169,7 @@ def another_split(folder):
 
 
 @pytest.mark.parametrize("changed", [turned_track, another_mask, another_frame, another_depth, another_split])
-def test_other_pictures_or_another_track_are_another_run(changed, folder, clip, capsys):  # noqa: F811
+def test_other_pictures_or_another_track_are_another_run(changed, folder, clip, capsys):
     """By the folder alone: training from the start is what an empty folder means."""
     place = folder.parent / "runs" / "a"
     opened = lambda: run._open_run(place, Clip.open(folder), short(), "draft", 0)

@@ -7,21 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.drawn_head import FRAMES, SIZE, a_config, draw_clip, psnr
 from hicode.avatar.avatar import Avatar
 from hicode.avatar.deformation import DeformationConfig
-from hicode.camera import Camera
 from hicode.errors import FileFormatError, TrainingError
-from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.media.images import Images
-from hicode.motion import N_LANDMARKS, FaceTrack, Motion
-from hicode.tracking.depth import rasterize_mesh
+from hicode.motion import N_LANDMARKS
 from hicode.tracking.head_model import HeadModel
 from hicode.training import head as training
-from hicode.training.density import DensityConfig
-from hicode.training.losses import LossWeights
-from hicode.training.stages import ABLATIONS, HeadConfig, LearningRates, Stage, head_preset
-
-SIZE, FRAMES = 96, 12
+from hicode.training.stages import ABLATIONS, LearningRates, Stage, head_preset
 
 
 @pytest.fixture(scope="module")
@@ -31,63 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def clip(model):
-    """12 frames of a head that turns and opens its mouth; the last two are the test part."""
-    g = torch.Generator().manual_seed(0)
-    identity = torch.randn(80, generator=g) * 0.5
-    expression = torch.zeros(FRAMES, 64)
-    jaw = model.expression_names.index("jawOpen")
-    expression[:, jaw] = 0.3 + 0.3 * torch.sin(torch.arange(FRAMES) * 0.9)
-    flip = torch.diag(torch.tensor([1.0, -1.0, -1.0]))
-    turns = rotation_from_axis_angle(
-        torch.stack([torch.tensor([0.0, 0.15 * float(np.sin(t)), 0.0]) for t in range(FRAMES)])
-    )
-    poses = rigid(flip @ turns, torch.tensor([0.0, 0.1, 9.0]).expand(FRAMES, 3))
-    camera = Camera.pinhole(290.0, SIZE, SIZE)
-    vertices = model.vertices(identity, expression)
-    landmarks = model.landmarks(vertices)
-    skin = np.array([0.8, 0.6, 0.5])
-    images, masks, depths, points = [], [], [], []
-    for t in range(FRAMES):
-        px, depth = camera.with_pose(poses[t]).project(vertices[t])
-        seen = rasterize_mesh(px.numpy(), depth.numpy(), model.triangles.numpy(), SIZE, SIZE)
-        shade = np.where(np.isfinite(seen.depth), 1.6 - 0.1 * (seen.depth - 8) ** 2, 0)[..., None]
-        stripes = 0.8 + 0.2 * np.sin(40 * seen.barycentric[..., :1])  # texture that rides on the mesh
-        images.append((np.clip(skin * shade * stripes, 0, 1) * 255).astype(np.uint8))
-        masks.append(np.where(np.isfinite(seen.depth), 255, 0).astype(np.uint8))
-        depths.append(np.where(np.isfinite(seen.depth), seen.depth, np.nan).astype(np.float32))
-        points.append(camera.with_pose(poses[t]).project(landmarks[t])[0])
-    track = FaceTrack(Motion(expression, landmarks, poses), identity, camera, torch.stack(points), torch.ones(FRAMES))
-    return SimpleNamespace(
-        train=range(FRAMES - 2), test=range(FRAMES - 2, FRAMES), track=track, width=SIZE, height=SIZE,
-        image=lambda t: images[t], head_mask=lambda t: masks[t], depths=lambda: {t: depths[t] for t in (0, 5, 2)},  # ahead, to one side, to the other
-    )  # fmt: skip
-
-
-def a_config(**changes):
-    config = HeadConfig(
-        (
-            Stage("initialise", 8, "views", False, True),
-            Stage("deform", 12, "all", True, True),
-            Stage("refine", 20, "all", True, False),
-        ),
-        gaussians=900,
-        mouth_gaussians=60,
-        loss=LossWeights(vgg=0, wing=0),
-        deformation=DeformationConfig(channels=8, hidden=16, anchors=128),
-        density=DensityConfig(every=4, start=4, budget=1000, grad_threshold=0.0),
-        validation_frames=1,
-    )
-    return replace(config, **changes)
-
-
-def psnr(clip, gaussians, deformation, t):
-    from hicode.render import rasterize
-
-    with torch.no_grad():
-        moved = training.deform(gaussians, deformation, clip.track.motion, t)
-        image = rasterize(moved, clip.track.camera_at(t), torch.zeros(3)).rgb.numpy()
-    truth = clip.image(t) / 255 * (clip.head_mask(t)[..., None] > 0)
-    return -10 * np.log10(((image - truth) ** 2).mean())
+    return draw_clip(model)
 
 
 def test_training_learns_frames_and_carries_to_unseen_ones(clip, model):
