@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from hicode.errors import FileFormatError, InputError
-from hicode.files import load_tensors, read_json, save_tensors, write_json
+from hicode.files import load_tensors, read_json, save_tensors, sha256_of, write_json
 from hicode.media.audio import level_db, read_audio
 from hicode.preparation.clip import shift_audio
 from hicode.progress import progress_bar
@@ -289,7 +289,7 @@ class _Builder:
         return {"points": found.points, "found": found.found}, {"width": found.width, "height": found.height}
 
     def _unfit(self, source: Source, tensors: dict[str, Tensor]) -> str | None:
-        if source.learn and 0 < len(tensors["found"]) and not source.learned_frames(len(tensors["found"])):
+        if source.learn and len(tensors["found"]) > 0 and not source.learned_frames(len(tensors["found"])):
             return f"all of its {len(tensors['found'])} frames are kept for tests"
         frames, share = len(tensors["found"]), float(tensors["found"].float().mean()) if len(tensors["found"]) else 0.0
         if frames < self.config.shortest:
@@ -310,7 +310,7 @@ class _Builder:
         done, total = 0, sum(len(s.clips) for s in self.sources)
         with progress_bar("Fitting heads", self.visible) as report:
             for source in list(self.sources):
-                digests = {name: _digest(self._file("points", source, name)) for name in source.clips}
+                digests = {name: sha256_of(self._file("points", source, name))[:16] for name in source.clips}
                 self._adopt(source, digests)
                 person, key = self._person(source, digests)
                 for name in source.clips:
@@ -346,7 +346,7 @@ class _Builder:
                 for n, d in digests.items()
             ]
             if person or all(adopted):
-                return person, _digest(file) if person else "adopted"
+                return person, sha256_of(file)[:16] if person else "adopted"
         frames = []
         for name in source.clips:
             points, found = self._points(source, name)
@@ -364,7 +364,7 @@ class _Builder:
             1,
             {"points": digests, "focal_px": person.focal_px, "settings": settings},
         )
-        return person, _digest(file)
+        return person, sha256_of(file)[:16]
 
     def _adopt(self, source: Source, digests: dict[str, str]) -> None:
         """Take over a fit of all of a speaker's clips as one, as the tool that this command replaced made them: it kept no identity and no camera."""
@@ -422,7 +422,7 @@ class _Builder:
 
     def _offsets_key(self) -> str:
         clips = [
-            (s.speaker, c, fingerprint(p), _digest(self._file("motion", s, c)), s.learn, s.evaluated, s.test_part)
+            (s.speaker, c, fingerprint(p), sha256_of(self._file("motion", s, c))[:16], s.learn, s.evaluated, s.test_part)
             for s, c, p in self._clips()
         ]
         model = None if self.anchor is not None else self._sync_model().learned_from
@@ -502,7 +502,7 @@ class _Builder:
                         "variants": [asdict(v) for v in self.config.variants],
                         "seed": self.config.seed,
                         "video": fingerprint(path),
-                        "motion": _digest(motion),
+                        "motion": sha256_of(motion)[:16],
                     },
                 }
                 if _header(file, EXAMPLE) == config:
@@ -672,11 +672,6 @@ def fingerprint(path: Path) -> str:
         f.seek(max(size - part, 0))
         digest.update(f.read(part))
     return digest.hexdigest()[:16]
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def stored_tensors(file: Path, schema: str) -> tuple[dict[str, Tensor], dict]:

@@ -18,10 +18,10 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float32
 
+from hicode.audio import SAMPLE_RATE_HZ, resample, to_float
 from hicode.errors import InputError
 from research.pretrain.phones import STOPS, Phone, letters_of
 
-RATE_HZ = 16000
 PACKAGE = "espeakng-loader"
 # Timbres of espeak-ng's own: any language speaks with any of them. Whispers and effects are left out.
 VARIANTS = (
@@ -123,10 +123,8 @@ class Espeak:
 
 
 def _utterance(pcm: np.ndarray, answer: dict, voice: str, text: str) -> Utterance:
-    import soxr
-
     rate = answer["rate_hz"]
-    samples = soxr.resample(pcm.astype(np.float32) / 32768, rate, RATE_HZ, quality="HQ")
+    samples = resample(to_float(pcm), rate)
     events = [
         (at / rate, ipa) for at, ipa in answer["phones"] if not ipa.startswith("(")
     ]  # "(en)": from here on in another language
@@ -162,7 +160,7 @@ def _without_gaps(phones: list[Phone]) -> tuple[Phone, ...]:
     return tuple(out)
 
 
-_STEP = RATE_HZ // 200  # 5 ms
+_STEP = SAMPLE_RATE_HZ // 200  # 5 ms
 _LONGEST_CLOSURE_S = 0.09
 _SILENT = 0.03  # of the utterance's RMS
 
@@ -177,14 +175,14 @@ def _with_closures(phones: tuple[Phone, ...], samples: np.ndarray) -> tuple[Phon
     for k, phone in enumerate(phones):
         if letters_of(phone.ipa)[:1] and letters_of(phone.ipa)[0] in STOPS and k:
             burst, earliest = (
-                round(phone.start_s * RATE_HZ),
-                max(out[k - 1].start_s + 0.01, phone.start_s - _LONGEST_CLOSURE_S) * RATE_HZ,
+                round(phone.start_s * SAMPLE_RATE_HZ),
+                max(out[k - 1].start_s + 0.01, phone.start_s - _LONGEST_CLOSURE_S) * SAMPLE_RATE_HZ,
             )
             start = burst
             while start - _STEP >= earliest and np.sqrt((samples[start - _STEP : start] ** 2).mean()) < _SILENT * level:
                 start -= _STEP
-            out[k - 1] = replace(out[k - 1], end_s=start / RATE_HZ)
-            out[k] = replace(phone, start_s=start / RATE_HZ)
+            out[k - 1] = replace(out[k - 1], end_s=start / SAMPLE_RATE_HZ)
+            out[k] = replace(phone, start_s=start / SAMPLE_RATE_HZ)
     return tuple(out)
 
 

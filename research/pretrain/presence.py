@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float32, Int
 from torch import Tensor
 
+from hicode.audio import SAMPLE_RATE_HZ
 from hicode.errors import TrainingError
 from hicode.media.audio import read_audio
 from hicode.progress import progress_bar
@@ -23,7 +24,7 @@ from hicode.speech.encoder import SAMPLES_PER_FEATURE, AudioEncoder, speech_leve
 from hicode.speech.voice_activity import SCHEMA, Presence
 from research.pretrain import espeak
 from research.pretrain.corpus import Step, encoder_key, fingerprint, stored_tensors
-from research.pretrain.espeak import RATE_HZ, Espeak, sentences
+from research.pretrain.espeak import Espeak, sentences
 from research.pretrain.phones import Phone
 from research.pretrain.synthetic import NEGATIVES, Speaker, negative, recorded
 
@@ -142,7 +143,7 @@ def hear(
             progress((i + 1) / (len(sounds) + len(NEGATIVES)))
     for i, kind in enumerate(NEGATIVES):
         for _ in range(round(config.negatives_s / 5)):
-            add(negative(kind, 5 * RATE_HZ, rng), np.zeros(5 * 50, np.int64), -1)
+            add(negative(kind, 5 * SAMPLE_RATE_HZ, rng), np.zeros(5 * 50, np.int64), -1)
         if progress:
             progress((len(sounds) + i + 1) / (len(sounds) + len(NEGATIVES)))
     return Rows(
@@ -192,7 +193,7 @@ def held_out(rows: Rows, speakers: list[str], encoder: str, config: PresenceConf
 def other_sounds(presence: Presence, encoder: AudioEncoder, seed: int, seconds: float = 5.0) -> dict[str, float]:
     """The share of each kind of sound that is no speech, drawn from this seed, that is taken for speech."""
     rng = np.random.default_rng(seed)
-    scores = {kind: presence(encoder.encode(negative(kind, round(seconds * RATE_HZ), rng))) for kind in NEGATIVES}
+    scores = {kind: presence(encoder.encode(negative(kind, round(seconds * SAMPLE_RATE_HZ), rng))) for kind in NEGATIVES}
     return {kind: round(float((s > 0).float().mean()), 4) for kind, s in scores.items()}
 
 
@@ -310,4 +311,4 @@ def over_telephone(samples: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, "n"
     """Nothing but 300 to 3400 Hz."""
     from scipy.signal import butter, sosfilt
 
-    return sosfilt(butter(6, [300, 3400], "bandpass", fs=RATE_HZ, output="sos"), samples).astype(np.float32)
+    return sosfilt(butter(6, [300, 3400], "bandpass", fs=SAMPLE_RATE_HZ, output="sos"), samples).astype(np.float32)

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from hicode.errors import InputError
-from hicode.files import check_writable, write_json
+from hicode.files import check_writable, sha256_of, write_json
 from hicode.progress import progress_bar
-from hicode.provenance import plain, provenance, sha256
+from hicode.provenance import plain, provenance
 from hicode.runtime import tune_allocator
 from hicode.speech.encoder import AudioEncoder, create_encoder
 from hicode.speech.faceformer import SpeechModels
@@ -164,7 +164,7 @@ def pretrain_folders(
         "presence": presence,
         "steps": {name: asdict(step) for name, step in steps.items()},
         "seconds": round(time.perf_counter() - started, 1),
-        "sha256": {f.name: sha256(f) for f in map(Path, filter(None, (out, sync_out, presence_out)))},
+        "sha256": {f.name: sha256_of(f) for f in map(Path, filter(None, (out, sync_out, presence_out)))},
         "provenance": provenance(
             {
                 "pretraining": config,

@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
+from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from hicode.errors import InputError
 from hicode.motion import IDENTITY_DIM
 from hicode.speech.encoder import speech_level
 from hicode.tracking.head_model import HeadModel
 from hicode.training.adaptation import SpeechExample, speaking_frames
-from research.pretrain.espeak import RATE_HZ, VARIANTS, Espeak, Utterance, sentences
+from research.pretrain.espeak import VARIANTS, Espeak, Utterance, sentences
 from research.pretrain.phones import Phone, frame_classes
 from research.pretrain.visemes import Style, as_tracked, rest_gap, viseme_expression
 
@@ -28,7 +29,6 @@ UPPER, LOWER = (
     [13, 82, 312],
     [14, 87, 317],
 )  # inner lips, middle and sides: what `sync.mouth_measures` calls the opening
-SAMPLES_PER_FRAME = RATE_HZ // 25
 NEGATIVES = ("silence", "white", "pink", "hum", "breath", "chords", "drums", "clicks")
 # English by the voices that espeak-ng has for it; every other language by its own.
 _ACCENTS = {
@@ -143,7 +143,7 @@ def corpus(
                 order = order or [*rng.permutation(len(texts[language]))]
                 said = espeak.say(texts[language][order.pop()], speaker.voice, speaker.words_per_minute, speaker.pitch)
                 out.append(spoken(said, speaker, encode, rng, head))
-                spoken_s += len(out[-1].samples) / RATE_HZ
+                spoken_s += len(out[-1].samples) / SAMPLE_RATE_HZ
             silent_s = config.negatives * spoken_s
             for kind in rng.permutation(NEGATIVES)[: max(1, math.ceil(silent_s / 4))] if silent_s else ():
                 seconds = min(4.0, silent_s)
@@ -167,14 +167,14 @@ def recorded(utterance: Utterance, rng: np.random.Generator) -> tuple[Float32[np
     at some level. A whole number of frames."""
     level = speech_level(utterance.samples)
     before_s, after_s = rng.uniform(0.3, 0.7, 2)
-    before = np.zeros(round(before_s * RATE_HZ), np.float32)
+    before = np.zeros(round(before_s * SAMPLE_RATE_HZ), np.float32)
     if rng.random() < 0.4:
         before += (0.12 * level * _breath(len(before), rng)).astype(np.float32)
-    samples = np.concatenate([before, utterance.samples, np.zeros(round(after_s * RATE_HZ), np.float32)])
+    samples = np.concatenate([before, utterance.samples, np.zeros(round(after_s * SAMPLE_RATE_HZ), np.float32)])
     samples = np.pad(samples, (0, -len(samples) % SAMPLES_PER_FRAME))
     samples += (level * 10 ** rng.uniform(-3.0, -1.6) * pink_noise(len(samples), rng)).astype(np.float32)
     samples *= np.float32(10 ** rng.uniform(-1.6, -0.9) / level)
-    shift = len(before) / RATE_HZ
+    shift = len(before) / SAMPLE_RATE_HZ
     return samples.clip(-1, 1), tuple(Phone(p.start_s + shift, p.end_s + shift, p.ipa) for p in utterance.phones)
 
 
@@ -225,7 +225,7 @@ def _example(
 
 def negative(kind: str, n: int, rng: np.random.Generator) -> Float32[np.ndarray, "n"]:
     """n samples of one of NEGATIVES, at a level between a whisper's and loud speech's; no two alike."""
-    time = np.arange(n) / RATE_HZ
+    time = np.arange(n) / SAMPLE_RATE_HZ
     if kind == "silence":
         return (1e-5 * rng.standard_normal(n)).astype(np.float32)
     if kind == "white":
@@ -264,15 +264,15 @@ def _breath(n: int, rng: np.random.Generator) -> Float[np.ndarray, "n"]:
     from scipy.signal import butter, sosfilt
 
     low, high = rng.uniform(250, 600), rng.uniform(2500, 5000)
-    sound = sosfilt(butter(2, [low, high], "bandpass", fs=RATE_HZ, output="sos"), rng.standard_normal(n))
-    envelope, at = np.zeros(n), int(rng.uniform(0, 0.2) * RATE_HZ)
+    sound = sosfilt(butter(2, [low, high], "bandpass", fs=SAMPLE_RATE_HZ, output="sos"), rng.standard_normal(n))
+    envelope, at = np.zeros(n), int(rng.uniform(0, 0.2) * SAMPLE_RATE_HZ)
     while at < n:
-        length = int(rng.uniform(0.3, 1.2) * RATE_HZ)
+        length = int(rng.uniform(0.3, 1.2) * SAMPLE_RATE_HZ)
         rise = rng.uniform(0.2, 0.8)
         x = np.linspace(0, 1, length)
         swell = np.where(x < rise, x / rise, (1 - x) / (1 - rise)) ** 1.5
         envelope[at : at + length] = swell[: n - at]
-        at += length + int(rng.uniform(0.1, 0.8) * RATE_HZ)
+        at += length + int(rng.uniform(0.1, 0.8) * SAMPLE_RATE_HZ)
     sound = sound * envelope
     return sound / max(float(sound.std()), 1e-9)
 
@@ -305,9 +305,9 @@ def _struck(
     sound, at = np.zeros(n), 0
     while at < n:
         decay = rng.uniform(*decay_s)
-        t = np.arange(min(int(6 * decay * RATE_HZ), n - at)) / RATE_HZ
+        t = np.arange(min(int(6 * decay * SAMPLE_RATE_HZ), n - at)) / SAMPLE_RATE_HZ
         tone, share = rng.uniform(50, 220), rng.uniform(0, 1)
         hit = share * rng.standard_normal(len(t)) + (1 - share) * 2 * np.sin(2 * np.pi * tone * t * (1 - 0.3 * t))
         sound[at : at + len(t)] += rng.uniform(0.3, 1) * hit * np.exp(-t / decay)
-        at += int(rng.uniform(*every_s) * RATE_HZ) + 1
+        at += int(rng.uniform(*every_s) * SAMPLE_RATE_HZ) + 1
     return sound

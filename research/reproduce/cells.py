@@ -24,7 +24,7 @@ import torch
 import hicode
 from hicode import assets
 from hicode.errors import InputError
-from hicode.files import read_json, write_json
+from hicode.files import read_json, sha256_of, write_json
 from hicode.preparation.clip import Clip, read_png, write_png
 from hicode.preparation.prepare import PrepareConfig, prepare
 from hicode.provenance import plain, provenance
@@ -56,7 +56,7 @@ class Source:
     @staticmethod
     def of(path: Path) -> "Source":
         prepared = path.is_dir()
-        return Source(path.stem, str(path.resolve()), _folder_hash(path) if prepared else _file_hash(path), prepared)
+        return Source(path.stem, str(path.resolve()), _folder_hash(path) if prepared else sha256_of(path), prepared)
 
 
 def find_sources(place: Path | str) -> list[Source]:
@@ -150,7 +150,7 @@ class Cell:
                 "head": plain(self.head),
                 "seed": self.seed,
                 "cross": self.cross and self.cross.key,
-                "syncnet": self.syncnet and _file_hash(Path(self.syncnet)),
+                "syncnet": self.syncnet and sha256_of(Path(self.syncnet)),
                 "code": self.clip.code,
                 "assets": {name: assets.ASSETS[name].package.sha256 for name in PARTS},
             }
@@ -416,12 +416,7 @@ def code_version() -> str:
         for p in sorted(root.rglob("*"))
         if p.suffix in (".py", ".safetensors", ".json") and str(p.relative_to(root).as_posix()) not in SURFACES
     ]
-    return digest({str(p.relative_to(root).as_posix()): _file_hash(p) for p in files})
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return digest({str(p.relative_to(root).as_posix()): sha256_of(p) for p in files})
 
 
 def _folder_hash(path: Path) -> str:
@@ -432,5 +427,5 @@ def _folder_hash(path: Path) -> str:
         if p.is_file() and not (p.name.startswith("audio.") and p.suffix == ".safetensors")
     ]
     return hashlib.sha256(
-        "".join(f"{p.relative_to(path).as_posix()} {_file_hash(p)}\n" for p in files).encode()
+        "".join(f"{p.relative_to(path).as_posix()} {sha256_of(p)}\n" for p in files).encode()
     ).hexdigest()

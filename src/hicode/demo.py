@@ -8,6 +8,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from hicode.audio import SAMPLE_RATE_HZ
 from hicode.errors import OutputError
 from hicode.preparation.prepare import PrepareConfig, prepare
 from hicode.runtime import Device
@@ -33,9 +34,8 @@ def make(
     What can be wrong with video, audio and places is found before the long work: InputError, OutputError.
     """
     from hicode.avatar.avatar import Avatar
-    from hicode.files import check_writable
+    from hicode.files import check_writable, sha256_of
     from hicode.media.audio import read_speech
-    from hicode.provenance import sha256
     from hicode.runtime import resolve_device
     from hicode.session.session import speak
     from hicode.training.adaptation import load_generic
@@ -52,7 +52,7 @@ def make(
     wanted = None
     if speech_weights is not None:
         load_generic(speech_weights)  # damaged weights are found before the long work
-        wanted = sha256(speech_weights)
+        wanted = sha256_of(speech_weights)
     work = Path(work) if work else out.with_suffix(".work")
     name = Path(video).stem
     clip = prepare(video, work / f"{name}.clip", config, progress)
@@ -92,7 +92,7 @@ def demo(
     speech = out / "speech.wav"
     if not speech.exists():
         write_audio(
-            speech, excerpt(read_speech(assets.path("demo_speech", "two_cities.wav")), DEMO_SPEECH_SECONDS), 16000
+            speech, excerpt(read_speech(assets.path("demo_speech", "two_cities.wav")), DEMO_SPEECH_SECONDS), SAMPLE_RATE_HZ
         )
     spoken, page = out / "talking.mp4", out / "report.html"
     make(video, speech, spoken, "draft", out, PrepareConfig(duration=seconds), device)
@@ -100,7 +100,7 @@ def demo(
     print(f"\nThe talking video: {spoken}\nThe report:        {page}")
 
 
-def excerpt(samples: np.ndarray, seconds: float, rate_hz: int = 16000) -> np.ndarray:
+def excerpt(samples: np.ndarray, seconds: float, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
     """The beginning, ending in the quietest 200 ms within a second of `seconds`, so that no word is cut."""
     window = rate_hz // 5
     low, high = round((seconds - 1) * rate_hz), round((seconds + 1) * rate_hz)

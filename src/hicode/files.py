@@ -5,6 +5,7 @@ its name and the reason.
 """
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -86,6 +87,12 @@ def check_free_space(folder: Path, need_bytes: int) -> None:
         raise OutputError(
             f"{folder} has {free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB are needed. Free some space."
         )
+
+
+def sha256_of(path: Path | str) -> str:
+    """SHA-256 of a file's contents, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_json(path: Path | str, value) -> None:

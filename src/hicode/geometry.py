@@ -4,9 +4,14 @@ Transforms read right to left: `p_camera = T_camera_head @ p_head`. Quaternions 
 batched over leading dimensions, differentiable, and keeps its input's float type.
 """
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Numeric = TypeVar("Numeric", Tensor, np.ndarray, float)
 
 
 def rotation_from_axis_angle(axis_angle: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
@@ -89,3 +94,9 @@ def similarity(source: Float[Tensor, "n 3"], target: Float[Tensor, "n 3"]) -> tu
     rotation = u @ torch.diag(sign) @ vt
     scale = float((singular * sign).sum() / (a * a).sum())
     return scale, rotation, target_mean - scale * rotation @ source_mean
+
+
+def smoothstep(x: Numeric) -> Numeric:
+    """3 x² - 2 x³ of x clamped to [0, 1]: rises from 0 to 1 and is flat at both ends."""
+    x = x.clamp(0, 1) if isinstance(x, Tensor) else np.clip(x, 0.0, 1.0)
+    return x * x * (3 - 2 * x)

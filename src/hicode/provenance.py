@@ -5,7 +5,6 @@ Nothing in it names a person, a host or a folder: results are published.
 
 import dataclasses
 import datetime
-import hashlib
 import os
 import platform
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from hicode import __version__, assets
 from hicode.errors import AssetError
+from hicode.files import sha256_of
 from hicode.runtime import cores
 
 _PACKAGES = ("torch", "numpy", "scipy", "numba", "opencv-python-headless", "av")
@@ -136,9 +136,4 @@ def _described(name: str) -> tuple[str, dict]:
     file = Path(name)
     if not file.is_file():
         raise AssetError(f"{name} is neither an asset nor a file. Assets are: {', '.join(assets.ASSETS)}.")
-    return file.name, {"package": None, "sha256": sha256(file)}
-
-
-def sha256(file: Path | str) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return file.name, {"package": None, "sha256": sha256_of(file)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_session import FakeAvatar, source_video, speechlike
 
+from hicode.audio import SAMPLE_RATE_HZ
 from hicode.avatar import idle
 from hicode.avatar.idle import (
     Eyes,
@@ -28,7 +29,7 @@ from hicode.avatar.idle import (
 from hicode.errors import InputError
 from hicode.geometry import axis_angle_from_rotation, transform
 from hicode.motion import Motion, bounce
-from hicode.session.session import AUDIO_RATE_HZ, Stream, speak, synthesize, synthesize_motion
+from hicode.session.session import Stream, speak, synthesize, synthesize_motion
 from hicode.speech.encoder import speech_level
 
 FPS = 25
@@ -135,7 +136,7 @@ def test_blinks_last_as_people_s_and_close_faster_than_they_open(an_hour):
         down.append(int(np.argmax(c == c.max())))
         up.append(end - begin - 1 - int(np.argmax(c == c.max())))
         assert c.max() == 1.0  # no blink falls between two frames
-    assert 0.1 <= min(lengths) and max(lengths) <= 0.32  # a frame's width of rounding
+    assert min(lengths) >= 0.1 and max(lengths) <= 0.32  # a frame's width of rounding
     assert np.mean(up) > 1.8 * np.mean(down)
 
 
@@ -452,7 +453,7 @@ def test_a_track_of_a_few_frames_serves(frames):
 
 @pytest.mark.parametrize("still", [False, True])
 def test_streaming_equals_offline_while_idling(still):
-    audio = np.concatenate([speechlike(3.0), np.zeros(2 * AUDIO_RATE_HZ, np.float32)])
+    audio = np.concatenate([speechlike(3.0), np.zeros(2 * SAMPLE_RATE_HZ, np.float32)])
     whole = list(synthesize(Face(), audio, still=still, seed=5))
     stream = Stream(Face(), level=speech_level(audio), still=still, seed=5)
     live = [frame for begin in range(0, len(audio), 7001) for frame in stream.push(audio[begin : begin + 7001])]
@@ -473,7 +474,7 @@ def test_how_many_frames_are_laid_over_at_once_makes_no_difference():
 
 def test_silence_alone_can_be_streamed_with_a_held_frame():
     stream = Stream(Face(), still=True)
-    frames = [f for _ in range(30) for f in stream.push(np.zeros(AUDIO_RATE_HZ // 10, np.float32))]
+    frames = [f for _ in range(30) for f in stream.push(np.zeros(SAMPLE_RATE_HZ // 10, np.float32))]
     assert len(frames) + len(list(stream.flush())) == 75
 
 

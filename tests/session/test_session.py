@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, frame_rms
 from hicode.avatar.compositor import compose, dilate_mask
-from hicode.avatar.driving import SilenceConfig, SilenceGate, frame_rms, merge_motion, resting_mouth
+from hicode.avatar.driving import SilenceConfig, SilenceGate, merge_motion, resting_mouth
 from hicode.camera import Camera
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
 from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion, bounce
 from hicode.render import Rendering
 from hicode.session.session import (
-    AUDIO_RATE_HZ,
     READ_AHEAD,
-    SAMPLES_PER_FRAME,
     Stream,
     _drained,
     speak,
@@ -118,8 +117,8 @@ class FakeAvatar:
 
 def speechlike(seconds: float, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    n = round(seconds * AUDIO_RATE_HZ)
-    syllables = np.clip(np.sin(2 * np.pi * 4 * np.arange(n) / AUDIO_RATE_HZ), 0, 1)
+    n = round(seconds * SAMPLE_RATE_HZ)
+    syllables = np.clip(np.sin(2 * np.pi * 4 * np.arange(n) / SAMPLE_RATE_HZ), 0, 1)
     return (0.1 * syllables * rng.standard_normal(n)).astype(np.float32)
 
 
@@ -288,7 +287,7 @@ def test_the_stated_latency_is_the_measured_one(models, rest):
         for _ in stream.motion():
             frames += 1
             late.append(received - SAMPLES_PER_FRAME * frames)
-    assert stream.latency_s * AUDIO_RATE_HZ - step < max(late) <= stream.latency_s * AUDIO_RATE_HZ
+    assert stream.latency_s * SAMPLE_RATE_HZ - step < max(late) <= stream.latency_s * SAMPLE_RATE_HZ
 
 
 @pytest.mark.parametrize("samples", [1, 319, 640, 641, 1279, 1281, 12345])
@@ -304,7 +303,7 @@ def test_frames_depend_on_the_sound():
 
 def test_silence_shows_the_resting_mouth():
     avatar = FakeAvatar()
-    audio = np.concatenate([speechlike(1.0), np.zeros(2 * AUDIO_RATE_HZ, np.float32)])
+    audio = np.concatenate([speechlike(1.0), np.zeros(2 * SAMPLE_RATE_HZ, np.float32)])
     expression, landmarks = resting_mouth(avatar.driving, avatar)
     _, motion = list(synthesize_motion(avatar, audio))[-5]
     mouth = avatar.mouth_expression
@@ -539,7 +538,7 @@ def wav(tmp_path):
     from hicode.media.audio import write_audio
 
     path = tmp_path / "speech.wav"
-    write_audio(path, speechlike(1.3), AUDIO_RATE_HZ)
+    write_audio(path, speechlike(1.3), SAMPLE_RATE_HZ)
     return path
 
 
@@ -565,7 +564,7 @@ def test_speak_takes_samples_and_other_rates_and_channels(tmp_path):
     import soundfile
 
     stereo = tmp_path / "stereo.flac"
-    soundfile.write(stereo, np.stack([np.repeat(speechlike(0.5), 3)] * 2, 1), 3 * AUDIO_RATE_HZ)
+    soundfile.write(stereo, np.stack([np.repeat(speechlike(0.5), 3)] * 2, 1), 3 * SAMPLE_RATE_HZ)
     assert speak(FakeAvatar(), stereo, tmp_path / "a.mp4", progress=False).frames == 13
     assert speak(FakeAvatar(), speechlike(0.5), tmp_path / "b.mp4", progress=False).frames == 13
     assert speak(FakeAvatar(), np.float32([0.5, -0.5]), tmp_path / "c.mp4", progress=False).frames == 1

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hicode import assets
+from hicode.audio import DcBlocker
 from hicode.errors import AssetError, InputError
 from hicode.speech import encoder as E
 from hicode.speech.encoder import create_encoder, match_frames, speech_level
@@ -223,11 +224,11 @@ def test_features_are_fitted_to_the_picture():
 
 def test_what_is_constant_goes_whatever_the_pieces_and_what_sounds_stays():
     sound = _sound(0.5) + np.float32(0.2)
-    blocker = E.DcBlocker()
+    blocker = DcBlocker()
     pieces = [blocker(part) for part in np.split(sound, [0, 1, 38, 678, 2000])]
-    np.testing.assert_array_equal(np.concatenate(pieces), E.DcBlocker()(sound))
+    np.testing.assert_array_equal(np.concatenate(pieces), DcBlocker()(sound))
     tone = (0.3 * np.sin(2 * np.pi * 100 * np.arange(16000) / 16000)).astype(np.float32)
-    kept = E.DcBlocker()(tone)[4000:]
+    kept = DcBlocker()(tone)[4000:]
     assert np.sqrt((kept**2).mean()) == pytest.approx(0.3 / np.sqrt(2), rel=0.002)  # 5 Hz corner: (1 + (5/100)²)^-½
 
 

@@ -132,9 +132,3 @@ class SilenceGate:
 
 def _share(value: float, closed: float, open: float) -> float:
     return float(np.clip((value - closed) / (open - closed), 0, 1))
-
-
-def frame_rms(samples: Float[np.ndarray, "n"], samples_per_frame: int = 640) -> Float[np.ndarray, "t"]:
-    """RMS of each frame's sound; a last part frame counts as if silence filled it."""
-    padded = np.pad(samples, (0, -len(samples) % samples_per_frame)).reshape(-1, samples_per_frame).astype(np.float64)
-    return np.sqrt((padded**2).mean(1))

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from hicode.camera import Camera
-from hicode.geometry import axis_angle_from_rotation, rigid, rotation_from_axis_angle
+from hicode.geometry import axis_angle_from_rotation, rigid, rotation_from_axis_angle, smoothstep
 from hicode.motion import LEFT_EYE_RING, LEFT_IRIS, RIGHT_EYE_RING, RIGHT_IRIS, Motion
 
 # Of the 64 expression dimensions (`HeadModel.expression_names`), right eye then left: a test ties them to the names.
@@ -144,7 +144,7 @@ class IdleSource:
             )
             self._next_saccade_s += self._fixation(glance)
         size = math.dist(self._from, self._to)
-        done = _eased((now_s - self._saccade_s) / (0.025 + 0.0024 * size))
+        done = smoothstep((now_s - self._saccade_s) / (0.025 + 0.0024 * size))
         return tuple(a + done * (b - a) for a, b in zip(self._from, self._to))
 
     def _head(self, now_s: float) -> list[float]:
@@ -158,13 +158,8 @@ def blink_profile(since_s: float, length_s: float, closed_s: float) -> float:
     """Closure `since_s` after a blink's start: three tenths of the moving time go down, seven up, `closed_s` between."""
     down = 0.3 * (length_s - closed_s)
     if since_s < down + closed_s:
-        return _eased(since_s / down)
-    return 1 - _eased((since_s - down - closed_s) / (length_s - closed_s - down))
-
-
-def _eased(x: float) -> float:
-    x = min(max(x, 0.0), 1.0)
-    return x * x * (3 - 2 * x)
+        return smoothstep(since_s / down)
+    return 1 - smoothstep((since_s - down - closed_s) / (length_s - closed_s - down))
 
 
 def _log_normal(rng: np.random.Generator, mean: float, spread: float) -> float:
@@ -289,8 +284,7 @@ def _near_eyes(landmarks: Float[Tensor, "478 3"], mouth_weight: Float[Tensor, "4
     weights = []
     for eye in range(2):
         distance = torch.cdist(landmarks, landmarks[torch.from_numpy(RINGS[eye])]).amin(1)
-        x = ((0.30 - distance) / 0.18).clamp(0, 1)
-        weight = x * x * (3 - 2 * x)
+        weight = smoothstep((0.30 - distance) / 0.18)
         weight[IRISES[eye]] = 1.0
         weight[np.concatenate([RINGS[1 - eye], IRISES[1 - eye]])] = 0.0
         weights.append(weight * (mouth_weight == 0))

@@ -28,8 +28,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from hicode.audio import SAMPLES_PER_FRAME, frame_rms
 from hicode.avatar.compositor import Region, dilate_mask, hidden_mask
-from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
+from hicode.avatar.driving import SilenceGate, merge_motion, resting_mouth
 from hicode.errors import HicodeError, InputError
 from hicode.evaluation.images import REGIONS, Truth, mean_of_frames, seam_error
 from hicode.evaluation.lips import DETECTOR, closures_due, detect, opening
@@ -48,7 +49,7 @@ from hicode.evaluation.show import Pictures, ShownFrame, evenly, mouth_windows, 
 from hicode.evaluation.syncnet import LipStream, SyncNet, crop, crop_boxes
 from hicode.files import check_writable, write_json
 from hicode.motion import FaceTrack, Motion
-from hicode.preparation.clip import SAMPLES_PER_FRAME, Clip
+from hicode.preparation.clip import Clip
 from hicode.progress import progress_bar
 from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device

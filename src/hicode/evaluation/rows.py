@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from hicode.avatar.driving import frame_rms
+from hicode.audio import frame_rms
 from hicode.errors import FileFormatError
 from hicode.evaluation.images import REGIONS, mean_of_frames
 from hicode.evaluation.lips import (

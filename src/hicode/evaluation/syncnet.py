@@ -28,6 +28,7 @@ from scipy.fft import dct
 from scipy.signal import medfilt
 from torch import Tensor, nn
 
+from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from hicode.errors import FileFormatError
 
 MAX_OFFSET = 15  # frames; 31 offsets in all
@@ -35,7 +36,6 @@ WINDOW_FRAMES, WINDOW_ROWS, ROWS_PER_FRAME = 5, 20, 4
 CROP_PX, CROP_SCALE, MEDIAN_FRAMES, PAD_LEVEL = 224, 0.4, 13, 110
 MIN_FRAMES = 2 * MAX_OFFSET + WINDOW_FRAMES + 1  # below it the zeros at the ends decide
 BATCH = 8
-RATE_HZ = 16000
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def avconf(
 
 def finish(net: SyncNet, stream: LipStream, frames: int, samples: Float32[np.ndarray, "n"]) -> AVConf | None:
     """`avconf` of a stream that has got all its crops."""
-    frames = min(frames, len(samples) // (RATE_HZ // 25))
+    frames = min(frames, len(samples) // SAMPLES_PER_FRAME)
     if frames < MIN_FRAMES:
         return None
     last = frames - WINDOW_FRAMES
@@ -216,9 +216,9 @@ def mfcc(samples: Float32[np.ndarray, "n"]) -> Float[np.ndarray, "rows 13"]:
 
 def _triangles() -> Float[np.ndarray, "26 257"]:
     """Triangles between whole FFT bins that lie evenly on the mel scale."""
-    top = 2595 * np.log10(1 + RATE_HZ / 2 / 700)
+    top = 2595 * np.log10(1 + SAMPLE_RATE_HZ / 2 / 700)
     hertz = 700 * (10 ** (np.linspace(0, top, _FILTERS + 2) / 2595) - 1)
-    corners = np.floor((_FFT + 1) * hertz / RATE_HZ)
+    corners = np.floor((_FFT + 1) * hertz / SAMPLE_RATE_HZ)
     bins = np.arange(_FFT // 2 + 1)
     rising = (bins - corners[:-2, None]) / (corners[1:-1] - corners[:-2])[:, None]
     falling = (corners[2:, None] - bins) / (corners[2:] - corners[1:-1])[:, None]

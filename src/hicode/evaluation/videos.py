@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, UInt8
 
+from hicode.audio import FPS
 from hicode.avatar.compositor import dilate_mask, hidden_mask
 from hicode.errors import InputError
 from hicode.evaluation.images import REGIONS, Truth, seam_error
@@ -44,7 +45,7 @@ from hicode.evaluation.rows import (
 )
 from hicode.evaluation.show import Pictures, ShownFrame, evenly, mouth_windows, print_table, worst_first
 from hicode.evaluation.syncnet import LipStream, SyncNet, crop, crop_boxes
-from hicode.files import check_writable, write_json
+from hicode.files import check_writable, sha256_of, write_json
 from hicode.media.audio import read_audio
 from hicode.media.video import probe, read_video
 from hicode.motion import N_LANDMARKS, mouth_box
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
     from hicode.tracking.landmarks import FaceLandmarker
 
 SCHEMA, VERSION = "hicode-comparison", 1
-FPS = 25.0
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 RATES_AGREE = 0.005  # containers that keep whole milliseconds are that far off
 SHAPES_AGREE = 0.01
@@ -170,17 +170,12 @@ class _Footage:
 
     def described(self) -> dict:
         """For the provenance: name, sha256 (of a folder: of its pictures' own, in order), size, rate."""
-        sums = [_sha256(file) for file in self._pictures or [self.path]]
+        sums = [sha256_of(file) for file in self._pictures or [self.path]]
         whole = sums[0] if self._pictures is None else hashlib.sha256("".join(sums).encode()).hexdigest()
         return {
             "name": self.path.name, "sha256": whole, "kind": "video" if self._pictures is None else "pictures",
             "width": self.width, "height": self.height, "fps": self.fps,
         }  # fmt: skip
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def read_picture(file: Path) -> UInt8[np.ndarray, "h w 3"]:

@@ -14,6 +14,7 @@ import av
 import numpy as np
 from jaxtyping import Float, Float32
 
+from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE, Resampler
 from hicode.errors import InputError
 from hicode.files import atomic_path
 from hicode.media.video import open_media
@@ -36,7 +37,7 @@ _DEAD_DB = -40.0
 _INVERTED = -0.7
 
 
-def read_audio(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n"] | None:
+def read_audio(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Float32[np.ndarray, "n"] | None:
     """The first sound track of a video or sound file, mono at `rate_hz`; None where the file has none.
 
     InputError where the file cannot be read, or a sample is not a finite number.
@@ -47,7 +48,7 @@ def read_audio(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n
     return np.concatenate([np.zeros(0, np.float32), *pieces])
 
 
-def stream_audio(path: Path | str, rate_hz: int = 16000) -> Iterator[Float32[np.ndarray, "n"]] | None:
+def stream_audio(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Iterator[Float32[np.ndarray, "n"]] | None:
     """What `read_audio` gives, in pieces: sound of any length in constant memory."""
     path = Path(path)
     with open_media(path) as container:
@@ -57,17 +58,15 @@ def stream_audio(path: Path | str, rate_hz: int = 16000) -> Iterator[Float32[np.
 
 
 def _resampled(path: Path, rate_hz: int) -> Iterator[np.ndarray]:
-    import soxr
-
     with open_media(path) as container:
         start_s = _first_frame_s(path) if container.streams.video else None
         resampler = None
         for samples, source_rate_hz in _mono(container, path, start_s, _channel_weights(path)):
             if resampler is None:
-                resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
-            yield resampler.resample_chunk(samples, last=False)
+                resampler = Resampler(source_rate_hz, rate_hz)
+            yield resampler.push(samples)
         if resampler is not None:
-            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            yield resampler.finish()
 
 
 def mix_weights(
@@ -92,7 +91,7 @@ def mix_weights(
     return (weights / np.abs(weights).sum()).astype(np.float32)
 
 
-def read_speech(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "n"]:
+def read_speech(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Float32[np.ndarray, "n"]:
     """`read_audio` for sound that is to drive an avatar: InputError where there is none, nothing in it, or only
     silence.
     """
@@ -109,7 +108,7 @@ def read_speech(path: Path | str, rate_hz: int = 16000) -> Float32[np.ndarray, "
     return samples
 
 
-def level_db(samples: Float32[np.ndarray, "n"], window: int = 320) -> float:
+def level_db(samples: Float32[np.ndarray, "n"], window: int = SAMPLES_PER_FEATURE) -> float:
     """Level of the loudest window in dB below full scale, each about its own mean, since an offset is no sound; -120 for digital silence."""
     if len(samples) == 0:
         return -120.0

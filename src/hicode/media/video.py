@@ -19,6 +19,7 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from hicode.audio import FPS, SAMPLE_RATE_HZ
 from hicode.errors import InputError, OutputError
 from hicode.files import atomic_path
 
@@ -230,7 +231,7 @@ def probe(path: Path | str) -> VideoInfo:
         )
 
 
-def read_video(path: Path | str, fps: float = 25.0, max_size: int | None = None) -> Iterator[np.ndarray]:
+def read_video(path: Path | str, fps: float = FPS, max_size: int | None = None) -> Iterator[np.ndarray]:
     """Frames as uint8 RGB "h w 3", upright, at constant `fps`; the longer side at most `max_size` px.
 
     Frame i is the decoded frame nearest in presentation time to i / fps (the earlier one of two equally near), so
@@ -288,9 +289,9 @@ class VideoWriter:
         path: Path | str,
         width: int,
         height: int,
-        fps: float = 25.0,
+        fps: float = FPS,
         audio: np.ndarray | Iterable[np.ndarray] | None = None,
-        audio_rate_hz: int = 16000,
+        audio_rate_hz: int = SAMPLE_RATE_HZ,
         crf: int = 16,
         preset: str = "veryfast",
         threads: int | None = None,

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from hicode.camera import Camera
 from hicode.errors import FileFormatError, InputError
 from hicode.files import load_tensors, read_json, save_tensors
@@ -31,8 +32,6 @@ from hicode.motion import FaceTrack, Motion
 from hicode.speech.encoder import AudioEncoder, Window, create_encoder, match_frames, usual_variant, usual_window
 
 SCHEMA, VERSION = "hicode-clip", 1
-AUDIO_RATE_HZ = 16000
-SAMPLES_PER_FRAME = 640
 CACHE_BYTES = 128 << 20
 
 
@@ -183,7 +182,7 @@ class Clip:
             samples, rate_hz = soundfile.read(str(file), dtype="float32")
         except (soundfile.LibsndfileError, OSError) as error:
             raise FileFormatError(f"{file} is missing or damaged ({error}). Run hicode prepare again.") from error
-        assert rate_hz == AUDIO_RATE_HZ, rate_hz
+        assert rate_hz == SAMPLE_RATE_HZ, rate_hz
         return shift_audio(samples, self.audio_offset_frames, self.frame_count)
 
     def speech_features(self, encoder: str = "embedded", window: Window | None = None) -> Float[Tensor, "t d"] | None:

@@ -22,16 +22,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
+from hicode.audio import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
-from hicode.files import check_free_space, load_tensors, read_json, save_tensors, write_json
+from hicode.files import check_free_space, load_tensors, read_json, save_tensors, sha256_of, write_json
 from hicode.media.audio import level_db, read_audio, write_audio
 from hicode.media.video import VideoInfo, probe, read_video
 from hicode.motion import LEFT_EYE_OUTER, LOWER_LIP_INNER, RIGHT_EYE_OUTER, UPPER_LIP_INNER, FaceTrack
 from hicode.motion import MOUTH_CORNERS_INNER as MOUTH_CORNERS
 from hicode.preparation.clip import (
-    AUDIO_RATE_HZ,
     FEATURES_SCHEMA,
-    SAMPLES_PER_FRAME,
     SCHEMA,
     VERSION,
     Clip,
@@ -46,7 +45,6 @@ from hicode.preparation.clip import (
 from hicode.progress import progress_bar
 from hicode.runtime import require_memory_for_frames, tune_allocator
 
-FPS = 25.0
 _SILENT_DB = -60.0
 _QUIET_FRAME_DB = -45.0
 
@@ -135,7 +133,7 @@ def prepare(video: Path | str, out: Path | str, config: PrepareConfig = PrepareC
     _check_length(info, config)
     _check_memory(info, config)
     tune_allocator()
-    source = {"name": video.name, "path": str(video.resolve()), "sha256": _sha256(video)}
+    source = {"name": video.name, "path": str(video.resolve()), "sha256": sha256_of(video)}
     created = not out.exists()
     state = _open_state(out, video, source)
     work = _Work(out, config, state, progress)
@@ -294,11 +292,6 @@ def _make_folder(out: Path) -> None:
         probe_file.unlink()
     except OSError as error:
         raise OutputError(f"Cannot write {out}: {error.strerror or error}. Choose another place with -o.") from error
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # --- decoding and the crop --------------------------------------------------------------------------------------------
@@ -678,12 +671,12 @@ def _sound(work: _Work, video: Path, count: int) -> dict:
     (work.folder / "audio.wav").unlink(missing_ok=True)
     if samples is None:
         return {"usable": False, "present": False}
-    first = round(work.config.start * AUDIO_RATE_HZ)
+    first = round(work.config.start * SAMPLE_RATE_HZ)
     samples = shift_audio(samples[first:], 0.0, count)
     loudest = level_db(samples)
     if loudest < _SILENT_DB:
         return {"usable": False, "present": True, "loudest_db": round(loudest, 1)}
-    write_audio(work.folder / "audio.wav", samples, AUDIO_RATE_HZ)
+    write_audio(work.folder / "audio.wav", samples, SAMPLE_RATE_HZ)
     power = (samples.reshape(count, SAMPLES_PER_FRAME).astype(np.float64) ** 2).mean(1)
     quiet = float((10 * np.log10(np.maximum(power, 1e-12)) < loudest + _QUIET_FRAME_DB).mean())
     clipped = float((np.abs(samples) > 0.999).mean())

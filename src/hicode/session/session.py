@@ -29,36 +29,36 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
+from hicode.audio import (
+    SAMPLE_RATE_HZ,
+    SAMPLES_PER_FEATURE,
+    SAMPLES_PER_FRAME,
+    VIDEO_SAMPLE_RATE_HZ,
+    DcBlocker,
+    checked_sound,
+    frame_rms,
+)
 from hicode.avatar.compositor import Region, seam_box
-from hicode.avatar.driving import SilenceGate, frame_rms, merge_motion, resting_mouth
+from hicode.avatar.driving import SilenceGate, merge_motion, resting_mouth
 from hicode.avatar.idle import Idler, head_room, near_own_blinks, neck, own_blinks, still_frame
 from hicode.errors import InputError, OutputError
 from hicode.files import check_writable
 from hicode.motion import Motion, bounce
 from hicode.progress import progress_bar
 from hicode.runtime import Device, resolve_device
-from hicode.speech.encoder import (
-    SAMPLES_PER_FEATURE,
-    DcBlocker,
-    checked_sound,
-    level_of_frames,
-    speech_level,
-)
+from hicode.speech.encoder import level_of_frames, speech_level
 from hicode.speech.voice_activity import Presence, PresenceStream
 from hicode.threads import frame_pool
 
 if TYPE_CHECKING:
     from hicode.avatar.avatar import Avatar
 
-AUDIO_RATE_HZ = 16000
-SAMPLES_PER_FRAME = 640
 # Sound goes to the encoder in pieces of this size whatever comes in, so that the pieces of a live source and of a file give the same frames,
 # bit for bit: two frames, which is also the step in which the embedded encoder answers. The first has the encoder's margin in it, so each
 # piece ends where an answer becomes possible.
 PIECE = 2 * SAMPLES_PER_FRAME
 SILENT_DB = -60.0
 NOTHING = np.zeros(0, np.float32)
-VIDEO_AUDIO_RATE_HZ = 48000
 # Samples handed over at a time when all are at hand: bounds the motion that waits for its frames.
 READ_AHEAD = 2 * PIECE
 # Of x264 for spoken videos: 5 ms a 512² frame instead of "veryfast"'s 8; at this factor it is as good as that at 16 and a fifth larger.
@@ -154,7 +154,7 @@ class Stream:
         presence = Presence.load() if rest else None
         self._presence = presence.stream() if rest and presence.encoder == encoder.name else None
         self._gate = SilenceGate(level, heard=self._presence is not None) if rest else None
-        self.latency_s = _latency_samples(encoder, avatar.speech.look_ahead, self._gate, self._presence) / AUDIO_RATE_HZ
+        self.latency_s = _latency_samples(encoder, avatar.speech.look_ahead, self._gate, self._presence) / SAMPLE_RATE_HZ
         self._blocker, self._unmeasured = DcBlocker(), np.zeros(0, np.float32)  # sound of a frame that is not complete
         self._until_piece = PIECE + encoder.margin
         self._rest = resting_mouth(avatar.driving, avatar)
@@ -482,7 +482,7 @@ def speak(
                 out, width, height, avatar.driving.fps, sound.pieces(sound.rate_hz), sound.rate_hz, **VIDEO_ENCODING
             )
         )
-        for done, (t, frame) in enumerate(_drained(stream, sound.pieces(AUDIO_RATE_HZ)), 1):
+        for done, (t, frame) in enumerate(_drained(stream, sound.pieces(SAMPLE_RATE_HZ)), 1):
             with stream.seconds.clocked("encode"):
                 video.write(frame if original is None else original.paste(t, frame))
             report(done, total)
@@ -516,7 +516,7 @@ class _Sound:
         audio = checked_sound(audio) if isinstance(audio, np.ndarray) else Path(audio)
         name = "The sound" if isinstance(audio, np.ndarray) else str(audio)
         count, rms, rest, blocker = 0, [], np.zeros(0, np.float32), DcBlocker()
-        for piece in _Sound(audio, 0, 0.0).pieces(AUDIO_RATE_HZ):
+        for piece in _Sound(audio, 0, 0.0).pieces(SAMPLE_RATE_HZ):
             count += len(piece)
             piece = np.concatenate([rest, blocker(piece)])
             whole = len(piece) // SAMPLES_PER_FEATURE * SAMPLES_PER_FEATURE
@@ -533,7 +533,7 @@ class _Sound:
     @property
     def rate_hz(self) -> int:
         """At which it goes into the video: samples as they are, a file's in full quality."""
-        return AUDIO_RATE_HZ if isinstance(self.source, np.ndarray) else VIDEO_AUDIO_RATE_HZ
+        return SAMPLE_RATE_HZ if isinstance(self.source, np.ndarray) else VIDEO_SAMPLE_RATE_HZ
 
     def pieces(self, rate_hz: int) -> Iterator[np.ndarray]:
         from hicode.media.audio import stream_audio

@@ -23,18 +23,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hicode import assets
+from hicode.audio import FEATURE_RATE_HZ, SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE, DcBlocker, checked_sound, frame_rms
 from hicode.errors import InputError
 from hicode.speech.noise import SteadyNoise
 
-AUDIO_RATE_HZ = 16000
-FEATURE_RATE_HZ = 50
-SAMPLES_PER_FEATURE = AUDIO_RATE_HZ // FEATURE_RATE_HZ
 EncoderName = Literal["embedded", "hubert", "logmel"]
 
 # Below this RMS (-54 dB of full scale) a sound counts as silence and is not amplified further.
 QUIETEST_LEVEL = 2e-3
-# Beyond what any number format's full scale taken for samples gives (2^31): such numbers are no sound, and their squares overflow.
-LOUDEST = 1e12
 
 
 class Window(NamedTuple):
@@ -105,34 +101,10 @@ def match_frames(features: Float[Tensor, "t d"], frames: int) -> Float[Tensor, "
     return features[torch.arange(2 * frames).clamp(max=len(features) - 1)]
 
 
-class DcBlocker:
-    """Takes out what is constant in a sound that comes in pieces of any size: a high-pass of first order at 5 Hz.
-
-    A constant is no sound, but it would count as loudness and leak into the lowest bands. At 100 Hz it takes .01 dB and turns the phase by 3
-    degrees. The first sample counts as what was there before, so a sound with an offset does not begin with a step.
-    """
-
-    CORNER_HZ = 5.0
-
-    def __init__(self, rate_hz: int = AUDIO_RATE_HZ):
-        self._keep = 1 - 2 * math.pi * self.CORNER_HZ / rate_hz
-        self._state: np.ndarray | None = None
-
-    def __call__(self, samples: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-        from scipy.signal import lfilter
-
-        if len(samples) == 0:
-            return samples
-        if self._state is None:
-            self._state = np.array([-float(samples[0])])
-        out, self._state = lfilter([1.0, -1.0], [1.0, -self._keep], np.asarray(samples, np.float64), zi=self._state)
-        return out.astype(np.float32)
-
-
 def speech_level(samples: Float[np.ndarray, "n"]) -> float:
     """RMS of the louder 20 ms frames: those above a tenth of the 95th percentile, so pauses do not count. Never below QUIETEST_LEVEL."""
     samples = DcBlocker()(samples)
-    return level_of_frames(_frame_rms(np.pad(samples, (0, -len(samples) % SAMPLES_PER_FEATURE))))
+    return level_of_frames(frame_rms(samples, SAMPLES_PER_FEATURE))
 
 
 def level_of_frames(rms: Float[np.ndarray, "t"]) -> float:
@@ -141,10 +113,6 @@ def level_of_frames(rms: Float[np.ndarray, "t"]) -> float:
         return QUIETEST_LEVEL
     loud = rms[rms > 0.1 * np.percentile(rms, 95)]
     return max(float(np.sqrt((loud**2).mean())) if len(loud) else 0.0, QUIETEST_LEVEL)
-
-
-def _frame_rms(samples: Float[np.ndarray, "n"]) -> Float[np.ndarray, "t"]:
-    return np.sqrt((samples.reshape(-1, SAMPLES_PER_FEATURE).astype(np.float64) ** 2).mean(1))
 
 
 class RunningLevel:
@@ -226,7 +194,7 @@ class EncoderStream:
             n = blocks * block
             level = self.level
             if level is None:
-                level = self._running.update(_frame_rms(self._samples[encoder.margin : encoder.margin + n]))
+                level = self._running.update(frame_rms(self._samples[encoder.margin : encoder.margin + n], SAMPLES_PER_FEATURE))
             audio = torch.from_numpy(self._samples[: n + 2 * encoder.margin]) / level
             self._samples = self._samples[n:]
             rows = encoder._local(audio, self._memory)
@@ -242,23 +210,6 @@ class EncoderStream:
         out = torch.cat(outputs) if outputs else torch.zeros(0, encoder.dim)
         self._emitted += len(out)
         return out
-
-
-def checked_sound(samples) -> Float[np.ndarray, "n"]:
-    """Mono float32; InputError where it is not finite, not mono, or beyond any scale."""
-    samples = np.asarray(samples, dtype=np.float32)
-    if samples.ndim != 1:
-        raise InputError(f"The sound has shape {samples.shape}, expected one channel. Mix it down to mono.")
-    bad = int((~np.isfinite(samples)).sum())
-    if bad:
-        raise InputError(
-            f"The sound has {bad} samples that are not numbers (first at {np.argmin(np.isfinite(samples))}). Repair the file."
-        )
-    if len(samples) and np.abs(samples).max() > LOUDEST:
-        raise InputError(
-            f"The sound has samples of {np.abs(samples).max():.0e}, where 1 is full scale. Repair the file."
-        )
-    return samples
 
 
 class _WindowedEncoder:
@@ -298,7 +249,7 @@ class _WindowedEncoder:
     def encode(self, samples: Float[np.ndarray, "n"], level: float | None = None) -> Float[Tensor, "t d"]:
         samples = checked_sound(samples)
         stream = self.stream(speech_level(samples) if level is None else level)
-        piece = 60 * AUDIO_RATE_HZ  # bounds the memory in between
+        piece = 60 * SAMPLE_RATE_HZ  # bounds the memory in between
         parts = [stream.push(samples[start : start + piece]) for start in range(0, len(samples), piece)]
         return torch.cat([*parts, stream.finish()])
 
@@ -311,7 +262,7 @@ N_FFT, MEL_HOP, N_MELS = 400, 160, 80
 LOG_MEL_REFERENCE, LOG_MEL_DECADES = 2.0, 8.0
 
 
-def mel_filters(n_mels: int = N_MELS, n_fft: int = N_FFT, rate_hz: int = AUDIO_RATE_HZ) -> Float[np.ndarray, "m f"]:
+def mel_filters(n_mels: int = N_MELS, n_fft: int = N_FFT, rate_hz: int = SAMPLE_RATE_HZ) -> Float[np.ndarray, "m f"]:
     """Triangular filters on Slaney's mel scale (linear to 1 kHz, then 27 steps per factor 6.4), each of unit area in Hz."""
     step = math.log(6.4) / 27
 

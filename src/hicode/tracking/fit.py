@@ -38,7 +38,7 @@ from torch import Tensor
 
 from hicode.camera import Camera
 from hicode.errors import InputError
-from hicode.geometry import rigid, rotation_from_axis_angle, similarity
+from hicode.geometry import rigid, rotation_from_axis_angle, similarity, smoothstep
 from hicode.motion import (
     EXPRESSION_DIM,
     FACE_OVAL,
@@ -218,8 +218,7 @@ def refit_expressions(
 def _inside_face(problem: "_Problem", identity: np.ndarray, reach: float) -> Float[Tensor, "478"]:
     """0 on the face's outline, 1 from `reach` (dm) inside it on."""
     rest = torch.from_numpy(problem.basis.rest + np.tensordot(identity, problem.basis.identity, 1)).float()
-    depth = (torch.cdist(rest, rest[torch.from_numpy(FACE_OVAL)]).amin(1) / reach).clamp(max=1)
-    return depth * depth * (3 - 2 * depth)
+    return smoothstep(torch.cdist(rest, rest[torch.from_numpy(FACE_OVAL)]).amin(1) / reach)
 
 
 def fit_person(

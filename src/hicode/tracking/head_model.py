@@ -25,6 +25,7 @@ from torch import Tensor
 from hicode import assets
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
+from hicode.geometry import smoothstep
 from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM
 
 PARTS = ("skin", "left_eye", "right_eye", "upper_teeth", "lower_teeth", "tongue")
@@ -167,8 +168,7 @@ def assemble(
 def _mouth_weight(landmarks: Float[Tensor, "478 3"]) -> Float[Tensor, "478"]:
     """By height: 0 above the tip of the nose, 1 below the root of the upper lip, a cubic step between."""
     nose_tip, below_nose = landmarks[1, 1], landmarks[164, 1]
-    x = ((nose_tip - landmarks[:, 1]) / (nose_tip - below_nose)).clamp(0, 1)
-    return x * x * (3 - 2 * x)
+    return smoothstep((nose_tip - landmarks[:, 1]) / (nose_tip - below_nose))
 
 
 # ---- building from the MakeHuman data ----

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from scipy.ndimage import gaussian_filter1d
 
+from hicode.geometry import smoothstep
 from hicode.motion import FACE_OVAL, LEFT_EYE_RING, LIPS, N_LANDMARKS, RIGHT_EYE_RING, FaceTrack
 from hicode.tracking.depth import head_depth
 from hicode.tracking.head_model import HeadModel
@@ -291,8 +292,7 @@ def _spread(
 ) -> Float32[np.ndarray, "t l 3"]:
     """Smooth over the face: each landmark takes what its neighbours, and it, are trusted to say; far from all that is trusted, what is said farther off."""
     distance = np.linalg.norm(at[:, None] - at[None], axis=-1)
-    inside = np.clip(distance[:, FACE_OVAL].min(1) / (config.outline_mm * 0.01), 0, 1)
-    inside = inside * inside * (3 - 2 * inside)
+    inside = smoothstep(distance[:, FACE_OVAL].min(1) / (config.outline_mm * 0.01))
     trust = trust * (inside > 0.2) * ~unmatched
 
     def kernel(reach_mm: float) -> tuple[np.ndarray, np.ndarray]:

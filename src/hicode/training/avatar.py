@@ -22,14 +22,14 @@ from hicode.avatar.compositor import Compositor, background_plate, with_whole_fa
 from hicode.avatar.deformation import Deformation
 from hicode.avatar.film_grain import Grain
 from hicode.errors import FileFormatError, InputError
-from hicode.files import check_writable, load_tensors, read_json, save_tensors, write_json
+from hicode.files import check_writable, load_tensors, read_json, save_tensors, sha256_of, write_json
 from hicode.gaussians import Gaussians
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.media.images import Images
 from hicode.motion import Motion
 from hicode.preparation.clip import Clip
 from hicode.progress import progress_bar
-from hicode.provenance import provenance, sha256
+from hicode.provenance import provenance
 from hicode.runtime import (
     Device,
     available_memory,
@@ -112,7 +112,7 @@ def train(
             "seconds": report.seconds,
             "peak_memory_mb": round(peak_memory_mb()),
             "config": description["config"],
-            "speech_weights": speech_weights and sha256(speech_weights),
+            "speech_weights": speech_weights and sha256_of(speech_weights),
             "provenance": provenance(seed=seed, assets=(*PARTS, *([str(speech_weights)] if speech_weights else []))),
         }
         avatar.save(out)
@@ -150,7 +150,7 @@ def learn_speech(
     """
     generic, config = generic or load_generic(), AdaptConfig()
     example = example_of(clip, config.encoder, generic.window)
-    digest = hashlib.sha256(json.dumps([asdict(config), sha256(weights or GENERIC)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([asdict(config), sha256_of(weights or GENERIC)], sort_keys=True).encode())
     for tensor in (example.features, example.expression, example.landmarks, example.speaking):
         digest.update(repr(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
     made_of = digest.hexdigest()[:16]
@@ -425,7 +425,7 @@ def _pictures(clip: Clip) -> str:
     hair = [clip.path / "hair.safetensors"] if (clip.path / "hair.safetensors").exists() else []
     for file in (clip.path / "track.safetensors", clip.path / "depth.safetensors", *hair, *pictures):
         try:
-            digest.update(bytes.fromhex(sha256(file)))
+            digest.update(bytes.fromhex(sha256_of(file)))
         except OSError as error:
             raise FileFormatError(
                 f"{file} is missing or damaged ({error.strerror}). Run hicode prepare again."
