@@ -181,7 +181,7 @@ def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_
 
     monkeypatch.setattr(training, "LEAST_VISITS", 1)
     every_rate = {"rates": LearningRates(points=1e-3), "points_start": 0.0}
-    config = short(loss=LossWeights(), vgg_start=0.0, vgg_every=7, wing_every=7, **every_rate)  # and every loss
+    config = short(loss=LossWeights(wing=0.0005), vgg_start=0.0, vgg_every=7, wing_every=7, **every_rate)  # and every loss
     logs, heads = {}, {}
     for place in ("cpu", device):
         logs[place] = []

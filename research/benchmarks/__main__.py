@@ -32,7 +32,7 @@ from hicode.motion import LIPS
 from hicode.render import rasterize
 from hicode.runtime import share_cores, tune_allocator
 from hicode.training import head as training
-from hicode.training.losses import PerceptualLoss, photometric
+from hicode.training.losses import HeadLoss, PerceptualLoss, photometric
 from hicode.training.stages import HeadConfig, head_preset
 from research.benchmarks import scene
 
@@ -111,7 +111,7 @@ def loss() -> Timed:
 def step() -> Timed:
     """An iteration of the draft's training: deform, rasterise, compare, backward, step; the perceptual term in one of four."""
     state, frames, config = scene.training_state(N, SIZE, head_preset("draft"))
-    head_loss = training.head_loss(config)
+    head_loss = HeadLoss(config.loss, config.vgg_layers)
 
     def four():
         started = time.process_time()

@@ -49,11 +49,12 @@ def training_point(n: int, size: int) -> dict:
     from hicode.render import rasterize
     from hicode.runtime import peak_memory_mb
     from hicode.training import head as training
+    from hicode.training.losses import HeadLoss
     from hicode.training.stages import head_preset
     from research.benchmarks import scene
 
     state, frames, config = scene.training_state(n, size, head_preset("draft"))
-    loss = training.head_loss(config)
+    loss = HeadLoss(config.loss, config.vgg_layers)
     still, camera = state.gaussians().map(lambda v: v.detach()), scene.drawn_clip(size).track.camera_at(0)
     rendering = median_ms(lambda: rasterize(still, camera, torch.zeros(3)))
 

@@ -67,7 +67,7 @@ def a_config(**changes):
         ),
         gaussians=900,
         mouth_gaussians=60,
-        loss=LossWeights(vgg=0, wing=0),
+        loss=LossWeights(vgg=0.0, wing=0.0),
         deformation=DeformationConfig(channels=8, hidden=16, anchors=128),
         density=DensityConfig(every=4, start=4, budget=1000, grad_threshold=0.0),
         validation_frames=1,

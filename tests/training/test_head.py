@@ -15,6 +15,7 @@ from hicode.media.images import Images
 from hicode.motion import N_LANDMARKS
 from hicode.tracking.head_model import HeadModel
 from hicode.training import head as training
+from hicode.training.losses import HeadLoss
 from hicode.training.stages import ABLATIONS, LearningRates, Stage, head_preset
 
 
@@ -295,7 +296,7 @@ def test_landmarks_that_were_tracked_wrongly_are_found_in_the_training_frames(cl
     )
     begun = training.start(clip, model, config)  # bound where the landmarks are
     begun.deformation.requires_grad_(False)
-    frames, loss = training.TrainingFrames(told, 0, 1), training.head_loss(config)
+    frames, loss = training.TrainingFrames(told, 0, 1), HeadLoss(config.loss, config.vgg_layers)
     while begun.iteration < config.iterations:
         training._iterate(begun, frames, config, loss)
     found = training._refined(begun, frames)

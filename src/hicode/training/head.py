@@ -33,11 +33,9 @@ from hicode.training.density import GradientStatistics, apply_plan, plan_density
 from hicode.training.losses import (
     Box,
     HeadLoss,
-    PerceptualLoss,
-    WingLandmarks,
     check_finite,
     crop_around,
-    depth_spread,
+    depth_distortion,
     random_crop,
 )
 from hicode.training.stages import HeadConfig, Stage
@@ -376,7 +374,7 @@ def train_head(
     state = start(clip, model, config, device)
     if checkpoint is not None and checkpoint.exists():
         load_checkpoint(checkpoint, state, config)
-    loss = head_loss(config, device)
+    loss = HeadLoss(config.loss, config.vgg_layers, device)
     last_saved = time.monotonic()
     end = config.iterations if stop_at is None else min(stop_at, config.iterations)
     try:
@@ -413,16 +411,6 @@ def _finished(state: HeadState, frames: TrainingFrames) -> tuple[Gaussians, Defo
     return state.gaussians().map(lambda v: v.detach().clone()), state.deformation, _refined(state, frames)
 
 
-def head_loss(config: HeadConfig, device: torch.device | str = "cpu") -> HeadLoss:
-    """Eq. 15 with the networks that its weights call for."""
-    perceptual = PerceptualLoss(config.vgg_layers, device=device) if config.loss.vgg else None
-    if not config.loss.wing:
-        return HeadLoss(config.loss, perceptual)
-    from hicode.tracking.landmarks import FaceLandmarker
-
-    return HeadLoss(config.loss, perceptual, WingLandmarks(FaceLandmarker().requires_grad_(False).to(device)))
-
-
 def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_loss: HeadLoss) -> dict[str, float]:
     """One iteration: render a frame, compare, step; then density control if it is due."""
     stage, within = stage_at(config, state.iteration)
@@ -457,12 +445,12 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     if stage.deform and state.iteration % config.wing_every == 0:
         landmarks = frames.landmarks_px(t)
     loss, terms = head_loss(
-        rendering.rgb, frames.target(t, background), frames.mouth_box(t), face_crop=crop, landmarks_px=landmarks
+        rendering.rgb, frames.target(t, background), frames.mouth_box(t), vgg_box=crop, landmarks_px=landmarks
     )
-    if config.spread and state.iteration % config.spread_every == 0:
-        spread = depth_spread(moved, frames.camera(t).with_pose(pose.detach()))
-        loss = loss + config.spread_every * config.spread * spread
-        terms["spread"] = spread.detach()
+    if config.loss.depth_distortion and state.iteration % config.spread_every == 0:
+        spread = depth_distortion(moved, frames.camera(t).with_pose(pose.detach()))
+        loss = loss + config.spread_every * config.loss.depth_distortion * spread
+        terms["depth_distortion"] = spread.detach()
     check_finite(state.iteration, terms, state.params | dict(state.deformation.control.named_parameters()))
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()

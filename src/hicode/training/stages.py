@@ -75,7 +75,7 @@ class HeadConfig:
     rates: LearningRates = field(default_factory=LearningRates)
     deformation: DeformationConfig = field(default_factory=DeformationConfig)
     density: DensityConfig = field(default_factory=DensityConfig)
-    loss: LossWeights = field(default_factory=lambda: LossWeights(wing=0.0))
+    loss: LossWeights = field(default_factory=LossWeights)
     """λ's of Eq. 15; a weight of 0 costs nothing (the Wing term takes 70 ms a time)"""
     vgg_layers: Literal["cheap", "full"] = "cheap"
     """relu1_2 and relu2_2, or up to relu4_3"""
@@ -87,11 +87,8 @@ class HeadConfig:
     points_start: float = 0.5
     """fraction of the iterations after which `LearningRates.points` begins: by then the control has learned what expression and landmarks explain, and
     what is left is each frame's own. From the start on, unseen frames lose .1 dB; long hair loses .1-.2 even so (docs/log.md)"""
-    spread: float = 3.0
-    """weight of the variance of depth along the rays (dm²; not in Eq. 15): without it skin that training frames show at a grazing angle is mottled when
-    the head turns further. 0: the paper"""
     spread_every: int = 4
-    """iterations between two looks at it, each weighing as much more"""
+    """iterations between two depth distortion terms; the weight is multiplied by it"""
     validation_frames: int = 6
     """last frames of the training part that the head does not learn from until `validation_until`: compositor and grain are judged on them"""
     validation_until: float = 0.5
@@ -202,7 +199,7 @@ def head_preset(preset: Preset) -> HeadConfig:
         return HeadConfig(
             _stages(500, 1_000, 11_000),
             rates=LearningRates(turn_colors=6e-5, off_face=0.3, points=2.5e-3),
-            loss=LossWeights(),
+            loss=LossWeights(wing=0.0005),
         )
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
@@ -221,11 +218,10 @@ def head_preset(preset: Preset) -> HeadConfig:
         initial_opacity=0.1,
         views=1,
         mouth_gaussians=0,
-        loss=LossWeights(),
+        loss=LossWeights(wing=0.0005, depth_distortion=0.0),
         vgg_layers="full",
         vgg_every=1,
         vgg_start=0.0,
         wing_every=1,
-        spread=0.0,
     )
     return replace(config, rates=replace(config.rates, pose=0.0, points=0.0, turn_colors=0.0, network_decay=0.0))
