@@ -143,7 +143,7 @@ class _ObjectArray:
     ids=["call", "call within", "object array", "object dtype", "not a dict", "a string", "a number for a name"],
 )  # fmt: skip
 def test_a_pickle_with_anything_but_arrays_is_refused(poison, capsys):
-    with pytest.raises(AssetError, match="some.ckpt is not a plain file of numpy arrays"):
+    with pytest.raises(AssetError, match=r"some\.ckpt is not a plain file of numpy arrays"):
         read_arrays(pickle.dumps(poison, protocol=3), "some.ckpt")
     assert capsys.readouterr().out == ""
 
@@ -154,5 +154,5 @@ def test_arrays_pass_and_damaged_files_are_refused():
     read = read_arrays(data, "good.ckpt")
     assert np.array_equal(read["layer"]["kernel"], tree["layer"]["kernel"])
     for broken in (data[: len(data) // 2], b"", b"PK\x03\x04 not a pickle", b"\x80\x05"):
-        with pytest.raises(AssetError, match="broken.ckpt"):
+        with pytest.raises(AssetError, match=r"broken\.ckpt"):
             read_arrays(broken, "broken.ckpt")

@@ -58,8 +58,10 @@ def test_a_package_inside_another_repository_takes_no_commit_of_it(tmp_path):
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("git cannot make a repository here")
     code = "import hicode.provenance as p; print(p.__file__, p.provenance()['commit'], p.provenance()['dirty'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=package.parent, env={
-        "PYTHONPATH": str(package.parent), "PATH": "/usr/bin:/bin"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=package.parent,
+        env={"PYTHONPATH": str(package.parent), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
     file, commit, dirty = done.stdout.split()
     assert Path(file).parent == package and (commit, dirty) == ("None", "None")
 

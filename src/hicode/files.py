@@ -1,7 +1,7 @@
 """Files: written whole or not at all, versioned, self-describing, never pickles.
 
-`*.safetensors` written here carry a header with `schema`, `version` and `config` (JSON); a damaged, foreign or newer file is refused with
-its name and the reason.
+A `*.safetensors` file written here has a header with `schema`, `version` and `config` (JSON). A file that is damaged,
+of another kind or of another version is refused; the error names the file and the reason.
 """
 
 import errno
@@ -12,7 +12,7 @@ import secrets
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,9 +33,9 @@ def _os_error(path: Path, error: OSError) -> OutputError:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path`; on success it is synced and renamed over it, on failure removed. Nothing half-written stays.
+    """A temporary path next to `path`. On success it is synced and renamed to `path`; on failure it is removed.
 
-    The suffix is kept, so writers that look at it (video containers) behave. Raises OutputError where the place cannot be written.
+    It has the same suffix, for writers that choose the format by it. Raises OutputError if the place is not writable.
     """
     path = Path(path)
     try:
@@ -57,7 +57,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def _create_next_to(path: Path) -> Path:
-    """A new empty file in the folder of `path`, with the permissions that the user's umask gives (`mkstemp` gives 0600)."""
+    """A new empty file in the folder of `path`, with the permissions of the user's umask (`mkstemp` gives 0600)."""
     while True:
         temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
         try:
@@ -68,7 +68,7 @@ def _create_next_to(path: Path) -> Path:
 
 
 def check_writable(path: Path | str) -> None:
-    """Raise OutputError now, before the long work, where `path` cannot be written later."""
+    """Raise OutputError if `path` cannot be written: call it before long work."""
     path = Path(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder, not a file. Give a file name.")
@@ -81,7 +81,7 @@ def check_writable(path: Path | str) -> None:
 
 
 def check_free_space(folder: Path, need_bytes: int) -> None:
-    """Raise OutputError where `folder`'s disk has less than `need_bytes` free."""
+    """Raise OutputError if the disk of `folder` has less than `need_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
         raise OutputError(
@@ -96,12 +96,13 @@ def sha256_of(path: Path | str) -> str:
 
 
 def write_json(path: Path | str, value) -> None:
+    """Write a value as JSON, atomically. NaN and infinity are refused (ValueError)."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path | str, schema: str | None = None, version: int | None = None) -> dict:
-    """Parsed JSON; with `schema` and `version`, checked against the fields of that name."""
+def read_json(path: Path | str, schema: str | None = None, version: int = 1) -> dict:
+    """Parsed JSON. With `schema`, checks the fields `schema` and `version`. Raises FileFormatError."""
     path = Path(path)
     try:
         value = json.loads(path.read_text())
@@ -115,9 +116,16 @@ def read_json(path: Path | str, schema: str | None = None, version: int | None =
 
 
 def save_tensors(
-    path: Path | str, tensors: dict[str, Tensor | np.ndarray], schema: str, version: int, config: dict | None = None
+    path: Path | str,
+    tensors: Mapping[str, Tensor] | Mapping[str, np.ndarray] | Mapping[str, Tensor | np.ndarray],
+    schema: str,
+    version: int,
+    config: dict | None = None,
 ) -> None:
-    """One safetensors file whose header says what it is. The same contents give the same bytes."""
+    """Write one safetensors file, atomically; its header has schema, version and config.
+
+    Equal contents give equal bytes.
+    """
     from safetensors.torch import save_file
 
     header = {"schema": schema, "version": str(version), "config": json.dumps(config or {}, sort_keys=True)}
@@ -128,8 +136,10 @@ def save_tensors(
 
 
 def _order_header(path: Path) -> None:
-    """Sort the entries of the header's metadata in place: the library writes them in an order of its own each time, and then files that hold the
-    same would differ by their hashes."""
+    """Sort the metadata of the header in place.
+
+    The library writes it in a random order, so files with equal contents would have different hashes.
+    """
     with open(path, "rb+") as f:
         (length,) = struct.unpack("<Q", f.read(8))
         header = json.loads(f.read(length))
@@ -141,7 +151,7 @@ def _order_header(path: Path) -> None:
 
 
 def load_tensors(path: Path | str, schema: str, version: int) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, config) of a file that `save_tensors` wrote; FileFormatError says what is wrong with any other."""
+    """(tensors, config) of a file that `save_tensors` wrote. Raises FileFormatError for any other file."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -153,7 +163,7 @@ def load_tensors(path: Path | str, schema: str, version: int) -> tuple[dict[str,
         with safe_open(str(path), framework="pt") as f:
             header = f.metadata() or {}
             _check(path, header, schema, version)
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - no mapping
         return tensors, json.loads(header.get("config", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise FileFormatError(f"{path} is damaged or not a {schema} file ({error}). Make it anew.") from error

@@ -1,12 +1,11 @@
-"""Features of two image classifiers, VGG16 and AlexNet, and LPIPS, the distance learned on them (Zhang et al. 2018).
+"""Features of two image classifiers, VGG16 and AlexNet, and LPIPS, a distance learned on them (Zhang et al. 2018).
 
-Images are "b 3 h w", RGB in [0, 1], float32; the networks' own normalisation (ImageNet's mean and deviation, which is
-also what LPIPS does to inputs in [-1, 1]) happens inside. Layers go by their customary names: `relu1_2` is the output
-of the second convolution of VGG16's first block, after its ReLU; AlexNet's are `relu1` ... `relu5`.
+Images are "b 3 h w", RGB in [0, 1], float32. ImageNet's normalisation happens inside. Layers have their usual names:
+`relu1_2` is the second convolution of VGG16's first block, after its ReLU; AlexNet has `relu1` ... `relu5`. Every
+parameter is frozen.
 
-The weights are the asset `perceptual`: numpy arrays in pickles. A pickle may run any code, so they are read by an
-unpickler that knows numpy arrays and nothing else, once; then a safetensors copy in the cache is read. Nothing here
-trains: every parameter is frozen.
+The weights are the asset `perceptual`: numpy arrays in pickles. A pickle may run any code, so an unpickler that accepts
+only numpy arrays reads them, once. Later runs read a safetensors copy in the cache.
 """
 
 import io
@@ -27,8 +26,7 @@ from hicode.files import load_tensors, save_tensors
 
 Network = Literal["vgg16", "alexnet"]
 
-# (layer, channels in, channels out, kernel, stride, padding); "pool" rows are (kernel, stride) of a max pooling before
-# the next layer.
+# (layer, channels in, channels out, kernel, stride, padding), or ("pool", kernel, stride): max pooling.
 _VGG16 = [
     ("relu1_1", 3, 64, 3, 1, 1), ("relu1_2", 64, 64, 3, 1, 1), ("pool", 2, 2),
     ("relu2_1", 64, 128, 3, 1, 1), ("relu2_2", 128, 128, 3, 1, 1), ("pool", 2, 2),
@@ -46,13 +44,13 @@ LPIPS_LAYERS: dict[str, tuple[str, ...]] = {
     "alexnet": ("relu1", "relu2", "relu3", "relu4", "relu5"),
 }
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SMALLEST_SIDE_PX = 64  # below it AlexNet's last maps vanish
+SMALLEST_SIDE_PX = 64  # AlexNet's last maps of smaller images are empty
 
 _SCHEMA, _VERSION = "hicode-perceptual", 1
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Rebuilds numpy arrays; any other name in the pickle stops it."""
+    """Accepts numpy arrays; raises for any other name in the pickle."""
 
     def find_class(self, module: str, name: str):
         if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
@@ -78,8 +76,7 @@ def _plain_dtype(code, *rest):
 
 
 def read_arrays(data: bytes, source: str) -> dict:
-    """A pickle of nested dicts of numeric numpy arrays; AssetError names `source` where it holds anything else or is
-    damaged."""
+    """Nested dicts of numeric numpy arrays from a pickle. Raises AssetError, naming `source`, for anything else."""
     try:
         tree = _ArraysOnly(io.BytesIO(data)).load()
         _check_tree(tree)
@@ -102,15 +99,14 @@ def _check_tree(tree) -> None:
 
 
 def load_weights(network: Network) -> dict[str, Tensor]:
-    """Weights as torch lays them out: `relu1_2.weight` "out in k k", `relu1_2.bias` "out", and `lpips.relu1_2`
-    "channels" for the LPIPS heads."""
+    """Weights in torch's layout: `relu1_2.weight` "o i k k", `relu1_2.bias` "o", and `lpips.relu1_2` "o" (its head)."""
     package = assets.ASSETS["perceptual"].package
     converted = assets.cache_dir() / "converted" / f"{network}-{package.sha256[:16]}.safetensors"
     if converted.exists():
         try:
             return load_tensors(converted, _SCHEMA, _VERSION)[0]
         except FileFormatError:
-            pass  # a damaged copy is made anew below
+            pass  # a damaged copy is replaced below
     source = assets.path("perceptual", f"{network}.ckpt")
     tensors = _convert(read_arrays(source.read_bytes(), str(source)), network, source)
     save_tensors(
@@ -143,11 +139,13 @@ def _convert(tree: dict, network: Network, source: Path) -> dict[str, Tensor]:
 
 
 class Features(nn.Module):
-    """VGG16 or AlexNet up to the last layer asked for. Frozen; differentiable in its input.
+    """VGG16 or AlexNet up to the last of `layers`. Frozen; differentiable in its input.
 
-    dtype bfloat16 halves the time where the machine multiplies it in hardware (AMX, CUDA), and costs time where it does
-    not.
+    `dtype` bfloat16 halves the time if the machine multiplies it in hardware (AMX, CUDA), and is slower otherwise.
     """
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(
         self,
@@ -164,7 +162,7 @@ class Features(nn.Module):
         unknown = [name for name in layers if name not in names or name == "pool"]
         assert layers and not unknown, f"{network} has no layers {unknown or layers}"
         self.table = table[: max(names.index(name) for name in layers) + 1]
-        # Channels last is how the fast kernels want it; contiguous weights would be reordered at every call.
+        # The fast kernels need channels-last weights; contiguous ones would be reordered at every call.
         names = [row[0] for row in self.table if row[0] != "pool"]
         as_kernel = {"dtype": dtype, "memory_format": torch.channels_last}
         self.kernels = nn.ParameterList([_frozen(weights[f"{name}.weight"].to(**as_kernel)) for name in names])
@@ -174,7 +172,7 @@ class Features(nn.Module):
         self.eval()
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c y x"]]:
-        """The layers asked for, in the network's order, in `dtype`."""
+        """The outputs of `layers`, in the network's order, in `dtype`."""
         x = ((images - self.mean) / self.deviation).to(self.dtype).contiguous(memory_format=torch.channels_last)
         out, parameters = [], zip(self.kernels, self.biases, strict=True)
         for name, *shape in self.table:
@@ -193,8 +191,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 class LPIPS(nn.Module):
-    """The learned perceptual distance, version 0.1: 0 for equal images, about 0.1 for a good rendering, above 0.5 for
-    unlike ones."""
+    """LPIPS, version 0.1: 0 for equal images, about 0.1 for a good rendering, above 0.5 for unlike images."""
 
     def __init__(self, network: Network = "alexnet"):
         super().__init__()
@@ -205,8 +202,7 @@ class LPIPS(nn.Module):
         )
 
     def normalized(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c y x"]]:
-        """Features of unit length at each place: what `from_features` compares. Compute a reference's once, compare it
-        with many."""
+        """Features of unit length at each place, the input of `from_features`."""
         if min(images.shape[-2:]) < SMALLEST_SIDE_PX:
             raise ValueError(
                 f"LPIPS needs images of at least {SMALLEST_SIDE_PX} px a side, got {tuple(images.shape[-2:])}"
@@ -216,11 +212,10 @@ class LPIPS(nn.Module):
     def from_features(
         self, a: list[Tensor], b: list[Tensor], mask: Float[Tensor, "b 1 h w"] | None = None
     ) -> Float[Tensor, "b"]:
-        """Distance from `normalized` features: at each layer the mean over places, then the sum over layers.
+        """Distance from `normalized` features: the mean over places of each layer, then the sum over layers.
 
-        With a mask (weights of pixels), each layer's mean is weighted by the mask averaged down to its grid. A mask of
-        ones changes nothing. The features of a place see its surroundings (some 200 px at AlexNet's last layer), so a
-        region's value depends a little on its outside.
+        A mask (pixel weights) weights each mean, averaged down to the layer's grid. A feature's receptive field is some
+        200 px at AlexNet's last layer, so the value of a region depends a little on its surroundings.
         """
         total = torch.zeros(a[0].shape[0], device=a[0].device)
         for x, y, head in zip(a, b, self.heads, strict=True):
@@ -235,10 +230,11 @@ class LPIPS(nn.Module):
     def forward(
         self, a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"], mask: Float[Tensor, "b 1 h w"] | None = None
     ) -> Float[Tensor, "b"]:
+        """Distance of each pair of images; with a mask, as `from_features`."""
         return self.from_features(self.normalized(a), self.normalized(b), mask)
 
 
 @cache
 def lpips(network: Network = "alexnet") -> LPIPS:
-    """The one LPIPS of this process and network, on the CPU."""
+    """The LPIPS of a network, on the CPU; one per process."""
     return LPIPS(network)

@@ -1,6 +1,4 @@
-"""Progress of whatever takes longer than a second, with the time left: a live bar on a terminal, a line every ten
-seconds elsewhere.
-"""
+"""Progress with the remaining time: a live bar on a terminal, a line every ten seconds elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,13 +6,13 @@ from contextlib import contextmanager
 
 _QUIET_S = 10.0
 
-# done so far, out of how many
 Report = Callable[[int, int], None]
+"""Called with (done, total)."""
 
 
 @contextmanager
 def progress_bar(label: str, show: bool = True) -> Iterator[Report]:
-    """A function to call with (done, total) as work goes on; on standard error, so that results can be piped.
+    """A function to call with (done, total). Writes to standard error, so that results can be piped.
 
     with progress_bar("Landmarks") as report:
         report(i + 1, len(frames))
@@ -54,7 +52,7 @@ def _lines(label: str, console) -> Report:
         now = time.monotonic()
         if now - last >= _QUIET_S and 0 < done < total:
             last = now
-            left = (now - started) * (total - done) / done
-            console.print(f"{label}: {done} of {total}, {left:.0f} s left", highlight=False, soft_wrap=True)
+            remaining_s = (now - started) * (total - done) / done
+            console.print(f"{label}: {done} of {total}, {remaining_s:.0f} s left", highlight=False, soft_wrap=True)
 
     return report

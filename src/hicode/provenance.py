@@ -1,6 +1,6 @@
-"""Where a figure comes from: the code, its configuration and seed, the machine, the pretrained parts. Every result file carries it.
+"""Where a figure comes from: code, configuration, seed, machine, pretrained parts. Every result file has this record.
 
-Nothing in it names a person, a host or a folder: results are published.
+It names no person, host or folder, because results are published.
 """
 
 import dataclasses
@@ -9,9 +9,13 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from hicode import __version__, assets
 from hicode.errors import AssetError
@@ -22,20 +26,20 @@ _PACKAGES = ("torch", "numpy", "scipy", "numba", "opencv-python-headless", "av")
 
 
 def provenance(config: dict | None = None, seed: int | None = None, assets: Iterable[str] = ()) -> dict:
-    """What made a result, as plain JSON values:
+    """What made a result, as plain JSON values.
 
         version   of the package
-        commit    of the checkout that the package was imported from; None where it was installed without one
+        commit    of the checkout that the package was imported from; None if there is none
         dirty     whether tracked files of the package differ from that commit; None without a commit
-        config    as given (dataclasses, paths, tuples and numpy's numbers become what JSON has)
+        config    as given, converted by `plain`
         seed      as given
         machine   processor, cores that this process may use, system, memory
         python, torch, packages   versions
-        assets    for each name given: package, version and sha256 of the archive that was pinned and checked
+        assets    for each name: package, version and sha256 of the pinned archive
         made      UTC, to the second
 
-    `assets` names parts of `hicode.assets`, or paths of files that the user brought (their own sha256 is taken, only the file's name is kept).
-    AssetError for a name that is neither.
+    `assets` has names of `hicode.assets`, or paths of the user's own files (only the file's name and sha256 are kept).
+    Raises AssetError for a name that is neither.
     """
     commit, dirty = _checkout()
     packages = _versions()
@@ -55,8 +59,7 @@ def provenance(config: dict | None = None, seed: int | None = None, assets: Iter
 
 
 def plain(value):
-    """The value as JSON has it: dataclasses and mappings become dicts, sequences lists, paths and enumerations strings, numpy's numbers Python's;
-    what is no finite number becomes None."""
+    """The value as JSON types: dataclasses become dicts, sequences lists, paths strings, NaN and infinity None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -67,7 +70,7 @@ def plain(value):
         return sorted((plain(v) for v in value), key=str)
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    if hasattr(value, "tolist"):  # numpy's numbers and arrays, small tensors
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
         return plain(value.tolist())
     if isinstance(value, float):
         return value if value - value == 0 else None
@@ -76,8 +79,10 @@ def plain(value):
 
 @cache
 def _checkout() -> tuple[str | None, bool | None]:
-    """(commit, dirty) of the git checkout that this package belongs to. A package installed inside somebody else's checkout (a .venv in a
-    repository) is not tracked there, and that repository's commit says nothing about it: (None, None)."""
+    """(commit, dirty) of the git checkout that tracks this package; (None, None) if none does.
+
+    A package inside another checkout (a .venv in a repository) is not tracked there: that commit says nothing about it.
+    """
     root = Path(__file__).resolve().parent
 
     def git(*command: str) -> str | None:
@@ -97,13 +102,11 @@ def _checkout() -> tuple[str | None, bool | None]:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 @cache
@@ -112,10 +115,8 @@ def _machine() -> str:
     name = _processor()
     if name:
         parts.insert(1, name)
-    try:
+    with suppress(ValueError, OSError, AttributeError):  # not on Windows
         parts.append(f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB")
-    except (ValueError, OSError, AttributeError):  # not on Windows
-        pass
     return ", ".join(parts)
 
 

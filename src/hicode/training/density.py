@@ -1,7 +1,8 @@
-"""Density control: adding and pruning Gaussians, as functions over parameters and optimiser state (Kerbl et al. 2023; stages 1-2 of the paper).
+"""Density control: adding and pruning Gaussians (Kerbl et al. 2023; stages 1-2 of the paper).
 
-n Gaussians before, k after. Every change is one `Plan`: which old row each new row comes from, and which rows start with fresh optimiser
-moments. Whatever is kept per Gaussian (parameters, Adam's moments, bindings) is carried by the same plan, so they cannot come apart.
+Functions over parameters and optimiser state; n Gaussians before, k after. Every change is one `Plan`: the old row that
+each new row copies, and which rows start with zero optimiser moments. Parameters, Adam's moments and bindings all
+follow the same plan, so they stay consistent.
 """
 
 from dataclasses import dataclass
@@ -16,29 +17,29 @@ from hicode.geometry import rotation_from_quat
 
 @dataclass(frozen=True)
 class DensityConfig:
-    """When and how the cloud grows and shrinks."""
+    """When and how the number of Gaussians changes."""
 
     every: int = 100
-    """iterations between two rounds"""
+    """Iterations between two rounds."""
     start: int = 200
-    """first iteration that may change the cloud: positional gradients mean little before"""
+    """First iteration that may change the cloud. Gradients of positions are unreliable before."""
     grad_threshold: float = 2e-4
-    """mean screen-space gradient (normalised device coordinates, as 3DGS) above which a Gaussian is cloned or split"""
+    """Mean screen-space gradient (normalised device coordinates, as 3DGS) above which a Gaussian is cloned or split."""
     split_scale: float = 0.01
-    """of the head's radius: larger Gaussians are split, smaller ones cloned"""
+    """Fraction of the head's radius. Larger Gaussians are split, smaller ones cloned."""
     prune_opacity: float = 0.005
-    """Gaussians fainter than this go"""
+    """Gaussians of lower opacity are removed."""
     prune_scale: float = 0.2
-    """of the head's radius: Gaussians larger than this go"""
+    """Fraction of the head's radius. Larger Gaussians are removed."""
     growth: float = 0.05
-    """at most this fraction of the cloud is added a round"""
+    """Largest fraction of the cloud that a round adds."""
     budget: int = 45_000
-    """never more Gaussians than this: the steepest gradients win the last places"""
+    """Largest number of Gaussians. If places are short, the largest gradients get them."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """New rows as copies of old ones: `source[j]` is the old row of new row j; `fresh` rows lose their optimiser moments."""
+    """New rows as copies of old ones: row j copies old row `source[j]`; `fresh` rows get zero optimiser moments."""
 
     source: Int[Tensor, "k"]
     fresh: Bool[Tensor, "k"]
@@ -48,34 +49,40 @@ class Plan:
 
     @property
     def changes(self) -> bool:
+        """Whether the plan adds or removes any Gaussian."""
         return self.cloned + self.split + self.pruned > 0
 
 
 @dataclass
 class GradientStatistics:
-    """Running mean of each Gaussian's screen-space gradient norm over the renders that saw it."""
+    """Mean screen-space gradient norm of each Gaussian, over the renderings in which it is visible."""
 
     total: Float[Tensor, "n"]
     count: Float[Tensor, "n"]
 
     @staticmethod
     def zeros(n: int, device: torch.device | str = "cpu") -> "GradientStatistics":
+        """No renderings yet."""
         return GradientStatistics(torch.zeros(n, device=device), torch.zeros(n, device=device))
 
     def add(self, grad_means2d: Float[Tensor, "n 2"], visible: Bool[Tensor, "n"], width: int, height: int) -> None:
-        """`grad_means2d` in loss per px; stored in loss per normalised device coordinate, so that thresholds do not depend on resolution."""
+        """Add one rendering. `grad_means2d` is per px; stored per normalised device coordinate, as in 3DGS."""
         half_size = grad_means2d.new_tensor([width / 2, height / 2])
         self.total += (grad_means2d * half_size).norm(dim=1) * visible
         self.count += visible
 
     def mean(self) -> Float[Tensor, "n"]:
+        """0 for a Gaussian that was never visible."""
         return self.total / self.count.clamp_min(1)
 
 
 def plan_density(
     params: dict[str, Tensor], statistics: GradientStatistics, config: DensityConfig, radius: float
 ) -> Plan:
-    """Which Gaussians to clone (small, steep gradient), split (large, steep) and prune (faint or huge). Lengths against the head's radius."""
+    """Clone small Gaussians with a large gradient, split large ones, prune transparent and huge ones.
+
+    `radius` is the head's; the lengths of `config` are fractions of it.
+    """
     n = len(params["means"])
     opacity = params["opacity_logits"].sigmoid()
     size = params["log_scales"].exp().amax(1)
@@ -102,9 +109,10 @@ def plan_density(
 def apply_plan(
     plan: Plan, params: dict[str, Tensor], optimizer: Optimizer, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """New parameters by the plan; Adam's moments follow. Halves of a split are drawn from the parent's own Gaussian and shrunk by 1.6.
+    """New parameters by the plan; the optimiser's groups and moments are replaced in place.
 
-    `params` must be the optimiser's own tensors, one a group, each group named (`group["name"]`); the new ones take their places.
+    The two halves of a split are drawn from the parent's Gaussian, and are smaller by 1.6. `params` must be the
+    optimiser's tensors, one per group, each group named (`group["name"]`).
     """
     n_halves = 2 * plan.split
     new = {}
@@ -117,10 +125,9 @@ def apply_plan(
         if n_halves and name == "means":
             parents = plan.source[-n_halves:]
             rotation = rotation_from_quat(params["quats"].detach()[parents])
-            spread = (
-                torch.randn(n_halves, 3, generator=generator).to(value) * params["log_scales"].detach()[parents].exp()
-            )
-            value[-n_halves:] += (rotation @ spread[..., None]).squeeze(-1)
+            scales = params["log_scales"].detach()[parents].exp()
+            offset = torch.randn(n_halves, 3, generator=generator).to(value) * scales
+            value[-n_halves:] += (rotation @ offset[..., None]).squeeze(-1)
         if n_halves and name == "log_scales":
             value[-n_halves:] -= torch.log(torch.tensor(1.6))
         new[name] = torch.nn.Parameter(value)
