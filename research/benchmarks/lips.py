@@ -45,8 +45,9 @@ from hicode.preparation.clip import shift_audio
 from hicode.progress import progress_bar
 from hicode.runtime import tune_allocator
 from hicode.speech import faceformer
-from hicode.speech.encoder import AudioEncoder, create_encoder, match_frames, speech_level
+from hicode.speech.encoder import AudioEncoder, create_encoder, match_frames
 from hicode.speech.faceformer import SpeechModels
+from hicode.speech.loudness import speech_level
 from hicode.speech.sync import mouth_measures
 from hicode.tracking.head_model import HeadModel
 from hicode.training import adaptation as speech

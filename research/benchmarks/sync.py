@@ -26,12 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hicode.audio import SAMPLES_PER_FEATURE
 from hicode.errors import HicodeError
 from hicode.files import load_tensors
 from hicode.media.audio import read_audio
 from hicode.preparation.clip import shift_audio
 from hicode.runtime import tune_allocator
-from hicode.speech.encoder import SAMPLES_PER_FEATURE, create_encoder, match_frames, speech_level
+from hicode.speech.encoder import create_encoder, match_frames
+from hicode.speech.loudness import speech_level
 from hicode.speech.sync import (
     MAX_LAG_FRAMES,
     WINDOW_FRAMES,

@@ -29,12 +29,14 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
+from hicode.audio import SAMPLES_PER_FEATURE
 from hicode.errors import FileFormatError, InputError
 from hicode.files import load_tensors, read_json, save_tensors, sha256_of, write_json
 from hicode.media.audio import level_db, read_audio
 from hicode.preparation.clip import shift_audio
 from hicode.progress import progress_bar
-from hicode.speech.encoder import SAMPLES_PER_FEATURE, AudioEncoder, create_encoder, match_frames, speech_level
+from hicode.speech.encoder import AudioEncoder, create_encoder, match_frames
+from hicode.speech.loudness import speech_level
 from hicode.speech.sync import CHANCE_MARGIN, RELIABLE_MARGIN, SyncModel, SyncResult, estimate_offset, fit_sync
 from hicode.tracking.fit import FitConfig, Person, fit_person, fit_track
 from hicode.tracking.head_model import HeadModel

@@ -1,4 +1,4 @@
-"""Learning whether somebody speaks: the score of `speech/presence.py`, from speech as it is, in noise and over a telephone, and from what is no speech.
+"""Learning whether somebody speaks: the score of `speech/voice_activity.py`, from speech as it is, in noise and over a telephone, and from what is no speech.
 
 n samples at 16 kHz, s = n / 320 rows of 20 ms. Labels "s": 1 speech, 0 none, -1 unknown (learned from by nobody). A logistic regression, both
 classes weighing the same; seeded, seconds of work once the features are made. `learn_presence` is the step of `hicode pretrain` that makes the
@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from hicode.audio import SAMPLE_RATE_HZ
+from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE
 from hicode.errors import TrainingError
 from hicode.media.audio import read_audio
 from hicode.progress import progress_bar
-from hicode.speech.encoder import SAMPLES_PER_FEATURE, AudioEncoder, speech_level
-from hicode.speech.voice_activity import SCHEMA, Presence
+from hicode.speech.encoder import AudioEncoder
+from hicode.speech.loudness import speech_level
+from hicode.speech.voice_activity import SCHEMA, VoiceActivity
 from research.pretrain import espeak
 from research.pretrain.corpus import Step, encoder_key, fingerprint, stored_tensors
 from research.pretrain.espeak import Espeak, sentences
@@ -112,7 +113,7 @@ def fit_presence(
     encoder: AudioEncoder,
     config: PresenceConfig = PresenceConfig(),
     progress: Callable[[float], None] | None = None,
-) -> Presence:
+) -> VoiceActivity:
     """The score of `encoder`'s features, learned from recordings as they are, a copy of each in noise, of every other one over a telephone, and
     from `training.synthetic`'s negatives. TrainingError where there is no row of speech."""
     return fit_rows(hear(sounds, encoder, config, progress), encoder.name, config)
@@ -151,7 +152,7 @@ def hear(
     )
 
 
-def fit_rows(rows: Rows, encoder: str, config: PresenceConfig) -> Presence:
+def fit_rows(rows: Rows, encoder: str, config: PresenceConfig) -> VoiceActivity:
     known = rows.labels >= 0
     if not (rows.labels == 1).any():
         raise TrainingError("There is no speech to learn from in these recordings. Give some with speech.")
@@ -190,7 +191,7 @@ def held_out(rows: Rows, speakers: list[str], encoder: str, config: PresenceConf
     return sorted(out, key=lambda row: names.index(row["speaker"]))
 
 
-def other_sounds(presence: Presence, encoder: AudioEncoder, seed: int, seconds: float = 5.0) -> dict[str, float]:
+def other_sounds(presence: VoiceActivity, encoder: AudioEncoder, seed: int, seconds: float = 5.0) -> dict[str, float]:
     """The share of each kind of sound that is no speech, drawn from this seed, that is taken for speech."""
     rng = np.random.default_rng(seed)
     scores = {kind: presence(encoder.encode(negative(kind, round(seconds * SAMPLE_RATE_HZ), rng))) for kind in NEGATIVES}
@@ -263,7 +264,7 @@ def learn_presence(
     return Step(made=1), figures
 
 
-def _logistic(x: Tensor, y: Tensor, decay: float, encoder: str) -> Presence:
+def _logistic(x: Tensor, y: Tensor, decay: float, encoder: str) -> VoiceActivity:
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x = (x - mean) / std
     weight = torch.where(y == 1, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
@@ -279,7 +280,7 @@ def _logistic(x: Tensor, y: Tensor, decay: float, encoder: str) -> Presence:
 
     optimiser.step(closure)
     w = w.detach()
-    return Presence(w[:-1] / std, w[-1] - (w[:-1] * mean / std).sum(), encoder)
+    return VoiceActivity(w[:-1] / std, w[-1] - (w[:-1] * mean / std).sum(), encoder)
 
 
 def in_noise(

@@ -18,7 +18,7 @@ from torch import Tensor
 from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from hicode.errors import InputError
 from hicode.motion import IDENTITY_DIM
-from hicode.speech.encoder import speech_level
+from hicode.speech.loudness import speech_level
 from hicode.tracking.head_model import HeadModel
 from hicode.training.adaptation import SpeechExample, speaking_frames
 from research.pretrain.espeak import VARIANTS, Espeak, Utterance, sentences

@@ -516,7 +516,7 @@ def test_the_score_of_speech_is_a_step_of_its_own(stage, copy, tmp_path, monkeyp
         [stage.folder], out, copy, PretrainingConfig(steps=1, synthetic_minutes=0), presence_out=score, **options
     )
     page = out.with_suffix(".md").read_text()
-    _, header = load_tensors(score, "hicode-presence", 1)
+    _, header = load_tensors(score, "hicode-voice-activity", 1)
     assert header["encoder"] == "logmel" and header["learned_from"] == {"bob": "his", "dan": "his too"}, (
         "not the anchor, nobody against their terms"
     )

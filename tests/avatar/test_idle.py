@@ -30,7 +30,7 @@ from hicode.errors import InputError
 from hicode.geometry import axis_angle_from_rotation, transform
 from hicode.motion import Motion, bounce
 from hicode.session.session import Stream, speak, synthesize, synthesize_motion
-from hicode.speech.encoder import speech_level
+from hicode.speech.loudness import speech_level
 
 FPS = 25
 EYE = {1: 0.3, 0: -0.3}  # x of the eyes' middle: left, right

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, frame_rms
+from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from hicode.avatar.compositor import compose, dilate_mask
-from hicode.avatar.driving import SilenceConfig, SilenceGate, merge_motion, resting_mouth
+from hicode.avatar.driving import merge_motion, resting_mouth
 from hicode.camera import Camera
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
 from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion, bounce
@@ -25,8 +25,9 @@ from hicode.session.session import (
     synthesize,
     synthesize_motion,
 )
-from hicode.speech.encoder import create_encoder, speech_level
+from hicode.speech.encoder import create_encoder
 from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
+from hicode.speech.loudness import speech_level
 
 SIZE = 64
 DRIVING = 20
@@ -179,57 +180,6 @@ def test_an_avatar_moved_by_features_is_given_those_of_each_frame():
         heard[:25], features[:50].reshape(25, -1), atol=1e-4, rtol=1e-4
     )  # streamed against whole
     assert all(m.speech is None for _, m in synthesize_motion(FakeAvatar(), sound))
-
-
-# --- silence -----------------------------------------------------------------------------------------------------------------------------
-
-
-def gates_of(rms, level=0.1, **config) -> np.ndarray:
-    gate = SilenceGate(level, SilenceConfig(**config))
-    return np.concatenate([gate.push(np.array(rms)), gate.finish()])
-
-
-def test_lips_rest_in_silence_and_speak_in_speech():
-    gates = gates_of([0.0] * 20 + [0.1] * 20 + [0.0] * 20)
-    assert len(gates) == 60
-    assert not gates[:15].any() and (gates[20:40] == 1).all() and not gates[52:].any()
-
-
-def test_the_mouth_wakes_before_the_sound():
-    gates = gates_of([0.0] * 20 + [0.1] * 20)
-    assert gates[18] > 0 and gates[17] > 0 and gates[16] == 0  # three frames of look-ahead
-
-
-def test_the_closure_of_a_plosive_is_not_silence():
-    gates = gates_of([0.1] * 20 + [0.0] * 3 + [0.1] * 20)
-    assert (gates[5:] == 1).all()  # 120 ms without sound
-
-
-def test_gates_never_jump():
-    rng = np.random.default_rng(0)
-    gates = gates_of(rng.choice([0.0, 0.1], 300))
-    assert np.abs(np.diff(gates)).max() <= 0.5  # half of the way a frame, eased
-
-
-def test_gates_do_not_depend_on_how_levels_arrive():
-    rms = np.random.default_rng(0).choice([0.0, 0.002, 0.01, 0.1], 100)
-    for level in (0.1, None):
-        gate, whole = SilenceGate(level), SilenceGate(level)
-        pieces = [gate.push(part) for part in np.split(rms, [1, 2, 30, 77])]
-        assert np.array_equal(
-            np.concatenate([*pieces, gate.finish()]), np.concatenate([whole.push(rms), whole.finish()])
-        )
-
-
-def test_quiet_recordings_still_move_the_mouth():
-    quiet = np.full(200, 0.004)
-    assert gates_of(quiet, level=0.004)[50:].min() == 1
-    running = SilenceGate(None)
-    assert running.push(quiet)[-1] > 0.5  # -22 dB below a usual level: heard even before the running level has adapted
-
-
-def test_rms_of_a_frame_is_its_root_mean_square():
-    np.testing.assert_allclose(frame_rms(np.float32([3, 4, 0, 0, 6]), 2), [np.sqrt(12.5), 0, np.sqrt(18)])
 
 
 # --- stream ------------------------------------------------------------------------------------------------------------------------------

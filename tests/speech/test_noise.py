@@ -6,7 +6,8 @@ import torch
 from research.pretrain.synthetic import pink_noise
 
 from hicode.errors import AssetError
-from hicode.speech.encoder import create_encoder, speech_level
+from hicode.speech.encoder import create_encoder
+from hicode.speech.loudness import speech_level
 from hicode.speech.noise import SteadyNoise
 
 

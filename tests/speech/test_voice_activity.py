@@ -1,159 +1,116 @@
-"""Whether somebody speaks: the score's stream, how it is learned, and what the shipped weights say of speech and of other sound."""
+"""Voice activity: the score's stream, and the gate that lets the lips rest in silence."""
 
 import numpy as np
 import pytest
 import torch
-from research.pretrain import espeak
-from research.pretrain.phones import Phone
-from research.pretrain.presence import (
-    PresenceConfig,
-    Rows,
-    fit_presence,
-    fit_rows,
-    held_out,
-    in_noise,
-    over_telephone,
-    rows_by_level,
-    rows_by_phones,
-    synthetic_speech,
-)
-from research.pretrain.synthetic import NEGATIVES, negative
 
-from hicode.errors import AssetError, InputError, TrainingError
-from hicode.media.audio import read_audio
-from hicode.speech.encoder import create_encoder, speech_level
-from hicode.speech.voice_activity import Presence
+from hicode.errors import FileFormatError
+from hicode.files import save_tensors
+from hicode.speech.voice_activity import SCHEMA, VERSION, VadConfig, VadGate, VoiceActivity
 
 
-def score_of(dim: int = 6) -> Presence:
+def score_of(dim: int = 6) -> VoiceActivity:
     g = torch.Generator().manual_seed(0)
-    return Presence(torch.randn(dim, generator=g), torch.tensor(0.3))
+    return VoiceActivity(torch.randn(dim, generator=g), torch.tensor(0.3))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 41])
-def test_a_frames_score_is_the_mean_around_it(rows):
-    """By the definition, with what there is at the ends."""
-    presence, features = score_of(), torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows))
-    each = (features @ presence.weight + presence.bias).double().numpy()
-    expected = [
-        each[max(0, 2 * (i - Presence.BACK)) : 2 * (i + 1 + Presence.AHEAD)].mean() for i in range(-(-rows // 2))
-    ]
-    np.testing.assert_allclose(presence.frames(features), expected, rtol=1e-5, atol=1e-6)
+def test_a_frames_score_is_the_mean_of_it_and_the_next(rows):
+    model, features = score_of(), torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows))
+    each = (features @ model.weight + model.bias).double().numpy()
+    expected = [each[2 * i : 2 * (i + 1 + model.AHEAD)].mean() for i in range(-(-rows // 2))]
+    np.testing.assert_allclose(model.frames(features), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_scores_come_in_any_pieces_and_one_frame_late():
-    presence, features = score_of(), torch.randn(50, 6)
-    stream, out = presence.stream(), []
+    model, features = score_of(), torch.randn(50, 6)
+    stream, out = model.stream(), []
     for i, row in enumerate(features, 1):
         out.append(stream.push(row[None]))
-        assert sum(map(len, out)) == max(0, i // 2 - Presence.AHEAD)
-    np.testing.assert_allclose(np.concatenate([*out, stream.finish()]), presence.frames(features), rtol=1e-5, atol=1e-6)
+        assert sum(map(len, out)) == max(0, i // 2 - model.AHEAD)
+    np.testing.assert_allclose(np.concatenate([*out, stream.finish()]), model.frames(features), rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    presence = score_of()
-    presence.save(tmp_path / "p.safetensors", {"nobody": "no terms"})
-    again = Presence.load(tmp_path / "p.safetensors")
-    assert (
-        torch.equal(again.weight, presence.weight)
-        and torch.equal(again.bias, presence.bias)
-        and again.encoder == presence.encoder
-    )
+    model = score_of()
+    model.save(tmp_path / "p.safetensors", {"nobody": "no terms"})
+    again = VoiceActivity.load(tmp_path / "p.safetensors")
+    assert torch.equal(again.weight, model.weight) and torch.equal(again.bias, model.bias)
+    assert again.encoder == model.encoder
 
 
-# --- labels and learning -----------------------------------------------------------------------------------------------------------------
+def test_a_file_without_weights_is_refused(tmp_path):
+    save_tensors(tmp_path / "p.safetensors", {"bias": torch.zeros(())}, SCHEMA, VERSION, {"encoder": "embedded"})
+    with pytest.raises(FileFormatError, match="lacks 'weight'"):
+        VoiceActivity.load(tmp_path / "p.safetensors")
 
 
-def test_rows_by_level_know_speech_from_silence_and_admit_the_rest():
-    loud = 0.1 * np.random.default_rng(0).standard_normal(16000).astype(np.float32)
-    labels = rows_by_level(np.concatenate([loud, np.zeros(16000, np.float32), loud]))
-    assert (labels[:50] == 1).all() and (labels[60:90] == 0).all() and (labels[-50:] == 1).all() and -1 in labels
+def test_the_shipped_weights_load():
+    model = VoiceActivity.load()
+    assert model.encoder == "embedded" and model.weight.shape == (384,)
 
 
-def test_rows_by_phones_bridge_short_pauses_only():
-    phones = (Phone(0.5, 1.0, "a"), Phone(1.1, 1.5, "a"), Phone(2.5, 3.0, "a"))
-    labels = rows_by_phones(phones, 200)
-    assert (labels[25:75] == 1).all()  # a pause of .1 s
-    assert (labels[85:115] == 0).all() and labels[76] == -1 and (labels[:18] == 0).all()
+# --- the gate ---
 
 
-def test_noise_comes_at_the_ratio_asked_for():
-    voice = (0.1 * np.random.default_rng(0).standard_normal(32000)).astype(np.float32)
-    for kind in ("pink", "babble"):
-        noise = in_noise(voice, 10.0, np.random.default_rng(1), [voice[::-1].copy()], kind) - voice
-        assert 20 * np.log10(speech_level(voice) / noise.std()) == pytest.approx(10, abs=0.1)
+def weights_of(rms, level: float | None = 0.1, scores=None) -> np.ndarray:
+    gate = VadGate(level, scored=scores is not None)
+    return np.concatenate([gate.push(np.array(rms), scores), gate.finish()])
 
 
-def test_a_telephone_keeps_300_to_3400_hz():
-    time = np.arange(16000) / 16000
-    kept = {
-        hz: over_telephone(np.sin(2 * np.pi * hz * time).astype(np.float32))[4000:].std() * 2**0.5
-        for hz in (100, 1000, 5000)
-    }
-    assert kept[1000] == pytest.approx(1, abs=0.05) and kept[100] < 0.01 and kept[5000] < 0.02
+def test_lips_rest_in_silence_and_speak_in_speech():
+    weights = weights_of([0.0] * 20 + [0.1] * 20 + [0.0] * 20)
+    assert len(weights) == 60
+    assert not weights[:15].any() and (weights[20:40] == 1).all() and not weights[52:].any()
 
 
-def test_the_score_is_learned_from_synthetic_voices():
-    """By log-mel features and seconds of sound, to be quick: other voices and other noises, told apart by each row alone. Guessing gets half."""
-    if not espeak.installed():  # asked without loading it into this process
-        pytest.skip(f"{espeak.PACKAGE} is not installed: pip install 'hicode[corpus]'")
-    encoder = create_encoder("logmel")
-    presence = fit_presence(synthetic_speech(8, 1, seed=1), encoder, PresenceConfig(negatives_s=5.0))
-    right = []
-    for samples, labels in synthetic_speech(4, 1, seed=2):
-        score = presence(encoder.encode(samples)).numpy()[: len(labels)]
-        right += [(score[labels == 1] > 0).mean(), (score[labels == 0] < 0).mean()]
-    rng = np.random.default_rng(3)
-    right += [(presence(encoder.encode(negative(kind, 32000, rng))) < 0).float().mean() for kind in NEGATIVES]
-    assert np.mean(right) > 0.8
+def test_the_mouth_opens_before_the_sound():
+    weights = weights_of([0.0] * 20 + [0.1] * 20)
+    assert weights[18] > 0 and weights[17] > 0 and weights[16] == 0  # three frames of look-ahead
 
 
-def test_learning_without_speech_is_refused():
-    with pytest.raises(TrainingError, match="no speech to learn from"):
-        fit_presence([], create_encoder("logmel"), PresenceConfig(negatives_s=5.0))
+def test_the_closure_of_a_plosive_is_not_silence():
+    weights = weights_of([0.1] * 20 + [0.0] * 3 + [0.1] * 20)
+    assert (weights[5:] == 1).all()  # 120 ms without sound
 
 
-def test_figures_are_of_speakers_left_out():
-    """Each speaker's speech shows in a feature of their own, so whoever has learned from them knows it all, and whoever has not knows nothing."""
-    speaker, speech = (v.flatten() for v in torch.meshgrid(torch.arange(3), torch.arange(40) % 2, indexing="ij"))
-    features = torch.nn.functional.one_hot(speaker, 3) * (2.0 * speech[:, None] - 1)
-    rows = Rows(features, speech, speaker, torch.zeros(120, dtype=torch.long))
-    own = fit_rows(rows, "embedded", PresenceConfig())(features) > 0
-    assert torch.equal(own, speech == 1)
-    for row in held_out(rows, ["ann", "bob", "cat"], "embedded", PresenceConfig(folds=2)):
-        assert (row["missed"]["as it is"], row["taken"]) in ((1.0, 0.0), (0.0, 1.0)) and row["missed"][
-            "in noise"
-        ] is None
-    assert held_out(rows, ["ann"] * 3, "embedded", PresenceConfig()) == [], "nobody is left to learn from"
+def test_weights_never_jump():
+    rng = np.random.default_rng(0)
+    weights = weights_of(rng.choice([0.0, 0.1], 300))
+    assert np.abs(np.diff(weights)).max() <= 0.5  # half of the way a frame, eased
 
 
-# --- the shipped weights -----------------------------------------------------------------------------------------------------------------
+def test_weights_do_not_depend_on_how_levels_and_scores_arrive():
+    rng = np.random.default_rng(0)
+    rms, scores = rng.choice([0.0, 0.002, 0.01, 0.1], 100), rng.normal(-2, 1, 100)
+    for level in (0.1, None):
+        for scored in (False, True):
+            gate = VadGate(level, scored=scored)
+            pieces = [gate.push(part) for part in np.split(rms, [1, 2, 30, 77])]
+            if scored:
+                pieces += [gate.push(np.zeros(0), part) for part in np.split(scores, [3, 50])]
+            pieces.append(gate.finish())
+            np.testing.assert_array_equal(np.concatenate(pieces), weights_of(rms, level, scores if scored else None))
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    try:
-        encoder = create_encoder("embedded")
-    except (AssetError, InputError) as error:
-        pytest.skip(f"the embedded encoder's package cannot be had here: {error}")
-    presence = Presence.load()
-    assert presence.encoder == encoder.name
-    return lambda samples: presence.frames(encoder.encode(samples))
+def test_loud_sound_that_is_no_speech_leaves_the_lips_at_rest():
+    assert not weights_of([0.1] * 50, scores=np.full(50, -4.0)).any()
+    assert weights_of([0.1] * 50, scores=np.full(50, 2.0))[5:].min() == 1
 
 
-@pytest.mark.parametrize("kind", NEGATIVES)
-def test_no_other_sound_is_taken_for_speech(shipped, kind):
-    """Sounds drawn by another seed than training's. The first and last frames, which hear silence beside the sound, included."""
-    scores = shipped(negative(kind, 32000, np.random.default_rng(100)))
-    assert (scores < -1).mean() > 0.9  # -1: from where on the gate begins to close
+def test_with_scores_a_soft_part_of_speech_keeps_its_lips():
+    soft = [0.1] * 10 + [0.1 * 10 ** (-36 / 20)] * 30  # -36 dB: silence by loudness alone
+    assert weights_of(soft, scores=np.full(40, 2.0))[-5:].min() == 1
+    assert weights_of(soft)[-5:].max() == 0
 
 
-@pytest.mark.parametrize("name", ["de.wav", "es.wav", "fr.wav"])
-def test_no_language_is_taken_for_noise(shipped, data_dir, name):
-    """Speakers whom training has not heard, as they are and over a telephone in pink noise at 10 dB."""
-    samples = read_audio(data_dir / "speech" / name)[:64000]
-    speech = rows_by_level(samples)[::2] == 1
-    noisy = in_noise(over_telephone(samples), 10.0, np.random.default_rng(0), kind="pink")
-    for sound, missed in ((samples, 0.02), (noisy, 0.15)):
-        scores = shipped(sound)[: len(speech)]
-        assert (scores[speech] < -1).mean() <= missed
+def test_quiet_recordings_still_move_the_mouth():
+    quiet = np.full(200, 0.004)
+    assert weights_of(quiet, level=0.004)[50:].min() == 1
+    # 22 dB below a typical level: speech even before the estimate has adapted.
+    assert VadGate(None).push(quiet)[-1] > 0.5
+
+
+def test_the_config_says_when_the_gate_closes():
+    gate = VadGate(0.1, VadConfig(hold=0, release=1, look_ahead=0))
+    assert gate.push(np.array([0.1, 0.1, 0.0, 0.1])).tolist() == [0.5, 1.0, 0.0, 0.5]

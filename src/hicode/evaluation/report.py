@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hicode.audio import SAMPLES_PER_FRAME, frame_rms
 from hicode.avatar.compositor import Region, dilate_mask, hidden_mask
-from hicode.avatar.driving import SilenceGate, merge_motion, resting_mouth
+from hicode.avatar.driving import merge_motion, resting_mouth
 from hicode.errors import HicodeError, InputError
 from hicode.evaluation.images import REGIONS, Truth, mean_of_frames, seam_error
 from hicode.evaluation.lips import DETECTOR, closures_due, detect, opening
@@ -54,6 +54,7 @@ from hicode.progress import progress_bar
 from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device
 from hicode.speech.encoder import AudioEncoder, Window
+from hicode.speech.voice_activity import VadGate
 
 if TYPE_CHECKING:
     from hicode.tracking.landmarks import FaceLandmarker
@@ -233,7 +234,7 @@ class _Work:
         if sound is None:
             self.findings.notes.append("No audio row: the clip has no sound.")
             return None
-        from hicode.speech.encoder import speech_level
+        from hicode.speech.loudness import speech_level
 
         first, end = self.test[0], self.test[-1] + 1
         features = self.clip.speech_features(speech.encoder, speech.window)[2 * first : 2 * end]
@@ -243,7 +244,7 @@ class _Work:
         predicting = time.perf_counter() - started
         heard = sound[first * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME]
         self.speech_seconds = (predicting + self._encoding_seconds(speech, heard)) / len(self.test)
-        gate = SilenceGate(speech_level(heard))
+        gate = VadGate(speech_level(heard))
         share = torch.from_numpy(np.concatenate([gate.push(frame_rms(heard, SAMPLES_PER_FRAME)), gate.finish()]))
         rest_expression, rest_landmarks = resting_mouth(self.avatar.driving, self.avatar)
         expression = torch.lerp(rest_expression, expression, share[:, None])

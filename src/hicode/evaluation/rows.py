@@ -85,7 +85,7 @@ class Heard:
     features: Callable[[str], Float[Tensor, "2*t d"]]
 
     def silent(self) -> np.ndarray:
-        from hicode.speech.encoder import speech_level
+        from hicode.speech.loudness import speech_level
 
         return silent_frames(frame_rms(self.samples), speech_level(self.samples))
 

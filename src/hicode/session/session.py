@@ -39,15 +39,15 @@ from hicode.audio import (
     frame_rms,
 )
 from hicode.avatar.compositor import Region, seam_box
-from hicode.avatar.driving import SilenceGate, merge_motion, resting_mouth
+from hicode.avatar.driving import merge_motion, resting_mouth
 from hicode.avatar.idle import Idler, head_room, near_own_blinks, neck, own_blinks, still_frame
 from hicode.errors import InputError, OutputError
 from hicode.files import check_writable
 from hicode.motion import Motion, bounce
 from hicode.progress import progress_bar
 from hicode.runtime import Device, resolve_device
-from hicode.speech.encoder import level_of_frames, speech_level
-from hicode.speech.voice_activity import Presence, PresenceStream
+from hicode.speech.loudness import level_of_frames, speech_level
+from hicode.speech.voice_activity import VadGate, VoiceActivity, VoiceActivityStream
 from hicode.threads import frame_pool
 
 if TYPE_CHECKING:
@@ -151,9 +151,9 @@ class Stream:
         self.avatar, self.region = avatar, "head" if still else region
         self.seconds = Seconds()
         self._features, self._mouths = encoder.stream(level), avatar.speech.stream()
-        presence = Presence.load() if rest else None
+        presence = VoiceActivity.load() if rest else None
         self._presence = presence.stream() if rest and presence.encoder == encoder.name else None
-        self._gate = SilenceGate(level, heard=self._presence is not None) if rest else None
+        self._gate = VadGate(level, scored=self._presence is not None) if rest else None
         self.latency_s = _latency_samples(encoder, avatar.speech.look_ahead, self._gate, self._presence) / SAMPLE_RATE_HZ
         self._blocker, self._unmeasured = DcBlocker(), np.zeros(0, np.float32)  # sound of a frame that is not complete
         self._until_piece = PIECE + encoder.margin
@@ -323,12 +323,12 @@ class Stream:
         return out
 
 
-def _latency_samples(encoder, look_ahead: int, gate: SilenceGate | None, presence: PresenceStream | None) -> int:
+def _latency_samples(encoder, look_ahead: int, gate: VadGate | None, presence: VoiceActivityStream | None) -> int:
     """How much sound must follow a frame's own, at most, before it is known. What the encoder answers at once, a block, waits for its last row, its
     look and its margin; a frame, for the features of those that it looks ahead to, which may be the next block's."""
     window = encoder.window
     if presence is not None:
-        look_ahead = max(look_ahead, presence.presence.AHEAD)
+        look_ahead = max(look_ahead, presence.model.AHEAD)
     block = max(window.hop * SAMPLES_PER_FEATURE, PIECE)
     block += PIECE if block % PIECE else 0  # of an encoder whose blocks do not end with pieces
     motion = block + window.look * SAMPLES_PER_FEATURE + encoder.margin + (look_ahead - 1) * SAMPLES_PER_FRAME

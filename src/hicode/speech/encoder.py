@@ -25,12 +25,10 @@ from torch import Tensor
 from hicode import assets
 from hicode.audio import FEATURE_RATE_HZ, SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE, DcBlocker, checked_sound, frame_rms
 from hicode.errors import InputError
+from hicode.speech.loudness import LoudnessEstimator, speech_level
 from hicode.speech.noise import SteadyNoise
 
 EncoderName = Literal["embedded", "hubert", "logmel"]
-
-# Below this RMS (-54 dB of full scale) a sound counts as silence and is not amplified further.
-QUIETEST_LEVEL = 2e-3
 
 
 class Window(NamedTuple):
@@ -101,63 +99,12 @@ def match_frames(features: Float[Tensor, "t d"], frames: int) -> Float[Tensor, "
     return features[torch.arange(2 * frames).clamp(max=len(features) - 1)]
 
 
-def speech_level(samples: Float[np.ndarray, "n"]) -> float:
-    """RMS of the louder 20 ms frames: those above a tenth of the 95th percentile, so pauses do not count. Never below QUIETEST_LEVEL."""
-    samples = DcBlocker()(samples)
-    return level_of_frames(frame_rms(samples, SAMPLES_PER_FEATURE))
-
-
-def level_of_frames(rms: Float[np.ndarray, "t"]) -> float:
-    """`speech_level` of a sound too long to hold, from the RMS of its 20 ms frames."""
-    if len(rms) == 0:
-        return QUIETEST_LEVEL
-    loud = rms[rms > 0.1 * np.percentile(rms, 95)]
-    return max(float(np.sqrt((loud**2).mean())) if len(loud) else 0.0, QUIETEST_LEVEL)
-
-
-class RunningLevel:
-    """Speech level of a sound that is still coming: an average over active frames, `rate_hz` a second, that forgets with a half-life of 20 s.
-
-    It starts from a usual speech level (-26 dB) that weighs as much as one second and fades within a few seconds of speech. Active is what stands
-    out, from the loudest by less than 20 dB and from the steady noise by more than 8: a room's hum alone says nothing about the voice.
-    """
-
-    USUAL = 0.05
-    STANDS_OUT = 2.5
-    QUIETEST_FLOOR = 1e-4
-
-    def __init__(self, rate_hz: float = FEATURE_RATE_HZ):
-        self._forget = 0.5 ** (1 / (20 * rate_hz))
-        self._prior, self._fade = float(rate_hz), 0.5 ** (2 / rate_hz)  # half of it every half second of speech
-        self._floor_rise = 10 ** (
-            6 / 20 / rate_hz
-        )  # 6 dB a second: back at a noise that has become louder before long, and hardly up in a word
-        self._power, self._weight, self._peak, self._floor = 0.0, 0.0, 0.0, math.inf
-
-    @property
-    def level(self) -> float:
-        return max(
-            math.sqrt((self.USUAL**2 * self._prior + self._power) / (self._prior + self._weight)), QUIETEST_LEVEL
-        )
-
-    def update(self, rms: Float[np.ndarray, "t"]) -> float:
-        """The level after these frames."""
-        for value in map(float, rms):
-            self._peak = max(self._peak * self._forget, value)
-            self._floor = max(min(value, self._floor * self._floor_rise), self.QUIETEST_FLOOR)
-            if value > 0.1 * self._peak and value > QUIETEST_LEVEL and value > self.STANDS_OUT * self._floor:
-                self._power = self._power * self._forget + value**2
-                self._weight = self._weight * self._forget + 1
-                self._prior *= self._fade
-        return self.level
-
-
 class EncoderStream:
     """Sound in pieces of any size, features out as soon as their window is complete (hop + look rows after the sound)."""
 
     def __init__(self, encoder: "_WindowedEncoder", level: float | None):
         self.encoder, self.level = encoder, level
-        self._running = RunningLevel()
+        self._running = LoudnessEstimator()
         # Not yet turned into rows; starts `margin` before the next row. Silence comes before the beginning.
         self._samples = np.zeros(encoder.window.lead * SAMPLES_PER_FEATURE + encoder.margin, np.float32)
         self._rows: Tensor | None = None
@@ -194,7 +141,9 @@ class EncoderStream:
             n = blocks * block
             level = self.level
             if level is None:
-                level = self._running.update(frame_rms(self._samples[encoder.margin : encoder.margin + n], SAMPLES_PER_FEATURE))
+                level = self._running.update(
+                    frame_rms(self._samples[encoder.margin : encoder.margin + n], SAMPLES_PER_FEATURE)
+                )
             audio = torch.from_numpy(self._samples[: n + 2 * encoder.margin]) / level
             self._samples = self._samples[n:]
             rows = encoder._local(audio, self._memory)

@@ -14,7 +14,7 @@ class SteadyNoise:
 
     The noise is `OVER` times the `QUANTILE` of the power of the last few seconds; of what is above it at least the share `FLOOR` remains of all, since
     emptied bands are stranger to an encoder than noisy ones. Where its sum over the bands is less than the first of `SHARES` of the mean power
-    (half-life 20 s), everything remains, from the second on it is taken off wholly. The sound's level is taken to be 1 (`encoder.speech_level`). After
+    (half-life 20 s), everything remains, from the second on it is taken off wholly. The sound's level is taken to be 1 (`loudness.speech_level`). After
     digital silence the quantile begins anew, with larger steps. Steps are in nepers of power: 8 dB a second upwards, 18 downwards.
     """
 
