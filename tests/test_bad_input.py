@@ -245,7 +245,7 @@ def test_parts_that_cannot_be_fetched_are_said(shelf, tmp_path, capfd, monkeypat
 
 def test_a_defect_of_ours_is_a_traceback(monkeypatch):
     """Only what the user can mend becomes a line: an assertion must stay visible."""
-    monkeypatch.setitem(cli.COMMANDS, "doctor", (lambda: _broken, ""))
+    monkeypatch.setitem(cli.COMMANDS, "doctor", (lambda argv: _broken, ""))
     with pytest.raises(AssertionError):
         cli.main(["doctor"])
 

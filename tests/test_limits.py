@@ -154,7 +154,7 @@ def test_memory_that_runs_out_all_the_same_is_one_line(monkeypatch, capfd):
         """Ask for more than any machine has."""
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", (lambda: refuse, ""))
+    monkeypatch.setitem(cli.COMMANDS, "doctor", (lambda argv: refuse, ""))
     assert cli.main(["doctor"]) == 2
     assert "Not enough memory" in the_one_line(capfd)
 

@@ -424,7 +424,15 @@ class _Builder:
 
     def _offsets_key(self) -> str:
         clips = [
-            (s.speaker, c, fingerprint(p), sha256_of(self._file("motion", s, c))[:16], s.learn, s.evaluated, s.test_part)
+            (
+                s.speaker,
+                c,
+                fingerprint(p),
+                sha256_of(self._file("motion", s, c))[:16],
+                s.learn,
+                s.evaluated,
+                s.test_part,
+            )
             for s, c, p in self._clips()
         ]
         model = None if self.anchor is not None else self._sync_model().learned_from

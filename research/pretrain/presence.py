@@ -194,7 +194,9 @@ def held_out(rows: Rows, speakers: list[str], encoder: str, config: PresenceConf
 def other_sounds(presence: VoiceActivity, encoder: AudioEncoder, seed: int, seconds: float = 5.0) -> dict[str, float]:
     """The share of each kind of sound that is no speech, drawn from this seed, that is taken for speech."""
     rng = np.random.default_rng(seed)
-    scores = {kind: presence(encoder.encode(negative(kind, round(seconds * SAMPLE_RATE_HZ), rng))) for kind in NEGATIVES}
+    scores = {
+        kind: presence(encoder.encode(negative(kind, round(seconds * SAMPLE_RATE_HZ), rng))) for kind in NEGATIVES
+    }
     return {kind: round(float((s > 0).float().mean()), 4) for kind, s in scores.items()}
 
 

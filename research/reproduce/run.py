@@ -1,12 +1,12 @@
-"""`hicode reproduce`: the paper's tables from a folder of clips, on one machine or many; partial while it runs, checked on request.
+"""The paper's tables from a folder of clips, on one machine or many.
 
-Everything is under OUT, and nothing in it is needed to go on but the finished cells: the same command continues, and computes only what is missing.
+OUT holds everything. Only the finished cells are needed to go on: the same command computes what is missing.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -29,253 +29,250 @@ from research.reproduce.cells import (
     run_cell,
     run_preparation,
 )
-from research.reproduce.sweep import Task, execute
-from research.reproduce.tables import latex, markdown, plot, table1, table2
+from research.reproduce.sweep import SweepConfig, Task, execute
+from research.reproduce.tables import Made, latex, markdown, plot, table1, table2
 
 MEASURES = (
-    "Means over clips, then mean ± sample standard deviation over seeds. SSIM, PSNR, LPIPS (AlexNet) are of the whole frame, LMD by MediaPipe's "
-    "landmarks in px at 512. The sync margin is hicode.speech.sync's; only SyncNet's own weights (--syncnet) give AVConf."
+    "Means over clips, then mean ± sample standard deviation over seeds. SSIM, PSNR and LPIPS (AlexNet) are of the "
+    "whole frame. LMD is by MediaPipe's landmarks, in px at 512. The sync margin is that of hicode.speech.sync; AVConf "
+    "needs SyncNet's own weights (--syncnet)."
+)
+TABLE2_NOTE = (
+    "Rows share budget, losses, seeds and speech models. They differ in the control alone. No row has a trained "
+    "refiner. docs/equations.md defines the rows."
 )
 Table = Literal["table1", "table2"]
-SCHEMA, VERSION = "hicode-table", 1
-WRITE_REST_SECONDS = (
-    5.0  # between two writings of the tables: with a hundred machines cells end faster than a plot is drawn
+SCHEMA, VERSION = "hicode-table", 2
+WRITE_PAUSE_SECONDS = (
+    5.0  # between two writings of the tables: on many machines cells finish faster than a plot is drawn
 )
-SEEDS = {"table1": 1, "table2": 2}  # two are the fewest that show a spread
+SEEDS = {"table1": 1, "table2": 2}  # two is the least that shows a spread
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """What a table is made of, and where its cells run."""
+
+    preset: tuple[Preset, ...] = ("draft",)
+    """Training presets. table1: a block of rows for each. table2: exactly one."""
+    seeds: int | None = None
+    """Cells per row and clip, seeds 0 to SEEDS - 1. If not given: 1 for table1, 2 for table2."""
+    rows: tuple[str, ...] = ()
+    """Rows of table2 to make. All if none is named."""
+    iterations_scale: float = 1.0
+    """Train the head for this share of the preset's iterations."""
+    syncnet: Path | None = None
+    """SyncNet's own weights, syncnet_v2.model. With them, AVConf is measured."""
+    ray: str | None = None
+    """Run cells on Ray: local (processes of this machine) or a cluster's address. If not given: one after the other."""
+    workers: int | None = None
+    """With --ray local: cells at a time. If not given: as many as there are cores for."""
+    cpus: int = 1
+    """With --ray: cores per cell."""
+
+    def __post_init__(self):
+        if self.seeds is not None and self.seeds < 1:
+            raise InputError(f"There is nothing to do for {self.seeds} seeds. Give 1 or more.")
+        if not 0 < self.iterations_scale <= 1:
+            raise InputError(f"The scale of the iterations is {self.iterations_scale}. Give a number above 0, up to 1.")
+        if unknown := [r for r in self.rows if r not in ABLATIONS]:
+            raise InputError(f"No row is called {unknown[0]!r}. There are: {', '.join(ABLATIONS)}.")
+
+    @property
+    def sweep(self) -> SweepConfig:
+        """Where the cells run."""
+        return SweepConfig(self.ray, self.workers, self.cpus)
+
+    @property
+    def figures(self) -> dict:
+        """The settings that the figures depend on, for the table's JSON."""
+        keys = ("preset", "seeds", "rows", "iterations_scale")
+        return {key: value for key, value in asdict(self).items() if key in keys}
 
 
 def reproduce(
     table: Table,
     clips: Path | str,
     out: Path | str,
-    presets: Sequence[Preset] = ("draft",),
-    *,
-    seeds: int | None = None,
-    rows: Sequence[str] = (),
-    iterations_scale: float = 1.0,
-    ray: str | None = None,
-    workers: int | None = None,
-    cpus: int = 1,
-    syncnet: Path | str | None = None,
+    config: ReproduceConfig = ReproduceConfig(),
     progress: bool = True,
 ) -> dict:
-    """Make a table, or go on with it: OUT/TABLE.md, .tex, .png and .json, written anew after each cell.
+    """Make a table, or go on with it: OUT/TABLE.md, .tex, .png and .json, written anew after each finished cell.
 
-    clips   a folder of videos or prepared clips, or one of them
-    presets table1: one block of rows each; table2: one
-    seeds   cells of each row and clip, seeds 0 … seeds - 1; 1 for table1, 2 for table2 if not given
-    rows    of table2 (names in ABLATIONS); all if none is named
-    iterations_scale  multiplies the head's iterations: a sweep that is quicker and less than the preset
-    syncnet SyncNet's own weights, syncnet_v2.model: adds AVConf
-    ray, workers, cpus  as `research.reproduce.sweep.execute`; without `ray` one cell after the other, each on all cores
-
-    Returns what the JSON file holds. InputError for what cannot be done at all, and, after all other cells, where a cell failed.
+    `clips` is a folder of videos or prepared clips, or one of them. Returns the content of the JSON file. Raises
+    InputError if the table cannot be made, and, after all other cells, if a cell failed.
     """
     out = Path(out)
-    config = {
-        "table": table,
-        "presets": list(presets),
-        "seeds": seeds or SEEDS[table],
-        "rows": list(rows),
-        "iterations_scale": iterations_scale,
-    }
-    sources = find_sources(clips)
-    cells = plan(
-        table,
-        sources,
-        out,
-        tuple(presets),
-        config["seeds"],
-        tuple(rows),
-        iterations_scale,
-        cpus if ray else None,
-        syncnet,
-    )
-    with _only_one(out):
-        return _sweep(table, cells, out, config, ray, workers, cpus, progress)
+    config = replace(config, seeds=config.seeds or SEEDS[table])
+    cells = plan(table, find_sources(clips), out, config)
+    with _exclusive(out):
+        return _Run(table, cells, out, config).sweep(progress)
 
 
-def plan(
-    table: Table,
-    sources: Sequence[Source],
-    out: Path,
-    presets: Sequence[Preset],
-    seeds: int,
-    rows: Sequence[str] = (),
-    iterations_scale: float = 1.0,
-    threads: int | None = None,
-    syncnet: Path | str | None = None,
-) -> list[Cell]:
-    """The cells of a table, in the order in which they are best made: a first look at every row before the second seed."""
-    if seeds < 1:
-        raise InputError(f"There is nothing to do for {seeds} seeds. Give 1 or more.")
-    if not 0 < iterations_scale <= 1:
-        raise InputError(f"The scale of the iterations is {iterations_scale}. Give a number above 0, up to 1.")
-    if unknown := [r for r in rows if r not in ABLATIONS]:
-        raise InputError(f"No row is called {unknown[0]!r}. There are: {', '.join(ABLATIONS)}.")
-    if table == "table2" and len(presets) != 1:
+def plan(table: Table, sources: Sequence[Source], out: Path, config: ReproduceConfig) -> list[Cell]:
+    """The cells of a table in the order of work: every row of the first seed comes before the second seed."""
+    if table == "table2" and len(config.preset) != 1:
         raise InputError(
-            f"Table 2 has one preset, {len(presets)} are given. Give one; run the command again for another, with another -o."
+            f"Table 2 has one preset, {len(config.preset)} are given. Give one; run the command again for another, "
+            "with another -o."
         )
-    if table == "table1" and rows:
+    if table == "table1" and config.rows:
         raise InputError("Rows can be chosen in table2 only. Leave --rows out.")
-    if syncnet is not None:
-        SyncNet.load(syncnet)  # refused before the long work
-        syncnet = str(Path(syncnet).resolve())
-    code = code_version()
-    ready = [Preparation(source, str(out.resolve()), code, threads) for source in sources]
+    syncnet = None
+    if config.syncnet is not None:
+        SyncNet.load(config.syncnet)  # refused before the long work
+        syncnet = str(Path(config.syncnet).resolve())
+    code, threads = code_version(), config.cpus if config.ray else None
+    clips = [Preparation(source, str(out.resolve()), code, threads) for source in sources]
     cells = []
-    for seed in range(seeds):
-        for preset in presets:
-            base = _scaled(head_preset(preset), iterations_scale)
+    for seed in range(config.seeds or SEEDS[table]):
+        for preset in config.preset:
+            head = _scaled(head_preset(preset), config.iterations_scale)
             if table == "table1":
-                for i, clip in enumerate(ready):
-                    cross = ready[(i + 1) % len(ready)] if len(ready) > 1 else None
-                    cells.append(Cell(clip, preset, preset, base, seed, True, cross, syncnet, threads))
+                for clip, following in zip(clips, clips[1:] + clips[:1], strict=True):
+                    cross = following if len(clips) > 1 else None
+                    cells.append(Cell(clip, preset, preset, head, seed, True, cross, syncnet, threads))
                 continue
-            for name in rows or ABLATIONS:
-                # No row of Table 2 concerns composition: the plain composite does for all, and its training is saved.
-                cells += [
-                    Cell(clip, name, preset, ABLATIONS[name].apply(base), seed, False, None, syncnet, threads)
-                    for clip in ready
-                ]
+            for row in config.rows or ABLATIONS:
+                # No row of Table 2 is about composition: none trains a refiner, which saves its time.
+                ablated = ABLATIONS[row].apply(head)
+                cells += [Cell(clip, row, preset, ablated, seed, False, None, syncnet, threads) for clip in clips]
     return cells
 
 
 def _scaled(config: HeadConfig, scale: float) -> HeadConfig:
-    return replace(
-        config, stages=tuple(replace(s, iterations=max(1, round(scale * s.iterations))) for s in config.stages)
-    )
+    stages = tuple(replace(s, iterations=max(1, round(scale * s.iterations))) for s in config.stages)
+    return replace(config, stages=stages)
 
 
-def _sweep(
-    table: Table,
-    cells: list[Cell],
-    out: Path,
-    config: dict,
-    ray: str | None,
-    workers: int | None,
-    cpus: int,
-    progress: bool,
-) -> dict:
-    missing = [c for c in cells if not c.is_finished]
-    preparations = {p.key: p for c in missing for p in (c.clip, c.cross) if p is not None}
-    tasks = [Task(f"prepare {p.key}", run_preparation, p) for p in preparations.values()]
-    wanted = {c.key: c for c in missing}
-    tasks += [
-        Task(c.key, run_cell, c, after=tuple(f"prepare {p.key}" for p in (c.clip, c.cross) if p))
-        for c in wanted.values()
-    ]
-    failures: dict[str, str] = {}
-    started, done_before = time.perf_counter(), len(cells) - len(missing)
-    known: dict[str, dict] = {}
-    rested = -WRITE_REST_SECONDS
+@dataclass
+class _Run:
+    """A table under way: its cells, what is read of them, what failed."""
 
-    def write() -> dict:
-        nonlocal rested
-        known.update({c.key: c.read() for c in cells if c.key not in known and c.is_finished})
-        made = _write(table, cells, known, out, config, failures, time.perf_counter() - started)
-        rested = time.perf_counter()
-        return made
+    table: Table
+    cells: list[Cell]
+    out: Path
+    config: ReproduceConfig
+    finished: dict[str, dict] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
 
-    with progress_bar(f"{table}: {done_before} of {len(cells)} cells were there", progress) as show:
-        ended = 0
+    def sweep(self, progress: bool) -> dict:
+        """Run the cells that are missing, and write the tables as they finish."""
+        missing = {c.key: c for c in self.cells if not c.is_finished}
+        ended, written = 0, time.perf_counter()
 
         def end(key: str) -> None:
-            nonlocal ended
-            if key in wanted:
-                ended += 1
-                if time.perf_counter() - rested >= WRITE_REST_SECONDS:
-                    write()
-                show(ended, len(missing))
+            nonlocal ended, written
+            if key not in missing:
+                return
+            ended += 1
+            if time.perf_counter() - written >= WRITE_PAUSE_SECONDS:
+                self.write()
+                written = time.perf_counter()
+            show(ended, len(missing))
 
-        def failed(key: str, why: str) -> None:
-            failures[key] = why
+        def fail(key: str, reason: str) -> None:
+            self.failures[key] = reason
             end(key)
 
-        write()
-        execute(tasks, end, failed, ray=ray, workers=workers, cpus=cpus)
-    made = write()
-    lost = [c for c in cells if c.key in failures]
-    if lost:
-        first = lost[0]
-        raise InputError(
-            f"{len(lost)} of {len(cells)} cells failed, first {first.clip.source.name}, {first.row}: {failures[first.key]} "
-            f"The others are in {out}/{table}.md; mend this and run the command again."
-        )
-    return made
+        done_before = len(self.cells) - sum(not c.is_finished for c in self.cells)
+        with progress_bar(f"{self.table}: {done_before} of {len(self.cells)} cells were there", progress) as show:
+            self.write()
+            execute(_tasks(missing), end, fail, self.config.sweep)
+        data = self.write()
+        failed = [c for c in self.cells if c.key in self.failures]
+        if failed:
+            first = failed[0]
+            raise InputError(
+                f"{len(failed)} of {len(self.cells)} cells failed, first {first.clip.source.name}, {first.row}: "
+                f"{self.failures[first.key]} The others are in {self.out}/{self.table}.md; mend this and run the "
+                "command again."
+            )
+        return data
+
+    def write(self) -> dict:
+        """Write the table's files from the cells that are finished; the content of the JSON file."""
+        self.finished.update({c.key: c.read() for c in self.cells if c.key not in self.finished and c.is_finished})
+        # A cell may have been made for another table: the row and preset of this one count.
+        cells = [
+            self.finished[c.key] | {"row": c.row, "preset": c.preset} for c in self.cells if c.key in self.finished
+        ]
+        made = table1(cells, self.config.preset) if self.table == "table1" else table2(cells)
+        data = plain(self._data(made, len(cells)))
+        self.out.mkdir(parents=True, exist_ok=True)
+        status = self._status(len(cells))
+        for suffix, text in ((".md", markdown(made, status)), (".tex", latex(made, status))):
+            with atomic_path(self.out / f"{self.table}{suffix}") as file:
+                file.write_text(text, encoding="utf-8")
+        if png := plot(made):
+            with atomic_path(self.out / f"{self.table}.png") as file:
+                file.write_bytes(png)
+        write_json(self.out / f"{self.table}.json", data)
+        return data
+
+    def _data(self, made: Made, finished: int) -> dict:
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "table": self.table,
+            "config": self.config.figures,
+            "finished": finished,
+            "cells": [
+                {
+                    "key": c.key,
+                    "clip": c.clip.source.name,
+                    "row": c.row,
+                    "preset": c.preset,
+                    "seed": c.seed,
+                    "finished": c.key in self.finished,
+                }
+                for c in self.cells
+            ],
+            "failed": {c.key: self.failures[c.key] for c in self.cells if c.key in self.failures},
+            "blocks": [asdict(block) for block in made.blocks],
+            "figures": made.data,
+            "agreement": list(made.lines),
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "provenance": provenance(config=self.config.figures, assets=PARTS),
+        }
+
+    def _status(self, finished: int) -> list[str]:
+        names, config = sorted({c.clip.source.name for c in self.cells}), self.config
+        scale = f", iterations times {config.iterations_scale:g}" if config.iterations_scale != 1 else ""
+        status = [
+            f"{finished} of {len(self.cells)} cells finished: {len(names)} clip{'s' * (len(names) != 1)} "
+            f"({', '.join(names)}), preset {' and '.join(config.preset)}, seeds 0 … {(config.seeds or 1) - 1}{scale}. "
+            "Test parts are each clip's last 1/11. No model has seen them in training.",
+            MEASURES,
+        ]
+        if self.table == "table2":
+            status.append(TABLE2_NOTE)
+        if finished < len(self.cells):
+            status.append("Partial: rows are means over the finished cells, and change until all are finished.")
+        if find_spec("matplotlib") is None:
+            status.append("No plots: matplotlib is not installed (pip install 'hicode[research]').")
+        status += [
+            f"Failed: {c.clip.source.name}, {c.row}, seed {c.seed}: {self.failures[c.key]}"
+            for c in self.cells
+            if c.key in self.failures
+        ]
+        return status
 
 
-def _write(
-    table: Table,
-    cells: Sequence[Cell],
-    known: dict[str, dict],
-    out: Path,
-    config: dict,
-    failures: dict[str, str],
-    seconds: float,
-) -> dict:
-    # A cell may have been made for another table: what this one calls it counts.
-    finished = [known[c.key] | {"row": c.row, "preset": c.preset} for c in cells if c.key in known]
-    made = table1(finished, config["presets"]) if table == "table1" else table2(finished)
-    names = sorted({c.clip.source.name for c in cells})
-    status = [
-        f"{len(finished)} of {len(cells)} cells finished: {len(names)} clip{'s' * (len(names) != 1)} ({', '.join(names)}), "
-        f"preset {' and '.join(config['presets'])}, seeds 0 … {config['seeds'] - 1}"
-        + (f", iterations times {config['iterations_scale']:g}" if config["iterations_scale"] != 1 else "")
-        + ". Test parts are each clip's last 1/11, which nothing has learned from.",
-        MEASURES,
-    ]
-    if table == "table2":
-        status.append(
-            "All rows but the last are without the mesh carrier, which would bring the ablated signals back; none has a trained compositor. "
-            "Identical budgets, losses and seeds. docs/equations.md says what each row is."
-        )
-    if len(finished) < len(cells):
-        status.append("Partial: rows are means over the cells that are there, and change until all are.")
-    if find_spec("matplotlib") is None:
-        status.append("No plots: matplotlib is not installed (pip install 'hicode[reproduce]').")
-    status += [
-        f"Failed: {c.clip.source.name}, {c.row}, seed {c.seed}: {failures[c.key]}" for c in cells if c.key in failures
-    ]
-    data = {
-        "schema": SCHEMA,
-        "version": VERSION,
-        "table": table,
-        "config": config,
-        "finished": len(finished),
-        "cells": [
-            {
-                "key": c.key,
-                "clip": c.clip.source.name,
-                "row": c.row,
-                "preset": c.preset,
-                "seed": c.seed,
-                "finished": c.key in known,
-            }
-            for c in cells
-        ],
-        "failed": {c.key: failures[c.key] for c in cells if c.key in failures},
-        "figures": made.data,
-        "agreement": list(made.lines),
-        "seconds": round(seconds, 1),
-        "provenance": provenance(config=config, assets=PARTS),
-    }
-    data = plain(data)
-    out.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".md", markdown(made, status)), (".tex", latex(made, status))):
-        with atomic_path(out / f"{table}{suffix}") as file:
-            file.write_text(text, encoding="utf-8")
-    if png := plot(made):
-        with atomic_path(out / f"{table}.png") as file:
-            file.write_bytes(png)
-    write_json(out / f"{table}.json", data)
-    return data
+def _tasks(cells: dict[str, Cell]) -> list[Task]:
+    """The preparation of each clip once, then the cells."""
+    preparations = {p.key: p for c in cells.values() for p in (c.clip, c.cross) if p is not None}
+    tasks = [Task(f"prepare {p.key}", run_preparation, p) for p in preparations.values()]
+    for c in cells.values():
+        after = tuple(f"prepare {p.key}" for p in (c.clip, c.cross) if p)
+        tasks.append(Task(c.key, run_cell, c, after))
+    return tasks
 
 
 @contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Two sweeps into one folder would train the same cells: the second is told."""
+def _exclusive(out: Path) -> Iterator[None]:
+    """Refuse a second sweep into the same folder: both would train the same cells."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
@@ -295,13 +292,22 @@ def _only_one(out: Path) -> Iterator[None]:
         yield
 
 
-# ----------------------------------------------------------------------------------------------------------------- checking
+# ------------------------------------------------------------------------------------------------------------ checking
 
 
-def check(out: Path | str, progress: bool = True) -> dict:
+@dataclass(frozen=True)
+class Check:
+    """Result of scoring the saved frames of a table again."""
+
+    cells: int
+    figures: int
+    differences: tuple[Difference, ...]
+
+
+def check(out: Path | str, progress: bool = True) -> Check:
     """Score the saved frames of every cell that OUT's tables name, and compare with the stored figures.
 
-    Returns {"cells", "figures", "differences": [...]}. FileFormatError where there is no table, or a cell's files are missing.
+    Raises FileFormatError if there is no table, or if a cell's files are missing.
     """
     out = Path(out)
     tables = [out / f"{t}.json" for t in ("table1", "table2") if (out / f"{t}.json").exists()]
@@ -314,8 +320,8 @@ def check(out: Path | str, progress: bool = True) -> dict:
     figures = 0
     with progress_bar("Checking", progress) as show:
         for i, key in enumerate(keys):
-            compared, wrong = check_cell(out / "cells" / f"{key}.json")
+            compared, different = check_cell(out / "cells" / f"{key}.json")
             figures += compared
-            differences += wrong
+            differences += different
             show(i + 1, len(keys))
-    return {"cells": len(keys), "figures": figures, "differences": differences}
+    return Check(len(keys), figures, tuple(differences))

@@ -1,8 +1,8 @@
 """A sweep: many independent tasks, run one after the other or on Ray, on one machine or many.
 
-A task is a function of a module, called with one argument that can be pickled, that leaves its result in a shared folder and may be called
-again at any time: it finds what is done and goes on from there. So nothing here holds a result: a driver that is killed loses none, and a
-worker that dies has its task given to another.
+A task is a module's function with one argument that can be pickled. It leaves its result in a shared folder. It may be
+called again at any time: it goes on from what is done. So no result is held here. A killed driver loses none, and the
+task of a dead worker goes to another worker.
 """
 
 import os
@@ -18,13 +18,14 @@ from hicode.errors import HicodeError, InputError
 from hicode.runtime import cores
 
 ANSWER_SECONDS = 20.0  # a cluster that has not answered by then counts as absent
+ATTEMPTS = 3  # times that a task is begun whose worker dies
 POLL_SECONDS = 1.0
 OBJECT_STORE_BYTES = 100 << 20
 
 
 @dataclass(frozen=True)
 class Task:
-    """`work(argument)`, once the tasks with the keys in `after` are done. `key` names it in what is reported."""
+    """`work(argument)`, to be called after the tasks named in `after`. `key` names it in reports."""
 
     key: str
     work: Callable[[Any], None]
@@ -32,36 +33,41 @@ class Task:
     after: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class SweepConfig:
+    """Where tasks run.
+
+    ray      None: here, one after the other, in the order given. "local": processes of this machine. Otherwise a
+             cluster's address: "HOST:PORT", "ray://HOST:PORT", or "auto" for the cluster this machine belongs to
+    workers  with "local": number of processes; by default as many as there are cores for
+    cpus     cores per task, on Ray
+    """
+
+    ray: str | None = None
+    workers: int | None = None
+    cpus: int = 1
+
+
 def execute(
     tasks: Sequence[Task],
     done: Callable[[str], None] = lambda key: None,
-    failed: Callable[[str, str], None] = lambda key, why: None,
-    *,
-    ray: str | None = None,
-    workers: int | None = None,
-    cpus: int = 1,
-    attempts: int = 3,
+    failed: Callable[[str, str], None] = lambda key, reason: None,
+    config: SweepConfig = SweepConfig(),
 ) -> None:
-    """Run every task; `done(key)` and `failed(key, why)` are called as they end, in this process.
+    """Run every task. `done(key)` or `failed(key, reason)` is called in this process as each ends.
 
-    ray       None: one after the other, here, in the order given. "local": on processes of this machine. Else a cluster's address ("HOST:PORT",
-              "ray://HOST:PORT", or "auto" for the one that this machine belongs to)
-    workers   with "local": processes; as many as there are cores for if not given
-    cpus      cores that a task is given by Ray
-    attempts  how often a task is begun whose worker dies
-
-    A task that raises a HicodeError has failed, and what comes after it fails with it; the others go on. Any other exception is a defect and is
-    raised. InputError where Ray is not installed or the address does not answer.
+    A task that raises a HicodeError has failed. The tasks that wait for it fail too; the others go on. Any other
+    exception is a defect and is raised. Raises InputError if Ray is not installed or the address does not answer.
     """
     seen: set[str] = set()
     for task in tasks:
         assert task.key not in seen, f"two tasks are called {task.key}"
         assert seen.issuperset(task.after), f"{task.key} comes before one that it waits for: {task.after}"
         seen.add(task.key)
-    if ray is None:
+    if config.ray is None:
         _serially(tasks, done, failed)
     else:
-        _on_ray(tasks, done, failed, ray, workers, cpus, attempts)
+        _on_ray(tasks, done, failed, config)
 
 
 def _serially(tasks: Sequence[Task], done, failed) -> None:
@@ -77,10 +83,10 @@ def _serially(tasks: Sequence[Task], done, failed) -> None:
         done(task.key) if why is None else failed(task.key, why)
 
 
-def _on_ray(tasks: Sequence[Task], done, failed, address: str, workers: int | None, cpus: int, attempts: int) -> None:
-    with _cluster(address, workers, cpus) as ray:
-        # The retries are for workers that die (killed, out of memory, machine lost). A HicodeError would come again, so it is not retried.
-        remote = ray.remote(num_cpus=cpus, max_retries=attempts - 1, retry_exceptions=False)(_call)
+def _on_ray(tasks: Sequence[Task], done, failed, config: SweepConfig) -> None:
+    with _cluster(config) as ray:
+        # Retries are for workers that die (killed, out of memory, machine lost). A HicodeError would come again.
+        remote = ray.remote(num_cpus=config.cpus, max_retries=ATTEMPTS - 1, retry_exceptions=False)(_call)
         waiting, running, ended = list(tasks), {}, {}
 
         def end(task: Task, why: str | None) -> None:
@@ -109,12 +115,15 @@ def _on_ray(tasks: Sequence[Task], done, failed, address: str, workers: int | No
                     ray.exceptions.NodeDiedError,
                     ray.exceptions.OutOfMemoryError,
                 ) as error:
-                    why = f"its worker died {attempts} times ({type(error).__name__}). Look for lack of memory, and run the command again."
+                    why = (
+                        f"its worker died {ATTEMPTS} times ({type(error).__name__}). Look for lack of memory, and run "
+                        "the command again."
+                    )
                 end(task, why)
 
 
 def _call(work: Callable[[Any], None], argument: Any) -> str | None:
-    """What a worker does: None, or why the task failed."""
+    """What a worker runs. Returns None, or why the task failed."""
     try:
         work(argument)
     except HicodeError as error:
@@ -123,11 +132,11 @@ def _call(work: Callable[[Any], None], argument: Any) -> str | None:
 
 
 @contextmanager
-def _cluster(address: str, workers: int | None, cpus: int) -> Iterator:
-    """Ray, connected. Left as it was found: a local one ends, a cluster stays."""
+def _cluster(config: SweepConfig) -> Iterator:
+    """Ray, connected. At the end a local one stops, a cluster stays."""
     # Ray reports its use to its makers unless told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Its workers step back behind everything else on the machine (nice 15): their frames a second would be those of an idle moment.
+    # By default Ray's workers run at nice 15. Their frames per second would depend on other work.
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         import ray
@@ -136,15 +145,16 @@ def _cluster(address: str, workers: int | None, cpus: int) -> Iterator:
             "Ray is not installed. Install it (pip install 'hicode[cluster]'), or leave --ray out to run on this machine."
         ) from error
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address == "local":
-        slots = (workers or max(1, cores() // cpus)) * cpus
-        # Next to nothing is sent through Ray: its usual third of the memory is better left to the cells.
+    assert config.ray is not None
+    if config.ray == "local":
+        slots = (config.workers or max(1, cores() // config.cpus)) * config.cpus
+        # Almost nothing is sent through Ray. By default it would reserve a third of the memory.
         ray.init(
             address="local", num_cpus=slots, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
         )
     else:
-        check_address(address)
-        ray.init(address=address, **quiet)
+        check_address(config.ray)
+        ray.init(address=config.ray, **quiet)
     try:
         yield ray
     finally:
@@ -152,9 +162,10 @@ def _cluster(address: str, workers: int | None, cpus: int) -> Iterator:
 
 
 def check_address(address: str) -> None:
-    """InputError, within 30 seconds, where no Ray cluster answers at the address.
+    """Raise InputError, within 30 seconds, if no Ray cluster answers at the address.
 
-    Ray itself waits for minutes on a silent address. So the port is tried first, then a connection by another process, which can be ended.
+    Ray itself waits for minutes on a silent address. So the port is tried first, then a connection by another process,
+    which can be stopped.
     """
     place = address.removeprefix("ray://")
     remedy = "Check it (ray status), or use --ray local."

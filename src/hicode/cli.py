@@ -1,27 +1,23 @@
-"""The command line: each command is a function, its options are the function's parameters and the dataclass configs
-that it takes.
+"""The command line. Each command is a function. Its options are the function's parameters and the fields of its configs.
 
-Exit status: 0 done; 2 something the user can mend, said in one line on standard error; 130 interrupted, with how to go
-on. A traceback is a defect of ours. Only the chosen command's modules are imported, so `hicode --help` is instant.
+Exit status: 0 done; 2 something the user can mend, said in one line on standard error; 130 interrupted. A traceback is
+a defect of hicode. Only the modules of the chosen command are imported, so `hicode --help` is instant.
 """
 
-import contextlib
 import difflib
 import errno
-import functools
-import inspect
-import io
-import os
 import re
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from hicode import __version__
+from hicode.arguments import option, parse
 from hicode.errors import HicodeError, InputError
 from hicode.runtime import Device, share_cores
 
@@ -32,26 +28,22 @@ ClipFolder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CLIP")]
 AvatarFile = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="AVATAR")]]
 MaybeAvatar = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="AVATAR")]]
 MaybeClip = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="CLIP")]]
+NoPrefix = tyro.conf.arg(name="")
 Preset = Literal["draft", "standard", "paper"]
 EXIT_USER, EXIT_INTERRUPTED = 2, 130
 
 
-def _demo() -> Callable:
+def _demo(argv: list[str]) -> Callable:
     from hicode.demo import demo
 
     return demo
 
 
-def _prepare() -> Callable:
+def _prepare(argv: list[str]) -> Callable:
     from hicode.preparation.prepare import PrepareConfig, prepare
 
-    def run(
-        video: Video,
-        out: Out,
-        config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),
-    ) -> None:
-        """Make a clip from a video: frames, landmarks, head track, masks, speech features, and a report of what the
-        recording is good for.
+    def run(video: Video, out: Out, config: Annotated[PrepareConfig, NoPrefix] = PrepareConfig()) -> None:
+        """Make a clip from a video: frames, landmarks, head track, masks, speech features, and a capture report.
 
         A run that was stopped goes on where it was when the same command is given again.
 
@@ -60,21 +52,23 @@ def _prepare() -> Callable:
             out: Folder of the clip.
         """
         clip = prepare(video, out, config)
-        print(
-            f"{clip.path}: {clip.frame_count} frames. Next: hicode train {clip.path} -o "
-            f"{clip.path.with_suffix('.hicode')}"
-        )
+        avatar = clip.path.with_suffix(".hicode")
+        print(f"{clip.path}: {clip.frame_count} frames. Next: hicode train {clip.path} -o {avatar}")
 
     return run
 
 
-def _train() -> Callable:
+def _train(argv: list[str]) -> Callable:
     from hicode.training.avatar import train
+    from hicode.training.stages import HeadConfig
+
+    preset_name, preset_config = _preset(argv)
 
     def run(
         clip: ClipFolder,
         out: Out,
-        preset: Preset = "standard",
+        preset: Preset = preset_name,
+        head: HeadConfig = preset_config,
         run_folder: Path | None = None,
         speech_weights: Path | None = None,
         seed: int = 0,
@@ -88,18 +82,30 @@ def _train() -> Callable:
             clip: What `hicode prepare` made.
             out: The avatar, one file; the usual ending is .hicode.
             preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
-            run_folder: Where checkpoints, metrics and TensorBoard events go; runs/NAME beside the avatar if not given.
+            run_folder: Where checkpoints, metrics and TensorBoard events go; runs/NAME next to the avatar if not given.
             speech_weights: What `hicode pretrain` made, instead of the weights that ship.
             seed: Of everything random.
             device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
-        train(clip, out, preset, run=run_folder, seed=seed, device=device, speech_weights=speech_weights)
+        train(
+            clip, out, preset, head=replace(head, seed=seed), run=run_folder, seed=seed, device=device,
+            speech_weights=speech_weights,
+        )  # fmt: skip
         print(f"{out}. Next: hicode speak {out} AUDIO -o speech.mp4")
 
     return run
 
 
-def _speak() -> Callable:
+def _preset(argv: list[str]) -> tuple[Preset, "HeadConfig"]:
+    """The chosen preset, whose values are the defaults of the other options."""
+    from hicode.training.stages import DEFAULT_PRESET, head_preset
+
+    name = option(argv, "--preset")
+    name = name if name in get_args(Preset) else DEFAULT_PRESET  # a wrong name is the parser's to refuse
+    return name, head_preset(name)
+
+
+def _speak(argv: list[str]) -> Callable:
     from hicode.avatar.compositor import Region
     from hicode.session.session import speak
 
@@ -124,15 +130,14 @@ def _speak() -> Callable:
             audio: Speech, in any sound or video file, of any length.
             out: The video, ending in .mp4.
             original_size: Paste the head back into the video that the avatar came from, at that video's size.
-            source_video: Where that video is, should it have moved.
-            start: Driving frame to begin with; the first if not given, with --still one that holds well.
+            source_video: Where that video is, if it has moved.
+            start: First driving frame; 0 if not given. With --still: one that holds well.
             rest: Let the lips rest in silence.
-            still: Hold one frame of the driving video instead of playing it back and forth; blinks, gaze and small movements of
-                the head are generated.
+            still: Hold one frame of the driving video. Blinks, gaze and small head movements are generated.
             blinks: Blink where the driving video has no blink for long; with --still, at all.
             seed: Of blinks, gaze and head.
-            region: What of the rendered head goes into the driving video: the face (hair, ears and neck stay the video's), or the whole head.
-                With --still always the head.
+            region: The part of the render that goes into the driving video: the face or the whole head. With --still
+                always the head.
             device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         _check_device(device)
@@ -145,17 +150,18 @@ def _speak() -> Callable:
     return run
 
 
-def _make() -> Callable:
+def _make(argv: list[str]) -> Callable:
     from hicode.preparation.prepare import PrepareConfig
+    from hicode.training.stages import DEFAULT_PRESET
 
     def run(
         video: Video,
         audio: Audio,
         out: Out,
-        preset: Preset = "draft",
+        preset: Preset = DEFAULT_PRESET,
         work: Path | None = None,
         speech_weights: Path | None = None,
-        config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),
+        config: Annotated[PrepareConfig, NoPrefix] = PrepareConfig(),
         device: Device = "auto",
     ) -> None:
         """Prepare, train and speak in one go: from a video of someone and any speech to a video of them speaking it.
@@ -165,7 +171,7 @@ def _make() -> Callable:
             audio: What they shall say, in any sound or video file.
             out: The video, ending in .mp4.
             preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
-            work: Folder for clip, avatar and run, which are kept; OUT.work beside the video if not given.
+            work: Folder for clip, avatar and run, which are kept; OUT.work next to the video if not given.
             speech_weights: What `hicode pretrain` made, instead of the weights that ship.
             device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
@@ -176,7 +182,7 @@ def _make() -> Callable:
     return run
 
 
-def _evaluate() -> Callable:
+def _evaluate(argv: list[str]) -> Callable:
     from hicode.avatar.compositor import Region
     from hicode.evaluation.report import evaluate
     from hicode.evaluation.videos import CompareConfig, compare_videos
@@ -191,7 +197,7 @@ def _evaluate() -> Callable:
         syncnet: Path | None = None,
         alignment: Path | None = None,
         region: Region = "head",
-        config: Annotated[CompareConfig, tyro.conf.arg(name="")] = CompareConfig(),  # noqa: B008 - frozen
+        config: Annotated[CompareConfig, NoPrefix] = CompareConfig(),
         device: Device = "auto",
     ) -> None:
         """Measure an avatar on the part of its clip that it has not seen, or any video against a reference: a table, and on request JSON and a
@@ -251,121 +257,22 @@ def _evaluate() -> Callable:
     return run
 
 
-def _reproduce() -> Callable:
+def _reproduce(argv: list[str]) -> Callable:
     _find_research()
-    from research.reproduce.run import check as check_tables
-    from research.reproduce.run import reproduce
+    from research.reproduce.command import command
 
-    def run(
-        table: tyro.conf.Positional[Literal["table1", "table2"] | None] = None,
-        clips: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="CLIPS")]] = None,
-        out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None,
-        preset: tuple[Preset, ...] = ("draft",),
-        seeds: int | None = None,
-        rows: tuple[str, ...] = (),
-        iterations_scale: float = 1.0,
-        ray: str | None = None,
-        workers: int | None = None,
-        cpus: int = 1,
-        syncnet: Path | None = None,
-        check: Path | None = None,
-    ) -> None:
-        """Make the paper's Table 1 (the system, per preset) or Table 2 (the ablations) from a folder of clips: Markdown,
-        LaTeX, a plot and JSON, written anew after each finished cell.
-
-        A run that was stopped goes on when the same command is given again; what is finished is never made twice.
-
-        Args:
-            table: table1 or table2.
-            clips: A folder of videos or of clips that hicode prepare made, or one of them.
-            out: Folder of the tables and of all that they are made of.
-            preset: draft, standard or paper; table1 takes several.
-            seeds: How often each cell is trained, with seeds 0, 1 ...; table1 once, table2 twice if not given.
-            rows: Rows of table2 to make; all if none is named.
-            iterations_scale: Train the head for this share of the preset's iterations.
-            ray: Run the cells on Ray: local (this machine's cores), or a cluster's address. One after the other if not given.
-            workers: With --ray local, cells at a time; as many as there are cores if not given.
-            cpus: With --ray, cores for each cell.
-            syncnet: SyncNet's own weights, syncnet_v2.model, if you have them: adds AVConf.
-            check: Instead of making a table, score the saved frames of the one in this folder again and compare.
-        """
-        if check is not None:
-            if table is not None:
-                raise InputError("--check makes no table. Give hicode reproduce --check FOLDER alone.")
-            found = check_tables(check)
-            for difference in found["differences"]:
-                print(difference)
-            print(
-                f"{check}: {found['figures']} figures of {found['cells']} cells scored again, {len(found['differences'])} differ"
-            )
-            if found["differences"]:
-                raise InputError(
-                    f"{check} holds figures that its frames do not give (listed above). Make these cells anew."
-                )
-            return
-        if table is None or clips is None or out is None:
-            raise InputError(
-                "Missing: a table, a folder of clips and -o. Give hicode reproduce table1|table2 CLIPS -o OUT."
-            )
-        reproduce(
-            table, clips, out, preset, seeds=seeds, rows=rows, iterations_scale=iterations_scale,
-            ray=ray, workers=workers, cpus=cpus, syncnet=syncnet,
-        )  # fmt: skip
-        print((out / f"{table}.md").read_text(encoding="utf-8"))
-
-    return run
+    return command
 
 
-def _pretrain() -> Callable:
+def _pretrain(argv: list[str]) -> Callable:
     _find_research()
-    from research.pretrain.pretraining import PretrainingConfig, pretrain_folders
+    from research.pretrain.command import command
 
-    def run(
-        folders: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER")]],
-        out: Out,
-        cache: Path,
-        sources: Path | None = None,
-        sync_out: Path | None = None,
-        presence_out: Path | None = None,
-        sentences: int = PretrainingConfig.sentences,
-        synthetic_minutes: float = PretrainingConfig.synthetic_minutes,
-        synthetic_speakers: int = PretrainingConfig.synthetic_speakers,
-        steps: int = PretrainingConfig.steps,
-        seed: int = 0,
-    ) -> None:
-        """Learn generic speech weights from your own videos of people who speak; `hicode train --speech-weights` uses them.
-
-        Every video directly in a folder is a speaker of its own, every sub-folder is one speaker with several clips. A run that was stopped goes on
-        where it was when the same command is given again.
-
-        Args:
-            folders: Folders of videos with sound, of two speakers at least.
-            out: The weights, ending in .safetensors; a report is written beside them.
-            cache: Folder for landmarks, head motion and features, which are kept.
-            sources: A manifest of speakers, patterns and terms (docs/weights.md); sources.toml in the folder if there is one.
-            sync_out: Also write the sync model here; the manifest must name an anchor.
-            presence_out: Also learn whether somebody speaks, and write that score here.
-            sentences: Clips of a speaker at most.
-            synthetic_minutes: Of synthesised speech beside them, in fifteen languages; 0 for none.
-            synthetic_speakers: Who say it.
-            steps: Of training each network.
-            seed: Of everything random.
-        """
-        config = PretrainingConfig(sentences, synthetic_minutes, synthetic_speakers, steps, seed)
-        report = pretrain_folders(
-            folders, out, cache, config, manifest=sources, sync_out=sync_out, presence_out=presence_out
-        )
-        for left in report["left_out"]:
-            print(f"Left out: {left['speaker']}{', ' + left['clip'] if left['clip'] else ''}: {left['reason']}")
-        print(
-            f"{out}: {len(report['learned_from'])} speakers, {report['seconds']:.0f} s. The report: {out.with_suffix('.md')}"
-        )
-
-    return run
+    return command
 
 
 def _find_research() -> None:
-    """Make `research` importable: it stands beside the package in a clone of the repository, and is in no wheel."""
+    """Make `research` importable: it stands next to the package in a clone of the repository, and is in no wheel."""
     clone = Path(__file__).resolve().parents[2]
     if not (clone / "research" / "__init__.py").exists():
         raise InputError("This command needs a clone of the repository. Clone it and run ./run there.")
@@ -373,7 +280,7 @@ def _find_research() -> None:
         sys.path.append(str(clone))
 
 
-def _assets() -> Callable:
+def _assets(argv: list[str]) -> Callable:
     from hicode import assets
 
     def run(
@@ -407,14 +314,14 @@ def _assets() -> Callable:
     return run
 
 
-def _doctor() -> Callable:
+def _doctor(argv: list[str]) -> Callable:
     from hicode.doctor import doctor
 
     return doctor
 
 
 # name: (what makes the function, what it does)
-COMMANDS: dict[str, tuple[Callable[[], Callable], str]] = {
+COMMANDS: dict[str, tuple[Callable[[list[str]], Callable], str]] = {
     "demo": (_demo, "everything below on a sample that is fetched; ends with a video and a report"),
     "prepare": (_prepare, "VIDEO -o CLIP: frames, landmarks, track, masks, speech features"),
     "train": (_train, "CLIP -o AVATAR [--preset draft|standard|paper]: learn a talking head"),
@@ -487,64 +394,10 @@ def _run(argv: list[str]) -> int:
         hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(COMMANDS)}."
         kind = "option" if name.startswith("-") else "command"
         raise InputError(f"No {kind} is called {name!r}. {hint} See hicode --help.")
-    function = COMMANDS[name][0]()
-    description = inspect.cleandoc(function.__doc__).split("\n\nArgs:")[0]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), _wide(argv):
-            call = tyro.cli(_bound(function), args=argv[1:], prog=f"hicode {name}", description=description)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            return 0
-        raise InputError(_one_line(said.getvalue(), name)) from None
-    call()
+    call = parse(COMMANDS[name][0](argv[1:]), argv[1:], name)
+    if call is not None:
+        call()
     return 0
-
-
-@contextlib.contextmanager
-def _wide(argv: list[str]):
-    """The parser wraps to the terminal; what is to become one line must not be wrapped."""
-    before = os.environ.get("COLUMNS")
-    if not {"-h", "--help"} & set(argv):
-        os.environ["COLUMNS"] = "2000"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("COLUMNS", None)
-        else:
-            os.environ["COLUMNS"] = before
-
-
-def _bound(function: Callable) -> Callable:
-    """`function` as one that returns itself with its arguments in place: options are parsed first, then the work runs
-    outside the parser.
-    """
-
-    @functools.wraps(function)
-    def bind(*args, **kwargs):
-        return functools.partial(function, *args, **kwargs)
-
-    bind.__signature__ = inspect.signature(function).replace(return_annotation=object)
-    return bind
-
-
-def _one_line(box: str, name: str) -> str:
-    """The parser's boxed complaint as one sentence, with a suggestion."""
-    lines = [line.strip("│ ").rstrip() for line in box.splitlines() if not set(line) & set("╭╰─")]
-    details = [line for line in lines if line.startswith("-") or line.split(" ")[0].isupper()]
-    finding, suggestion = lines[0] if lines else "The options could not be understood", ""
-    if finding.startswith("Missing from"):
-        finding = f"Missing: {' and '.join(line.split(',')[0].split(' (')[0] for line in details)}"
-    elif finding.startswith("Unrecognized options"):
-        finding = finding.replace("Unrecognized options", "Not understood")
-        near = next((line.split()[0].rstrip(",") for line in details if line.startswith("--")), None)
-        suggestion = f" Did you mean {near}?" if near else ""
-    elif finding.startswith("invalid choice"):
-        given, *choices = re.findall(r"'([^']*)'", finding.replace(re.search(r"for argument '[^']*'", finding)[0], ""))
-        near = difflib.get_close_matches(given, choices, 1)
-        suggestion = f" Did you mean {near[0]}?" if near else ""
-    return f"{finding[0].upper()}{finding[1:].rstrip('.')}.{suggestion} See hicode {name} --help."
 
 
 def _overview() -> str:
@@ -558,7 +411,3 @@ def _check_device(device: Device) -> None:
     from hicode.runtime import resolve_device
 
     resolve_device(device)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -44,7 +44,7 @@ from hicode.training.adaptation import GENERIC, AdaptConfig, adapt_example, exam
 from hicode.training.film_grain import learn_grain, project
 from hicode.training.head import HeadState, deform, head_in, train_head, training_split
 from hicode.training.refiner import compositor_preset, train_compositor
-from hicode.training.stages import HeadConfig, Preset, head_preset
+from hicode.training.stages import DEFAULT_PRESET, HeadConfig, Preset, head_preset
 
 RUN_SCHEMA, RUN_VERSION = "hicode-run", 2
 # The pretrained parts that a clip and an avatar are made with: the report of an avatar names them with their hashes.
@@ -59,7 +59,7 @@ POOL_PIXEL_BYTES = 15  # of the compositor's pool: 14 layers and the depth
 def train(
     clip: Clip | Path | str,
     out: Path | str,
-    preset: Preset = "standard",
+    preset: Preset = DEFAULT_PRESET,
     *,
     head: HeadConfig | None = None,
     run: Path | str | None = None,

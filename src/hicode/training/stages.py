@@ -16,6 +16,7 @@ from hicode.training.density import DensityConfig
 from hicode.training.losses import LossWeights
 
 Preset = Literal["draft", "standard", "paper"]
+DEFAULT_PRESET: Preset = "draft"
 
 
 @dataclass(frozen=True)
