@@ -29,8 +29,9 @@ from research.reproduce.cells import (
     run_cell,
     run_preparation,
 )
+from research.reproduce.show import latex, markdown, plot
 from research.reproduce.sweep import SweepConfig, Task, execute
-from research.reproduce.tables import Made, latex, markdown, plot, table1, table2
+from research.reproduce.tables import Made, table1, table2
 
 MEASURES = (
     "Means over clips, then mean ± sample standard deviation over seeds. SSIM, PSNR and LPIPS (AlexNet) are of the "

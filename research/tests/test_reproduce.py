@@ -18,23 +18,13 @@ from research.reproduce import cells as cells_module
 from research.reproduce import run as run_module
 from research.reproduce import sweep
 from research.reproduce.cells import Source, check_cell, find_sources
+from research.reproduce.paper import PAPER_TABLE1, PAPER_TABLE2
 from research.reproduce.run import ReproduceConfig, check, plan, reproduce
+from research.reproduce.show import latex, markdown, plot
 from research.reproduce.sweep import SweepConfig, Task, execute
-from research.reproduce.tables import (
-    METRICS,
-    PAPER_TABLE1,
-    PAPER_TABLE2,
-    Figure,
-    Row,
-    agreement,
-    figure,
-    latex,
-    markdown,
-    plot,
-    table1,
-    table2,
-)
+from research.reproduce.tables import METRICS, Figure, Row, agreement, figure, table1, table2
 from research.tests import sweep_work
+from research.tests.cells import a_cell
 
 from helpers.drawn_head import FRAMES, SIZE, draw_clip
 from hicode import assets
@@ -153,7 +143,8 @@ def test_a_killed_driver_loses_no_finished_task(ray, request, tmp_path):
         request.getfixturevalue("reaching")
     script = (
         f"import sys; sys.path[:0] = {SEARCHED!r}\n"
-        "from research.tests import sweep_work; from research.reproduce.sweep import SweepConfig, Task, execute\n"
+        "from research.tests import sweep_work
+from research.tests.cells import a_cell; from research.reproduce.sweep import SweepConfig, Task, execute\n"
         f"names = [('a', '0'), ('b', '0'), ('c', 'waits to be killed'), ('d', '0')]\n"
         f"execute([Task(n, sweep_work.work, ({str(tmp_path)!r}, n, how)) for n, how in names], config=SweepConfig({ray!r}, 1))"
     )
@@ -248,22 +239,6 @@ def test_the_papers_figures_are_those_of_the_paper():
     assert set(PAPER_TABLE2) == set(ABLATIONS) - {"literal", "mesh"}
 
 
-def a_cell(name="one", row="full", seed=0, psnr=30.0, cross=None):
-    figures = {r: {"psnr": psnr, "ssim": 0.9, "lpips": 0.1} for r in ("frame", "head", "mouth")}
-    figures |= {"lmd_px": 2.0, "sync_margin": None, "jitter_px": 0.5}
-    report = {m: dict(figures) for m in ("control", "tracked", "audio")} | {
-        "ground_truth": dict(figures, frame={"psnr": None, "ssim": 1.0, "lpips": 0.0})
-    }
-    return {
-        "clip": {"name": name},
-        "row": row,
-        "preset": "draft",
-        "seed": seed,
-        "cross": cross,
-        "report": report | {"fps": 12.0, "seconds": {"head": 60.0}},
-    }
-
-
 def test_pages_show_every_row_and_mark_the_papers():
     made = table2([a_cell(row=r, seed=s, psnr=30 + s) for r in ABLATIONS for s in (0, 1)])
     page, tex = markdown(made, ["status"]), latex(made, ["status"])
@@ -307,7 +282,7 @@ def test_a_table_of_nothing_yet_is_a_page_without_figures():
 
 
 def test_the_plot_is_a_png():
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'hicode[reproduce]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'hicode[research]'")
     assert plot(table2([a_cell(row=r) for r in ABLATIONS])).startswith(b"\x89PNG")
 
 
