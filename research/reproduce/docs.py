@@ -47,8 +47,8 @@ class Grid:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        head, *rows = (f"| {' | '.join(line)} |\n" for line in (self.columns, *self.rows))
+        return head + "|" + "---|" * len(self.columns) + "\n" + "".join(rows)
 
 
 def save_results(file: Path, columns: Sequence[str], rows: Sequence[Sequence[str | float]], command: str) -> None:

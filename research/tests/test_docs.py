@@ -27,7 +27,7 @@ def results(tmp_path):
 
 def test_a_section_gets_the_table_of_its_file_and_the_rest_of_the_page_stays(results):
     filled = fill(PAGE, results)
-    table = "| part | ms |\n| --- | --- |\n| render | 5.1 |\n| paste | 3 ± 1 |\n"
+    table = "| part | ms |\n|---|---|\n| render | 5.1 |\n| paste | 3 ± 1 |\n"
     assert filled.text == PAGE.replace("speed -->\n", f"speed -->\n{table}")
     assert filled.changed == ("speed",) and filled.missing == ("other",)
 

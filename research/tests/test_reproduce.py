@@ -143,8 +143,7 @@ def test_a_killed_driver_loses_no_finished_task(ray, request, tmp_path):
         request.getfixturevalue("reaching")
     script = (
         f"import sys; sys.path[:0] = {SEARCHED!r}\n"
-        "from research.tests import sweep_work
-from research.tests.cells import a_cell; from research.reproduce.sweep import SweepConfig, Task, execute\n"
+        "from research.tests import sweep_work; from research.reproduce.sweep import SweepConfig, Task, execute\n"
         f"names = [('a', '0'), ('b', '0'), ('c', 'waits to be killed'), ('d', '0')]\n"
         f"execute([Task(n, sweep_work.work, ({str(tmp_path)!r}, n, how)) for n, how in names], config=SweepConfig({ray!r}, 1))"
     )
