@@ -244,7 +244,7 @@ def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path
     from hicode.avatar.avatar import Avatar
     from hicode.avatar.compositor import CompositorConfig
     from hicode.evaluation import report
-    from hicode.session import session as synthesis
+    from hicode.session import speak as synthesis
     from hicode.training import avatar as run
     from hicode.training.refiner import CompositorTraining
 
@@ -263,7 +263,8 @@ def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path
         avatar = Avatar.load(tmp_path / "a.hicode")
         spoken = synthesis.speak(avatar, sound, tmp_path / f"{asked}.mp4", device=asked, progress=False)
         assert spoken.frames == 5
-        frames[asked] = np.stack(list(synthesis.synthesize(avatar.to(device if asked == "cuda" else "cpu"), sound)))
+        spoken = synthesis.synthesize(avatar.to(device if asked == "cuda" else "cpu"), sound)
+        frames[asked] = np.stack([frame.image for frame in spoken])
     # the kernels against the dense reference, each within half a grey level
     assert np.abs(frames["cpu"].astype(int) - frames["cuda"]).max() <= 1
     figures = [

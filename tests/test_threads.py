@@ -31,12 +31,16 @@ def test_each_piece_is_done_once(threads):
 
 
 def test_a_frame_thread_runs_torch_alone_and_the_caller_keeps_its_threads(threads):
-    with frame_pool() as pool:
-        x = torch.randn(500, 500)  # large enough that torch would take more threads, and ask how many there are
+    pool = frame_pool()
+    x = torch.randn(500, 500)  # large enough that torch would take more threads, and ask how many there are
 
-        def work(_):
-            _ = x @ x
-            return torch.get_num_threads()
+    def work(_):
+        _ = x @ x
+        return torch.get_num_threads()
 
-        assert list(pool.map(work, range(20))) == [1] * 20
+    assert list(pool.map(work, range(20))) == [1] * 20
     assert torch.get_num_threads() == threads
+
+
+def test_all_sessions_of_a_process_share_one_pool_of_frame_threads(threads):
+    assert frame_pool() is frame_pool()

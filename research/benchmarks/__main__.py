@@ -124,7 +124,7 @@ def step() -> Timed:
 
 def speak() -> Timed:
     """Two seconds of sound to an encoded video: ms a frame of each part, and of all of them."""
-    from hicode.session.session import speak as write
+    from hicode.session.speak import speak as write
 
     avatar = scene.drawn_avatar(N, SIZE, head_preset("standard"))
     sound = scene.speechlike(2.0)
@@ -132,7 +132,7 @@ def speak() -> Timed:
     def spoken():
         with tempfile.TemporaryDirectory() as folder:
             started = time.process_time()
-            seconds = write(avatar, sound, Path(folder) / "out.mp4", progress=False).parts
+            seconds = write(avatar, sound, Path(folder) / "out.mp4", progress=False).timings
             total = time.process_time() - started
         parts = ("features", "faceformers", "driving", "deform", "rasterise", "composite", "encode")
         return {f"speak {p}": 1e3 * getattr(seconds, p) / seconds.frames for p in parts} | {

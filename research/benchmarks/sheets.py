@@ -79,7 +79,7 @@ def sheet(avatar, audio: Path, shapes: Shapes, out: Path) -> None:
     import cv2
 
     from hicode.evaluation.lips import detect, opening
-    from hicode.session.session import synthesize
+    from hicode.session.speak import synthesize
     from hicode.tracking.landmarks import FaceLandmarker
 
     sound = read_speech(audio)
@@ -90,7 +90,7 @@ def sheet(avatar, audio: Path, shapes: Shapes, out: Path) -> None:
     first = int(per_window.argmax())
     lead = min(first, 50)  # the stream needs its past
     spoken = synthesize(avatar, sound[(first - lead) * 640 : (first + length) * 640])
-    frames = [frame for i, frame in enumerate(spoken) if i >= lead]
+    frames = [frame.image for i, frame in enumerate(spoken) if i >= lead]
     points = detect(frames, FaceLandmarker())
     gaps = opening(points)
     lips = points[:, LIPS, :2]

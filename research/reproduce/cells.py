@@ -291,7 +291,8 @@ def _keep(place: Path, frames: dict[str, dict[int, np.ndarray]]) -> None:
 def _speak_for(avatar, other: Clip, name: str) -> dict | None:
     """The avatar speaking another person's sound, which has no true frames: sync and steadiness only, beside those of the other's own video."""
     from hicode.evaluation.lips import detect, jitter
-    from hicode.session.session import synthesize
+    from hicode.session.config import SpeakConfig
+    from hicode.session.speak import synthesize
     from hicode.tracking.landmarks import FaceLandmarker
 
     sound = other.audio()
@@ -301,7 +302,7 @@ def _speak_for(avatar, other: Clip, name: str) -> dict | None:
     features = other.speech_features(avatar.speech.encoder)[: 2 * count]
     landmarker = FaceLandmarker()
     out = {"sound_of": name, "frames": count}
-    spoken = synthesize(avatar, sound[: 640 * count], region="head")  # as in the other rows
+    spoken = (frame.image for frame in synthesize(avatar, sound[: 640 * count], SpeakConfig(region="head")))
     for row, frames, width in (
         ("audio", spoken, avatar.plate.shape[1]),
         ("ground_truth", (other.image(t) for t in range(count)), other.width),

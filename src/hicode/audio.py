@@ -108,12 +108,13 @@ class Resampler:
 
 
 class SpeechInput:
-    """Sound of any type, rate, channel count and piece size, to checked mono float32 at 16 kHz.
+    """Sound of any type, rate, channel count and piece size, to checked mono float32 at one rate (16 kHz).
 
     The rate may change between pieces. After `finish`, new sound may follow.
     """
 
-    def __init__(self):
+    def __init__(self, target_hz: int = SAMPLE_RATE_HZ):
+        self._target_hz = target_hz
         self._resampler: Resampler | None = None
 
     def push(self, samples: Shaped[np.ndarray, "n *c"], sample_rate_hz: int) -> Float32[np.ndarray, "m"]:
@@ -121,7 +122,7 @@ class SpeechInput:
         samples = checked_sound(to_mono(samples))
         if self._resampler is not None and self._resampler.rate_hz == sample_rate_hz:
             return self._resampler.push(samples)
-        following = Resampler(sample_rate_hz)
+        following = Resampler(sample_rate_hz, self._target_hz)
         remaining, self._resampler = self.finish(), following
         return np.concatenate([remaining, following.push(samples)])
 

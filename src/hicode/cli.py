@@ -106,21 +106,15 @@ def _preset(argv: list[str]) -> tuple[Preset, "HeadConfig"]:
 
 
 def _speak(argv: list[str]) -> Callable:
-    from hicode.avatar.compositor import Region
-    from hicode.session.session import speak
+    from hicode.session.config import SpeakConfig, VideoConfig
+    from hicode.session.speak import speak
 
     def run(
         avatar: AvatarFile,
         audio: Audio,
         out: Out,
-        original_size: bool = False,
-        source_video: Path | None = None,
-        start: int | None = None,
-        rest: bool = True,
-        still: bool = False,
-        blinks: bool = True,
-        seed: int = 0,
-        region: Region = "face",
+        config: Annotated[SpeakConfig, NoPrefix] = SpeakConfig(),  # noqa: B008 - frozen
+        video: Annotated[VideoConfig, NoPrefix] = VideoConfig(),  # noqa: B008 - frozen
         device: Device = "auto",
     ) -> None:
         """Make an avatar speak: an MP4 with sound.
@@ -129,23 +123,10 @@ def _speak(argv: list[str]) -> Callable:
             avatar: What `hicode train` made.
             audio: Speech, in any sound or video file, of any length.
             out: The video, ending in .mp4.
-            original_size: Paste the head back into the video that the avatar came from, at that video's size.
-            source_video: Where that video is, if it has moved.
-            start: First driving frame; 0 if not given. With --still: one that holds well.
-            rest: Let the lips rest in silence.
-            still: Hold one frame of the driving video. Blinks, gaze and small head movements are generated.
-            blinks: Blink where the driving video has no blink for long; with --still, at all.
-            seed: Of blinks, gaze and head.
-            region: The part of the render that goes into the driving video: the face or the whole head. With --still
-                always the head.
             device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
         _check_device(device)
-        spoken = speak(
-            avatar, audio, out, original_size=original_size, source_video=source_video, start=start, rest=rest, still=still, blinks=blinks,
-            seed=seed, region=region, device=device,
-        )  # fmt: skip
-        print(spoken)
+        print(speak(avatar, audio, out, config, video, device))
 
     return run
 

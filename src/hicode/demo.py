@@ -37,7 +37,7 @@ def make(
     from hicode.files import check_writable, sha256_of
     from hicode.media.audio import read_speech
     from hicode.runtime import resolve_device
-    from hicode.session.session import speak
+    from hicode.session.speak import speak
     from hicode.training.adaptation import load_generic
     from hicode.training.avatar import train
 

@@ -15,6 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 _pool: ThreadPoolExecutor | None = None
+_frames: tuple[int, ThreadPoolExecutor] | None = None  # threads, pool
 _lock = threading.Lock()
 
 
@@ -47,30 +48,41 @@ def run_on_threads(kernel, pieces: int, *arguments) -> None:
 
 
 def frame_pool() -> ThreadPoolExecutor:
-    """As many threads as torch uses here, each of which runs torch and kernels by itself: for work whose pieces are whole frames.
+    """The pool for work whose pieces are whole frames: as many threads as torch uses here, one pool for the process.
 
-    A frame a thread keeps all cores busy; a frame on all threads leaves them waiting for each other in every small step.
+    A frame a thread keeps all cores busy. A frame on all threads leaves them waiting for each other in every small
+    step, so each of the pool's threads runs torch and kernels alone. Nobody shuts the pool down. After
+    `torch.set_num_threads` with another number, the next call makes another pool.
     """
+    global _frames
     count = torch.get_num_threads()
+    with _lock:
+        if _frames is None or _frames[0] != count:
+            if _frames is not None:
+                _frames[1].shutdown(wait=False)
+            _frames = count, _make_frame_pool(count)
+        return _frames[1]
+
+
+def _make_frame_pool(count: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(count, thread_name_prefix="hicode-frame")
     together = threading.Barrier(count)
 
     def alone() -> None:
-        torch.get_num_threads()  # a thread takes the inherited number when it first asks, and would later forget what it was told before
+        torch.get_num_threads()  # a thread takes the inherited number when it first asks, whatever was set before
         torch.set_num_threads(1)
         together.wait()  # so that each thread is told once
 
     for started in [pool.submit(alone) for _ in range(count)]:
         started.result()
-    torch.set_num_threads(
-        count
-    )  # the number is each thread's own, but threads to come inherit the one that was set last
+    # The number is each thread's own, but threads to come inherit the one that was set last.
+    torch.set_num_threads(count)
     return pool
 
 
 def _forget() -> None:
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+    global _pool, _frames, _lock
+    _pool, _frames, _lock = None, None, threading.Lock()
 
 
 if hasattr(

@@ -1,14 +1,13 @@
 """Idling: statistics of blinks, gaze and head, what they do to a motion, and the stream that uses them."""
 
-import inspect
 import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from test_session import FakeAvatar, source_video, speechlike
 
+from helpers.fake_avatar import FakeAvatar, source_video, speechlike
 from hicode.audio import SAMPLE_RATE_HZ
 from hicode.avatar import idle
 from hicode.avatar.idle import (
@@ -29,7 +28,9 @@ from hicode.avatar.idle import (
 from hicode.errors import InputError
 from hicode.geometry import axis_angle_from_rotation, transform
 from hicode.motion import Motion, bounce
-from hicode.session.session import Stream, speak, synthesize, synthesize_motion
+from hicode.session.config import SpeakConfig, VideoConfig
+from hicode.session.session import Session
+from hicode.session.speak import speak, synthesize
 from hicode.speech.loudness import speech_level
 
 FPS = 25
@@ -339,7 +340,7 @@ def test_no_outline_of_the_head_moves_farther_than_composition_knows():
 
 
 def motions(avatar, seconds: float, **options) -> Motion:
-    frames = [m for _, m in synthesize_motion(avatar, speechlike(seconds), **options)]
+    frames = [frame.motion for frame in synthesize(avatar, speechlike(seconds), SpeakConfig(**options))]
     return Motion(
         *(torch.cat([getattr(m, name) for m in frames]) for name in ("expression", "landmarks", "T_camera_head"))
     )
@@ -412,8 +413,8 @@ def test_nearness_of_own_blinks_is_counted_in_played_frames():
 
 def test_a_held_frame_blinks_looks_and_moves(spoken):
     avatar, _, without, still = spoken
-    frames = [t for t, _ in synthesize_motion(avatar, speechlike(1.0), still=True)]
-    assert len(set(frames)) == 1
+    frames = synthesize(avatar, speechlike(1.0), SpeakConfig(still=True))
+    assert len({frame.driving_frame for frame in frames}) == 1
     assert 2 <= len(blinks_of(still, avatar)) <= 9
     turn = axis_angle_from_rotation(
         still.T_camera_head[:1, :3, :3].transpose(1, 2) @ still.T_camera_head[:, :3, :3]
@@ -431,10 +432,11 @@ def test_a_held_frame_blinks_looks_and_moves(spoken):
 
 def test_a_held_frame_can_be_chosen_and_must_exist():
     avatar = Face()
-    assert {t for t, _ in synthesize_motion(avatar, speechlike(0.5), still=True, start=7)} == {7}
+    frames = synthesize(avatar, speechlike(0.5), SpeakConfig(still=True, start=7))
+    assert {frame.driving_frame for frame in frames} == {7}
     for start in (100, -1):
         with pytest.raises(InputError, match=f"no driving frame {start}: they run from 0 to 99"):
-            Stream(avatar, still=True, start=start)
+            Session(avatar, SpeakConfig(still=True, start=start))
 
 
 def test_the_frame_that_holds_best_has_open_eyes_and_a_usual_head():
@@ -448,16 +450,20 @@ def test_the_frame_that_holds_best_has_open_eyes_and_a_usual_head():
 @pytest.mark.parametrize("frames", [1, 2, 8])
 def test_a_track_of_a_few_frames_serves(frames):
     for still in (False, True):
-        assert len(list(synthesize_motion(Face(track(frames)), speechlike(0.3), still=still))) == 8
+        assert len(list(synthesize(Face(track(frames)), speechlike(0.3), SpeakConfig(still=still)))) == 8
 
 
 @pytest.mark.parametrize("still", [False, True])
 def test_streaming_equals_offline_while_idling(still):
     audio = np.concatenate([speechlike(3.0), np.zeros(2 * SAMPLE_RATE_HZ, np.float32)])
-    whole = list(synthesize(Face(), audio, still=still, seed=5))
-    stream = Stream(Face(), level=speech_level(audio), still=still, seed=5)
-    live = [frame for begin in range(0, len(audio), 7001) for frame in stream.push(audio[begin : begin + 7001])]
-    live += stream.flush()
+    whole = [frame.image for frame in synthesize(Face(), audio, SpeakConfig(still=still, seed=5))]
+    live = []
+    with Session(Face(), SpeakConfig(level=speech_level(audio), still=still, seed=5)) as session:
+        for begin in range(0, len(audio), 7001):
+            session.push_audio(audio[begin : begin + 7001])
+            live += [frame.image for frame in session.drain()]
+        session.end_utterance()
+        live += [frame.image for frame in session.drain()]
     assert len(live) == len(whole) and all(np.array_equal(a, b) for a, b in zip(live, whole))
 
 
@@ -472,21 +478,11 @@ def test_how_many_frames_are_laid_over_at_once_makes_no_difference():
             assert torch.equal(getattr(whole, name), torch.cat([getattr(m, name) for m in cut]))
 
 
-def test_silence_alone_can_be_streamed_with_a_held_frame():
-    stream = Stream(Face(), still=True)
-    frames = [f for _ in range(30) for f in stream.push(np.zeros(SAMPLE_RATE_HZ // 10, np.float32))]
-    assert len(frames) + len(list(stream.flush())) == 75
-
-
-def test_every_way_to_speak_takes_the_same_options():
-    for function in (Stream.__init__, synthesize, synthesize_motion, speak):
-        parameters = inspect.signature(function).parameters
-        assert {name: parameters[name].default for name in ("start", "still", "blinks", "seed")} == {
-            "start": None,
-            "still": False,
-            "blinks": True,
-            "seed": 0,
-        }
+def test_a_held_frame_idles_without_sound():
+    with Session(Face(), SpeakConfig(still=True)) as session:
+        frames = [frame for frame, _ in zip(session.frames(), range(75))]
+    assert len({frame.motion.T_camera_head[0, 0, 2].item() for frame in frames}) > 50
+    assert not any(frame.speaking for frame in frames)
 
 
 def test_a_held_frame_goes_back_into_its_source(tmp_path):
@@ -496,9 +492,8 @@ def test_a_held_frame_goes_back_into_its_source(tmp_path):
     source_video(tmp_path / "source.mp4")
     avatar = Face()
     avatar.source = {"path": str(tmp_path / "source.mp4"), "crop_box": [30, 10, 64]}
-    spoken = speak(
-        avatar, speechlike(1.0), tmp_path / "out.mp4", original_size=True, still=True, start=12, progress=False
-    )
+    config, video = SpeakConfig(still=True, start=12), VideoConfig(original_size=True)
+    spoken = speak(avatar, speechlike(1.0), tmp_path / "out.mp4", config, video, progress=False)
     corners = [int(frame[5, 5, 0]) for frame in read_video(tmp_path / "out.mp4")]
     assert spoken.frames == len(corners) == 25
     assert all(abs(grey - (100 + 3 * 12)) <= 2 for grey in corners)  # H.264 on flat grey is off by a level or two

@@ -1,0 +1,48 @@
+"""Motion to picture: one frame of a head, rendered and composited into its driving frame by one thread."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from hicode.avatar.compositor import Region, seam_box
+from hicode.motion import Motion
+from hicode.session.motion_source import DrivingTrack
+from hicode.session.timings import Timings
+
+if TYPE_CHECKING:
+    from hicode.avatar.avatar import Avatar
+
+
+class FrameRenderer:
+    """Renders frames of an avatar over a driving track; any thread may call it.
+
+    `region`: what of the rendered head goes into the driving frame. `same_pose`: whether the driving frame's head has
+    the pose of the motion (it has not where one frame is held).
+    """
+
+    def __init__(
+        self, avatar: "Avatar", driving: DrivingTrack, region: Region, same_pose: bool = True, film_grain: bool = True
+    ):
+        self._avatar = avatar if film_grain else replace(avatar, grain=None)
+        self._driving, self._region, self._same_pose = driving, region, same_pose
+
+    @torch.inference_mode()
+    def render(self, t: int, motion: Motion, number: int, timings: Timings) -> UInt8[np.ndarray, "h w 3"]:
+        """Driving frame t with the head at the motion "1 ..."; `number` tells one frame's film grain from another's."""
+        avatar = self._avatar
+        with timings.clocked("driving"):
+            frame, mask = self._driving.frame(t), self._driving.mask(t)
+            shown = None
+            if self._region == "face":
+                shown = avatar.face_mask(motion, 0, mask, self._driving.motion, t)
+        with timings.clocked("deform"):
+            deformed = avatar.deformed(motion, 0)
+        with timings.clocked("rasterise"):
+            rendering = avatar.rasterized(deformed, motion, 0, within=None if shown is None else seam_box(shown))
+        with timings.clocked("composite"):
+            image = avatar.composed(rendering, motion, 0, frame, mask, number, same_pose=self._same_pose, shown=shown)
+        timings.count()
+        return image
