@@ -23,7 +23,6 @@ from helpers.drawn_head import clip_on_disk, draw_clip, psnr, short
 from helpers.scenes import stand_in
 from hicode.tracking.head_model import HeadModel
 from hicode.training.losses import LossWeights
-from hicode.training.stages import LearningRates
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +175,10 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(device):
 
 
 @needs_device
-def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_path, monkeypatch):
+def test_training_on_the_device_is_training_on_the_cpu(device, clip, model):
     from hicode.training import head as training
 
-    monkeypatch.setattr(training, "LEAST_VISITS", 1)
-    every_rate = {"rates": LearningRates(points=1e-3), "points_start": 0.0}
-    config = short(loss=LossWeights(wing=0.0005), vgg_start=0.0, vgg_every=7, wing_every=7, **every_rate)  # and every loss
+    config = short(loss=LossWeights(wing=0.0005), vgg_start=0.0, vgg_every=7, wing_every=7)  # every loss
     logs, heads = {}, {}
     for place in ("cpu", device):
         logs[place] = []
@@ -194,11 +191,7 @@ def test_training_on_the_device_is_training_on_the_cpu(device, clip, model, tmp_
         **deformation.binding.tensors(),
     }.items():
         assert tensor.device.type == device, name
-    assert (
-        motion.T_camera_head.device.type == "cpu"
-        and motion.refined.device.type == "cpu"
-        and float(motion.refined.abs().max()) > 0
-    )
+    assert motion.T_camera_head.device.type == "cpu"
     assert [s["gaussians"] for s in logs["cpu"]] == [s["gaussians"] for s in logs[device]]
     losses = np.array([[s["loss"] for s in logs[place]] for place in ("cpu", device)])
     assert np.allclose(

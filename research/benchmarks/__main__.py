@@ -24,11 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hicode.avatar.compositor import Compositor, compose, outlined
+from hicode.avatar.compositor import Compositor, compose
 from hicode.avatar.deformation import DeformationConfig
 from hicode.avatar.fast import FrameDeformer
 from hicode.errors import HicodeError
-from hicode.motion import LIPS
 from hicode.render import rasterize
 from hicode.runtime import share_cores, tune_allocator
 from hicode.training import head as training
@@ -150,10 +149,7 @@ def composition() -> Timed:
     def with_generator(generator: Compositor | None):
         return lambda: _none(compose(rendering.rgb, rendering.alpha, frame, mask, avatar.plate, generator))
 
-    above = float(avatar.landmarks_px(avatar.driving, 0)[LIPS, 1].mean())
-    outline = lambda: _none(outlined(rendering.rgb, rendering.alpha, mask, above))
     return {
-        "composition outline": outline,
         "composition plain": with_generator(None),
         "composition generator": with_generator(avatar.compositor),
     }

@@ -99,20 +99,14 @@ def training_state(
     n: int, size: int, config: HeadConfig
 ) -> tuple[training.HeadState, training.TrainingFrames, HeadConfig]:
     """A training in its refining stage, its networks included."""
-    config = replace(
-        config, stages=(Stage("refine", 1_000_000, "all", True, False),), vgg_start=0.0, validation_frames=0
-    )
+    config = replace(config, stages=(Stage("refine", 1_000_000, "all", True, False),), vgg_start=0.0)
     clip = drawn_clip(size)
     cloud, deformation = drawn_cloud(n, clip, config)
     params = {k: torch.nn.Parameter(v.clone()) for k, v in cloud.tensors().items()}
     frames = training.TrainingFrames(clip, config.preload_bytes)
-    n_points = 478 + len(clip.track.hair_points)
-    refined = len(frames) if deformation.carrier is not None and config.rates.points > 0 else 0
-    tables = training.FrameTable.zeros(len(frames), 6), training.FrameTable.zeros(refined, n_points, 3)
+    poses = training.FrameTable.zeros(len(frames), 6)
     optimizer = training._optimizer(params, deformation, config)
-    state = training.HeadState(
-        params, deformation, optimizer, *tables, torch.ones(n_points, 1), GradientStatistics.zeros(n), iteration=1
-    )
+    state = training.HeadState(params, deformation, optimizer, poses, GradientStatistics.zeros(n), iteration=1)
     return state, frames, config
 
 

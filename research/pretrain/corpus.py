@@ -313,7 +313,6 @@ class _Builder:
         with progress_bar("Fitting heads", self.visible) as report:
             for source in list(self.sources):
                 digests = {name: sha256_of(self._file("points", source, name))[:16] for name in source.clips}
-                self._adopt(source, digests)
                 person, key = self._person(source, digests)
                 for name in source.clips:
                     file = self._file("motion", source, name)
@@ -331,7 +330,7 @@ class _Builder:
                     done += 1
                     report(done, total)
 
-    def _person(self, source: Source, digests: dict[str, str]) -> tuple[Person | None, str]:
+    def _person(self, source: Source, digests: dict[str, str]) -> tuple[Person, str]:
         """The speaker's identity and camera, and what tells them from others. Clips that come later are fitted with the same; only where one that
         they were fitted to has changed are they found anew, since canonical landmarks of two identities cannot be compared."""
         file = self.cache / "heads" / f"{source.speaker}.safetensors"
@@ -339,16 +338,10 @@ class _Builder:
         fitted_to, settings = config.get("points", {}), [asdict(self.config.fit), self.config.person_frames]
         if (
             config
-            and config.get("settings") in (settings, None)
+            and config.get("settings") == settings
             and all(digests.get(name, digest) == digest for name, digest in fitted_to.items())
         ):
-            person = Person(tensors["identity"].numpy(), config["focal_px"]) if config["focal_px"] else None
-            adopted = [
-                _header(self._file("motion", source, n), MOTION) == {"points": d, "person": "adopted"}
-                for n, d in digests.items()
-            ]
-            if person or all(adopted):
-                return person, sha256_of(file)[:16] if person else "adopted"
+            return Person(tensors["identity"].numpy(), config["focal_px"]), sha256_of(file)[:16]
         frames = []
         for name in source.clips:
             points, found = self._points(source, name)
@@ -367,31 +360,6 @@ class _Builder:
             {"points": digests, "focal_px": person.focal_px, "settings": settings},
         )
         return person, sha256_of(file)[:16]
-
-    def _adopt(self, source: Source, digests: dict[str, str]) -> None:
-        """Take over a fit of all of a speaker's clips as one, as the tool that this command replaced made them: it kept no identity and no camera."""
-        head, old = (
-            self.cache / "heads" / f"{source.speaker}.safetensors",
-            self.cache / "motion" / f"{source.speaker}.safetensors",
-        )
-        if head.exists() or not old.exists():
-            return
-        tensors, config = load_tensors(old, MOTION, 1)
-        names, lengths = config.get("names"), config.get("lengths")
-        if names is None and len(source.clips) == 1:
-            names, lengths = list(source.clips), [len(tensors["landmarks"])]
-        parts = dict(zip(names or (), zip(np.cumsum([0, *(lengths or ())]).tolist(), lengths or ())))
-        if any(name not in parts or parts[name][1] != self.frames[source.speaker, name] for name in source.clips):
-            return
-        for name in source.clips:
-            start, length = parts[name]
-            own = {k: v[start : start + length] for k, v in tensors.items()}
-            save_tensors(
-                self._file("motion", source, name), own, MOTION, 1, {"points": digests[name], "person": "adopted"}
-            )
-        save_tensors(
-            head, {"identity": torch.zeros(0)}, HEADS, 1, {"points": digests, "focal_px": None, "settings": None}
-        )
 
     # --- offsets -------------------------------------------------------------------------------------------------------------------------
 

@@ -196,7 +196,7 @@ def run_cell(cell: Cell) -> None:
         compose=cell.compose,
         progress=False,
     )
-    recorder = _Recorder(avatar, _kept(len(clip.test)))
+    recorder = _Recorder(replace(avatar, film_grain=None), _kept(len(clip.test)))
     report = evaluate(recorder, clip, progress=False, syncnet=cell.syncnet)
     cross = None if cell.cross is None else _speak_for(avatar, Clip.open(cell.cross.clip), cell.cross.source.name)
     modes = [mode for mode in ("tracked", "audio") if report[mode] is not None]
@@ -245,8 +245,6 @@ def _begin(out: str, code: str, threads: int | None) -> None:
 class _Recorder:
     """An avatar that keeps frames it is asked for while it is measured: the frames that were scored are those that are kept."""
 
-    _OWN = ("_avatar", "_kept", "motions", "frames")
-
     def __init__(self, avatar, kept: set[int]):
         self._avatar, self._kept = avatar, kept
         self.motions: list = []
@@ -254,10 +252,6 @@ class _Recorder:
 
     def __getattr__(self, name: str):
         return getattr(self._avatar, name)
-
-    def __setattr__(self, name: str, value) -> None:
-        """What is changed while it is measured (grain, for a moment) is changed on the avatar."""
-        object.__setattr__(self if name in self._OWN else self._avatar, name, value)
 
     def synthesize_frame(self, motion, t, frame, head_mask):
         image = self._avatar.synthesize_frame(motion, t, frame, head_mask)

@@ -361,18 +361,14 @@ def test_a_table_holds_its_rows_and_where_they_came_from(made):
     assert not list((out / "work").iterdir())
 
 
-def test_of_what_is_measured_the_rows_frames_are_kept_and_grain_comes_off_the_avatar_itself():
+def test_of_what_is_measured_the_rows_frames_are_kept():
     from research.reproduce.cells import _Recorder
 
-    avatar = SimpleNamespace(
-        driving=object(), grain="grain", synthesize_frame=lambda motion, t, frame, mask: (avatar.grain, t)
-    )
+    avatar = SimpleNamespace(driving=object(), synthesize_frame=lambda motion, t, frame, mask: t)
     recorder, tracked = _Recorder(avatar, {1}), object()
-    recorder.grain = None
-    assert recorder.synthesize_frame(avatar.driving, 1, None, None) == (None, 1) and recorder.motions == []
-    recorder.grain = "grain"
-    assert [recorder.synthesize_frame(tracked, t, None, None) for t in (0, 1)] == [("grain", 0), ("grain", 1)]
-    assert recorder.motions == [tracked] and recorder.frames == [{1: ("grain", 1)}] and avatar.grain == "grain"
+    assert recorder.synthesize_frame(avatar.driving, 1, None, None) == 1
+    assert [recorder.synthesize_frame(tracked, t, None, None) for t in (0, 1)] == [0, 1]
+    assert recorder.motions == [tracked] and recorder.frames == [{1: 1}]
 
 
 @needs_parts

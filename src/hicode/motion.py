@@ -3,7 +3,7 @@
 Frames run at `fps`; the 478 landmarks are MediaPipe's, in the canonical head frame: the pose is taken out, so speech can predict them.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,10 +37,6 @@ class Motion:
     """t frames of control: expression "t 64", landmarks "t 478 3" (canonical, head units), T_camera_head "t 4 4".
 
     speech  "t s" the sound's features of each frame, where an avatar is moved by them directly (an ablation); usually absent
-    hair    "t p 3" how far points on the head outside the face are from their places on the skull (head frame, head units), where they were followed
-            (`hicode.tracking.hair`); they belong to one track's `hair_points`
-    refined "t l 3" how much farther landmarks, then hair points are than they were tracked, as training found from these very frames (l = 478 + p): the
-            carrier goes by it, the control, which must do without on any other frame, does not hear it
     """
 
     expression: Float[Tensor, "t 64"]
@@ -48,8 +44,6 @@ class Motion:
     T_camera_head: Float[Tensor, "t 4 4"]
     fps: float = 25.0
     speech: Float[Tensor, "t s"] | None = None
-    hair: Float[Tensor, "t p 3"] | None = None
-    refined: Float[Tensor, "t l 3"] | None = None
 
     def __len__(self) -> int:
         return self.expression.shape[0]
@@ -64,7 +58,7 @@ class Motion:
         )
 
     def _where_there(self) -> dict[str, Tensor]:
-        return {name: values for name in ("speech", "hair", "refined") if (values := getattr(self, name)) is not None}
+        return {name: values for name in ("speech",) if (values := getattr(self, name)) is not None}
 
     def control_at(
         self, t: int, device: torch.device | str = "cpu"
@@ -73,20 +67,14 @@ class Motion:
         Float[Tensor, "478 3"],
         Float[Tensor, "s"] | None,
         Float[Tensor, "3 3"],
-        Float[Tensor, "p 3"] | None,
-        Float[Tensor, "l 3"] | None,
     ]:
-        """(expression, landmarks, speech, the head's rotation to the camera, hair, refined) of frame t, what deforms a head, on the head's device."""
-        speech, hair, refined = (
-            None if values is None else values[t].to(device) for values in (self.speech, self.hair, self.refined)
-        )
+        """(expression, landmarks, speech, the head's rotation to the camera) of frame t, what deforms a head, on the head's device."""
+        speech = None if self.speech is None else self.speech[t].to(device)
         return (
             self.expression[t].to(device),
             self.landmarks[t].to(device),
             speech,
             self.T_camera_head[t, :3, :3].to(device),
-            hair,
-            refined,
         )
 
     def __post_init__(self):
@@ -95,11 +83,6 @@ class Motion:
         assert self.landmarks.shape == (t, N_LANDMARKS, 3), self.landmarks.shape
         assert self.T_camera_head.shape == (t, 4, 4), self.T_camera_head.shape
         assert self.speech is None or len(self.speech) == t, (len(self.speech), t)
-        assert self.hair is None or (len(self.hair) == t and self.hair.shape[2:] == (3,)), (self.hair.shape, t)
-        assert self.refined is None or (len(self.refined) == t and self.refined.shape[2:] == (3,)), (
-            self.refined.shape,
-            t,
-        )
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -116,7 +99,6 @@ class FaceTrack:
     identity     "80"       of the 3DMM, from training frames only
     landmarks_px "t 478 2"  as detected, in crop pixels (continuous, pixel centres at +0.5)
     confidence   "t"        face presence in [0, 1]; 0 where the frame had no face and the values are interpolated
-    hair_points  "p 3"      the places on the skull (head frame) that `motion.hair` tells of; none where hair was not followed
     """
 
     motion: Motion
@@ -124,7 +106,6 @@ class FaceTrack:
     camera: Camera
     landmarks_px: Float[Tensor, "t 478 2"]
     confidence: Float[Tensor, "t"]
-    hair_points: Float[Tensor, "p 3"] = field(default_factory=lambda: torch.zeros(0, 3))
 
     def __len__(self) -> int:
         return len(self.motion)

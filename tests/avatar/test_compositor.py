@@ -19,7 +19,6 @@ from hicode.avatar.compositor import (
     face_mask,
     fill_smoothly,
     hidden_mask,
-    outlined,
     plain_composite,
     seam_box,
     seam_of,
@@ -68,58 +67,6 @@ def rendered_disc(centre: tuple[float, float], size: int = 256) -> tuple[np.ndar
     return alpha[..., None] * np.where(
         left[None, :, None], np.float32([0.8, 0.1, 0.1]), np.float32([0.1, 0.1, 0.8])
     ), alpha
-
-
-def test_above_the_mouth_the_outline_is_the_masks():
-    """A render 4 px to the right of its mask: what it lacks on the left is given the left's colour, what stands out on the right is cut to 1 px."""
-    mask = disc(256, 60, (128, 128))
-    rgb, alpha = rendered_disc((132, 128))
-    out, cover = outlined(rgb, alpha, mask, above=300)
-    inside, outside = mask == 255, cv2.dilate(mask, np.ones((3, 3), np.uint8)) == 0
-    assert (cover[inside] > 0.99).all() and (alpha[inside] < 0.5).sum() > 100
-    assert (cover[outside] == 0).all() and (alpha[outside] > 0.5).sum() > 50
-    lacking = inside & (alpha < 0.5)
-    assert np.abs(out[lacking] - [0.8, 0.1, 0.1]).max() < 0.02  # its neighbours' colour
-    np.testing.assert_allclose(out[outside], 0)
-    as_it_was = inside & (alpha == 1)
-    np.testing.assert_array_equal(out[as_it_was], rgb[as_it_was])
-
-
-def test_below_the_mouth_the_outline_is_the_renders():
-    mask, above = disc(256, 60, (128, 128)), 120.0
-    rgb, alpha = rendered_disc((132, 128))
-    before = rgb.copy(), alpha.copy()
-    out, cover = outlined(rgb, alpha, mask, above)
-    below = int(above)
-    np.testing.assert_array_equal(out[below:], rgb[below:])
-    np.testing.assert_array_equal(cover[below:], alpha[below:])
-    assert np.abs(cover[: below - 12] - alpha[: below - 12]).max() > 0.5
-    np.testing.assert_array_equal(rgb, before[0])  # the caller's render is not touched
-    np.testing.assert_array_equal(alpha, before[1])
-
-
-def test_a_part_of_the_mask_far_from_the_render_is_not_painted():
-    """A second, wrong island of the mask."""
-    mask = np.maximum(disc(256, 30, (80, 128)), disc(256, 15, (200, 128)))
-    alpha = disc(256, 30, (80, 128)).astype(np.float32) / 255
-    out, cover = outlined(alpha[..., None] * np.float32([0.8, 0.5, 0.3]), alpha, mask, 300)
-    assert (cover[:, 170:] == 0).all() and (out[:, 170:] == 0).all()
-
-
-def test_an_outline_within_a_box_is_the_whole_ones_there():
-    mask = disc(256, 60, (128, 128))
-    rgb, alpha = rendered_disc((132, 128))
-    x0, y0, x1, y1 = box = (40, 80, 120, 150)
-    whole, part = outlined(rgb, alpha, mask, 300), outlined(rgb, alpha, mask, 300, box)
-    deep = np.s_[
-        y0 + 16 : y1 - 16, x0 : x1 - 16
-    ]  # colours are carried on from within the box: none from beyond its edges
-    assert np.abs(part[1][deep] - whole[1][deep]).max() < 0.05 and np.abs(whole[1][deep] - alpha[deep]).max() > 0.5
-    assert np.abs(part[0][deep] - whole[0][deep]).max() < 0.05
-    outside = np.ones(mask.shape, bool)
-    outside[y0:y1, x0:x1] = False
-    np.testing.assert_array_equal(part[0][outside], rgb[outside])
-    np.testing.assert_array_equal(outlined(rgb, alpha, mask, 300, (0, 0, 20, 20))[1], alpha)  # no mask there
 
 
 def test_a_faces_mask_is_about_its_hull_on_the_head():
@@ -174,15 +121,6 @@ def test_a_composed_face_leaves_the_rest_of_the_head_as_it_is():
         compose(rgb * ~hair[..., None], alpha * ~hair, frame, mask, plate), out
     )  # what is rendered far from it does not matter
     assert seam_box(np.zeros((256, 256), np.uint8)) is None
-
-
-@pytest.mark.parametrize("above", [-5.0, 0.0, 1000.0])
-def test_an_outline_without_a_head_changes_nothing(above):
-    rgb, alpha = rendered_disc((128, 128))
-    for mask, a in ((np.zeros((256, 256), np.uint8), alpha), (disc(256), np.zeros_like(alpha))):
-        out, cover = outlined(rgb, a, mask, above)
-        np.testing.assert_array_equal(out, rgb)
-        np.testing.assert_array_equal(cover, a)
 
 
 # --- the composite -------------------------------------------------------------------------------------------------------
@@ -486,7 +424,7 @@ def blurred_samples(t: int, seed: int | None):
     return rgb.astype(np.float32), alpha, (frame * 255 + 0.5).astype(np.uint8), mask
 
 
-SMALL = {"steps": 24, "renders": 6, "crop_px": 64, "batch": 2, "validation": 2, "checkpoint_every": 12}
+SMALL = {"steps": 24, "renders": 6, "crop_px": 64, "batch": 2, "checkpoint_every": 12}
 PLATE = np.full((128, 128, 3), 90, np.uint8)
 
 
@@ -494,57 +432,23 @@ PLATE = np.full((128, 128, 3), 90, np.uint8)
 def training():
     module = pytest.importorskip("hicode.training.refiner")
     try:
-        module.Features("vgg16", ("relu1_2",)), module.lpips()
+        module.Features("vgg16", ("relu1_2",))
     except Exception as error:  # noqa: BLE001 - whatever keeps the weights away is the reason to tell
         pytest.skip(f"perceptual weights are not at hand: {error}")
     return module
 
 
-def test_training_repairs_what_all_renders_share_and_keeps_the_generator(training):
-    config = training.CompositorTraining(**SMALL | {"steps": 60})
-    found = []
-    generator = training.train_compositor(Sampled(blurred_samples), PLATE, config, report=found.append)
-    report = found[0]
-    assert report.kept and generator is not None
-    assert report.psnr > report.plain_psnr + 3  # a constant darkness of 0.12 is the easiest thing to learn
-
-
-def test_a_generator_that_does_not_help_is_dropped(training):
-    def perfect(t, seed):
-        _, alpha, frame, mask = blurred_samples(t, None)
-        return frame.astype(np.float32) / 255, np.ones_like(alpha), frame, mask
-
-    config = training.CompositorTraining(**SMALL | {"steps": 4})
-    found = []
-    assert training.train_compositor(Sampled(perfect), PLATE, config, report=found.append) is None
-    assert not found[0].kept and "plain composite" in str(found[0])
-
-
-def test_a_generator_that_shows_no_gain_is_given_up_at_its_trial_and_one_that_does_goes_on(training, tmp_path):
-    def perfect(t, seed):
-        _, alpha, frame, mask = blurred_samples(t, None)
-        return frame.astype(np.float32) / 255, np.ones_like(alpha), frame, mask
-
-    config = training.CompositorTraining(**SMALL | {"steps": 60, "trial": 24})
-
-    def run(samples, checkpoint=None):
-        steps, found = [], []
-        generator = training.train_compositor(
-            Sampled(samples),
-            PLATE,
-            config,
-            checkpoint=checkpoint,
-            log=lambda step, terms: steps.append(step),
-            report=found.append,
-        )
-        return generator, steps, found[0]
-
-    file = tmp_path / "compositor.safetensors"
-    generator, steps, first = run(perfect, file)
-    assert generator is None and steps[-1] == 24 and not first.kept and not first.promising
-    assert run(perfect, file) == (None, [], first), "what was given up is not trained further by another call"
-    generator, steps, found = run(blurred_samples)
-    assert generator is not None and steps[-1] == 60 and found.kept and found.promising
+def test_training_repairs_what_all_renders_share(training):
+    generator = training.train_compositor(
+        Sampled(blurred_samples), PLATE, training.CompositorTraining(**SMALL | {"steps": 60})
+    )
+    rgb, alpha, frame, mask = blurred_samples(20, None)
+    inside = mask > 127
+    psnr = [
+        -10 * np.log10(((compose(rgb, alpha, frame, mask, PLATE, g) / 255.0 - frame / 255.0)[inside] ** 2).mean())
+        for g in (None, generator)
+    ]
+    assert psnr[1] > psnr[0] + 3  # a constant darkness of 0.12 is the easiest thing to learn
 
 
 def test_resumed_training_equals_an_uninterrupted_run(training, tmp_path):

@@ -8,14 +8,12 @@ import torch
 from helpers.deformations import SMALL, G, a_deformation, a_head, signals
 from hicode.avatar.deformation import (
     Anchors,
-    Binding,
     Carrier,
     CrossAttention,
     Deformation,
     DeformationConfig,
     HierarchicalControl,
     Mix,
-    StillAttention,
     _MixRows,
     adain,
     bind,
@@ -25,7 +23,6 @@ from hicode.avatar.deformation import (
     sinusoidal,
 )
 from hicode.errors import InputError
-from hicode.geometry import rotation_from_axis_angle
 from hicode.training.stages import ABLATIONS, head_preset
 
 HEARD = torch.randn(12, generator=G(20))
@@ -60,15 +57,6 @@ def test_attention_deviation_survives_sharp_attention():
     mean, std = landmark_attention(q, k, torch.randn(2, 4, generator=G()) * 100)
     (mean.sum() + std.sum()).backward()
     assert torch.isfinite(std).all() and torch.isfinite(q.grad).all()
-
-
-def test_a_file_from_before_colours_were_shifted_still_loads():
-    before = a_deformation(base="none", shade=False)
-    tensors, config = before.state()
-    del config["shade"]
-    again = Deformation.from_state(tensors, config)
-    for a, b in zip(before(a_head(), *signals()), again(a_head(), *signals()), strict=True):
-        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def test_a_constant_channel_normalises_to_zero_with_finite_gradients():
@@ -151,10 +139,7 @@ def test_ablations_change_the_control_and_not_the_budget(name):
     same = replace(config, deformation=base.deformation, initialisation=base.initialisation, rates=base.rates)
     assert same == base
     assert config.rates == (base.rates if name == "mesh" else replace(base.rates, turn_colors=0.0))
-    ours = {
-        k: getattr(base.deformation, k)
-        for k in ("shade", "sway", "relight", "attention", "attention_reaches", "expression_reach")
-    }
+    ours = {k: getattr(base.deformation, k) for k in ("shade", "attention", "attention_reaches", "expression_reach")}
     assert replace(config.deformation, fine="adain", coarse="adain", base="mesh", **ours) == base.deformation
     assert {k: getattr(config.deformation, k) for k in ours} == (
         ours if name == "mesh" else dict.fromkeys(ours, 0) | {"attention": "learned", "attention_reaches": ()}
@@ -221,35 +206,6 @@ def test_interpolation_gradient_is_the_adjoint(rows):
     assert torch.allclose(table.grad, reference.grad, atol=1e-5)
 
 
-def test_what_training_refines_moves_as_landmarks_and_hair_do_but_the_control_does_not_hear_it():
-    """The carrier is linear in it: what a step along any direction moves is what its gradient says, and what the same step of landmarks and hair would move without a control."""
-    deformation, points, (expression, landmarks), hair = (
-        a_deformation(),
-        a_head(100),
-        signals(),
-        torch.randn(9, 3, generator=G(51)),
-    )
-    deformation.carrier.hair_points = torch.zeros(9, 3)
-    chance = lambda high, k: torch.randint(high, (100, k), generator=G(60))
-    deformation.binding = Binding(
-        chance(12, 3), torch.rand(100, 3, generator=G(61)), chance(478 + 9, 14), torch.rand(100, 14, generator=G(62))
-    )
-    upstream, step = torch.randn(100, 3, generator=G(63)), torch.randn(478 + 9, 3, generator=G(64))
-    refined = torch.zeros(478 + 9, 3, requires_grad=True)
-    at_rest = deformation(points, expression, landmarks, hair=hair, refined=refined)
-    (at_rest[0] * upstream).sum().backward()
-    with torch.no_grad():
-        change = deformation.carry(expression, landmarks + step[:478], hair + step[478:]) - deformation.carry(
-            expression, landmarks, hair
-        )
-        refined_by = deformation(points, expression, landmarks, hair=hair, refined=step)
-    torch.testing.assert_close(refined_by[0] - at_rest[0], change, atol=1e-4, rtol=1e-4)
-    for heard, before in zip(refined_by[1:], at_rest[1:]):
-        assert torch.equal(heard, before)
-    assert float((refined.grad * step).sum()) == pytest.approx(float((change * upstream).sum()), rel=1e-3)
-    assert float(refined.grad[478:].abs().max()) > 0
-
-
 def test_as_many_anchors_as_points_is_the_plain_evaluation():
     points = a_head(200)
     plain, anchored = a_deformation(base="none"), a_deformation(base="none", anchors=64)
@@ -312,97 +268,17 @@ def test_state_round_trips_bit_for_bit():
     deformation = a_deformation(base="mesh", anchors=64)
     points = a_head()
     deformation.register_buffer("landmark_motion", torch.rand(478))
-    deformation.carrier.hair_points, hair = 0.5 * torch.randn(9, 3, generator=G(50)), torch.randn(9, 3, generator=G(51))
     triangles = torch.randint(0, 12, (9, 3), generator=G(5))
-    deformation.binding = bind(
-        points, torch.randn(12, 3, generator=G(4)), triangles, 9 + signals()[1], hair=deformation.carrier.hair_points
-    )
-    deformation.place_anchors(points)
-    tensors, config = deformation.state()
-    again = Deformation.from_state(tensors, config)
-    for a, b in zip(deformation(points, *signals(), hair=hair), again(points, *signals(), hair=hair)):
-        assert torch.equal(a, b)
-    assert not torch.equal(again(points, *signals(), hair=hair)[0], again(points, *signals())[0])
-    # a file from before hair was followed
-    deformation.carrier.hair_points = torch.zeros(0, 3)
     deformation.binding = bind(points, torch.randn(12, 3, generator=G(4)), triangles, 9 + signals()[1])
-    tensors, config = deformation.state()
-    old = Deformation.from_state({k: v for k, v in tensors.items() if k != "net.carrier.hair_points"}, config)
-    assert torch.equal(deformation(points, *signals())[0], old(points, *signals())[0])
-
-
-def test_sway_is_linear_in_the_turn_and_nothing_at_the_mean():
-    deformation, points = a_deformation(base="none"), a_head()
-    torch.nn.init.normal_(deformation.control.sway.weight, std=0.1, generator=G(30))
-    turns = rotation_from_axis_angle(0.05 * torch.randn(20, 3, generator=G(31)))
-    deformation.control.set_statistics(torch.zeros(2, 64), torch.zeros(2, 478, 3), turn=turns)
-    mean = deformation.control.turn_mean
-    moved = lambda angle: deformation(
-        points, *signals(), turn=mean @ rotation_from_axis_angle(torch.tensor([0.0, angle, 0.0]))
-    )[0]
-    still = deformation(points, *signals())[0]
-    torch.testing.assert_close(moved(0.0), still)
-    small, large = moved(0.1) - still, moved(0.2) - still
-    assert small.abs().max() > 1e-3, "nothing sways"
-    torch.testing.assert_close(
-        large, small * float(torch.tensor(0.2).sin() / torch.tensor(0.1).sin()), atol=1e-5, rtol=1e-3
-    )
-
-
-def test_the_face_does_not_sway_and_what_is_far_from_it_does():
-    deformation = a_deformation(base="none", sway_reach=0.2)
-    torch.nn.init.normal_(deformation.control.sway.weight, std=0.1, generator=G(30))
-    face = torch.cat([a_head(470), torch.zeros(8, 3)])
-    deformation.control.set_statistics(torch.zeros(2, 64), face.expand(2, 478, 3))
-    far = face.clone()
-    far[:, 2] += 5.0
-    query = deformation.control.embed(face)
-    held, free = (
-        deformation.control.turn_field(query, deformation.control.standing(points).sways) for points in (face, far)
-    )
-    # cdist goes through a matrix product: distances of zero come out at up to 1e-3 of a head that is 1 dm wide, (1e-3 / 0.2)^2 of the field
-    assert held.abs().max() < 1e-4 * free.abs().max()
-    everywhere = a_deformation(base="none", sway_reach=0.0)
-    everywhere.control.load_state_dict(deformation.control.state_dict())
-    assert everywhere.control.standing(face).sways is None
-    torch.testing.assert_close(free, everywhere.control.turn_field(query, None), atol=1e-7, rtol=1e-5)
-
-
-def test_colours_follow_the_turn_linearly_on_the_face_too():
-    deformation, points = a_deformation(base="none", sway_reach=10.0), a_head()
-    torch.nn.init.normal_(deformation.control.relight.weight, std=0.1, generator=G(30))
-    turn = lambda angle: rotation_from_axis_angle(torch.tensor([0.0, angle, 0.0]))
-    colours = lambda angle: deformation(points, *signals(), turn=turn(angle))[3]
-    still = deformation(points, *signals())[3]
-    torch.testing.assert_close(colours(0.0), still)
-    assert (colours(0.1) - still).abs().amin(0).max() > 1e-5, "some colours stay whatever the turn"
-    torch.testing.assert_close(colours(0.1) - still, still - colours(-0.1), atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(
-        deformation(points, *signals(), turn=turn(0.1))[0], deformation(points, *signals())[0]
-    )  # nothing sways
-
-
-@pytest.mark.parametrize(
-    "sway, relight, shade, moves",
-    [(False, False, True, False), (False, True, False, False), (False, True, True, True), (True, False, False, True)],
-)
-def test_a_turn_moves_nothing_unless_something_sways_or_is_relit(sway, relight, shade, moves):
-    control = a_deformation(base="none", sway=sway, relight=relight, shade=shade).control
-    points = a_head()
-    assert (control.turn_field(control.embed(points), control.standing(points).sways) is not None) == moves
-    assert ("turn_mean" in control.state_dict()) == moves
+    deformation.place_anchors(points)
+    again = Deformation.from_state(*deformation.state())
+    for a, b in zip(deformation(points, *signals()), again(points, *signals()), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_colours_shift_with_the_motion_and_only_with_shade():
     shifts = [a_deformation(base="none", shade=shade)(a_head(), *signals())[3] for shade in (True, False)]
     assert shifts[0].abs().max() > 0.01 and torch.count_nonzero(shifts[1]) == 0
-
-
-def test_a_file_from_before_shade_sway_and_relight_still_loads():
-    tensors, config = a_deformation(base="none", shade=False, sway=False, relight=False).state()
-    del config["shade"], config["sway"], config["sway_reach"], config["relight"]
-    again = Deformation.from_state(tensors, config)
-    assert not (again.config.shade or again.config.sway or again.config.relight) and again.config.sway_reach == 0
 
 
 def a_listener(deviations, **options):
@@ -430,22 +306,6 @@ def test_an_expression_is_heard_no_farther_than_the_training_clip_went():
     assert float(control.heard(control.expression_mean + control.expression_std * unknown).norm()) < 1e-2, (
         "no training frame moved so"
     )
-
-
-def test_a_file_from_before_expressions_were_bent_hears_them_as_they_are_and_landmarks_from_anywhere():
-    before = a_deformation(base="none", attention="learned", attention_reaches=(), expression_reach=0.0)
-    before.control.set_statistics(torch.randn(30, 64, generator=G(4)), torch.randn(30, 478, 3, generator=G(6)))
-    tensors, config = before.state()
-    del config["expression_reach"], config["attention_reaches"], config["attention"]
-    again = Deformation.from_state(tensors, config)
-    by_one_reach = config | {"attention_reach": 0.15}  # as files had it when attention learned beside nearness
-    assert Deformation.from_state(tensors, by_one_reach).config.attention_reaches == (0.15,)
-    expression = torch.randn(64, generator=G(3)) * 9
-    torch.testing.assert_close(
-        again.control.heard(expression), (expression - before.control.expression_mean) / before.control.expression_std
-    )
-    for a, b in zip(before(a_head(), *signals()), again(a_head(), *signals()), strict=True):
-        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def test_landmarks_count_by_their_nearness():
@@ -480,26 +340,6 @@ def test_attention_by_nearness_is_learned_attention_whose_scores_are_nothing():
         )
         for got, expected in zip((mean, std), landmark_attention(q, torch.zeros_like(v), v, scores), strict=True):
             torch.testing.assert_close(got[:, share], expected[:, share], atol=1e-5, rtol=1e-4)
-
-
-def test_weights_that_stand_still_are_thin_to_their_error_and_pass_gradients_as_the_whole_ones():
-    weights = torch.softmax(-6 * torch.cdist(a_head(2500), a_head(478)).square(), -1)
-    whole = StillAttention(((weights, None),))
-    thin = whole.thinned(0.01)
-    ((left, right),) = thin.parts
-    assert left.shape[1] < 300 and 1e-4 < (weights - left @ right).abs().sum(1).max() <= 0.01
-    assert thin.thinned().parts[0][0] is left
-    v = torch.randn(478, 6, generator=G(5), requires_grad=True)
-    upstream = torch.randn(2, 2500, 6, generator=G(6))
-    moments = [torch.stack(attention.moments(v)) for attention in (whole, thin)]
-    assert (moments[0] - moments[1]).abs().max() <= 0.01 * float(v.detach().square().max())
-    gradients = [torch.autograd.grad((m * upstream).sum(), v)[0] for m in moments]
-    assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[0].norm()
-
-
-def test_sharp_weights_stay_as_they_are():
-    whole = StillAttention(((torch.eye(478), None),))
-    assert whole.thinned().parts[0][1] is None
 
 
 @pytest.mark.parametrize(

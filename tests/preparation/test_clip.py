@@ -43,7 +43,6 @@ def test_pictures_come_back_exactly(tmp_path):
 def test_writing_into_a_picture_does_not_change_the_clip(tmp_path):
     path, frames = write_clip(tmp_path / "c", t=30)
     clip = Clip.open(path)
-    clip.preload(frames=range(2))
     for t in (0, 5):
         clip.image(t)[:] = 0
         assert np.array_equal(clip.image(t), frames[t])
@@ -57,12 +56,6 @@ def test_memory_stays_within_the_cache(tmp_path, monkeypatch):
         clip.image(t)
     assert clip._pictures._recent_bytes <= 10 * SIZE * SIZE * 3
     assert CACHE_BYTES <= 1 << 28
-
-
-def test_preload_keeps_its_budget(tmp_path):
-    clip = Clip.open(write_clip(tmp_path / "c")[0])
-    assert clip.preload(budget_bytes=7 * 4 * SIZE * SIZE + 5) == 7
-    assert clip.preload() == len(clip.train)
 
 
 def test_track_round_trip(tmp_path):

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from hicode.camera import Camera
-from hicode.errors import AssetError
 from hicode.geometry import rigid
 from hicode.motion import FaceTrack, Motion
-from hicode.tracking.depth import DepthAnything, create_depth, head_depth, rasterize_mesh
+from hicode.tracking.depth import head_depth, rasterize_mesh
 from hicode.tracking.head_model import HeadModel
 
 
@@ -88,18 +87,3 @@ def test_the_open_mouth_is_no_bottomless_hole(model, track):
     x, y = ((track.landmarks_px[0, 13] + track.landmarks_px[0, 14]) / 2).int().tolist()
     lips = track.camera_at(0).project(track.motion.landmarks[0, [13, 14]])[1].mean()
     assert lips - 0.05 < depth[y, x] <= lips + 0.32
-
-
-def test_disparity_of_unknown_scale_and_shift_gives_metric_depth(model, track):
-    mask = disc(100)
-    truth = head_depth(model, track, 0, mask)
-    disparity = np.nan_to_num(3.7 / truth - 0.2)
-    frame = np.zeros((256, 256, 3), np.uint8)
-    found = DepthAnything(lambda image: disparity).depth(frame, model, track, 0, mask)
-    assert (np.isfinite(found) == (mask > 127)).all()
-    assert np.nanmax(np.abs(found - truth)) < 0.01  # exact but for the mesh's bounds
-
-
-def test_missing_depth_weights_are_named_with_a_remedy(tmp_path):
-    with pytest.raises(AssetError, match="use the mesh's depth"):
-        create_depth("depth-anything", str(tmp_path / "nowhere"))

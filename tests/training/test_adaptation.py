@@ -20,9 +20,9 @@ from hicode.training.adaptation import (
     PretrainConfig,
     SpeechExample,
     Template,
-    adapt,
     adapt_example,
     amplitude,
+    example_of,
     fit_basis,
     fit_gain,
     load_generic,
@@ -204,7 +204,7 @@ class _FakeClip:
 @pytest.mark.parametrize("sound", [None, False])
 def test_a_clip_without_speech_gets_its_statistics_only(generic, world, sound):
     example = world("mute", 120, 3, size=1.5)
-    models = adapt(_FakeClip(example, sound), generic=generic)
+    models = adapt_example(example_of(_FakeClip(example, sound)), generic=generic)[0]
     assert models.expression is generic.expression and models.landmarks is generic.landmarks
     assert models.landmark_gain == pytest.approx(1.5, rel=0.15)  # by how far the mouth moves, whatever it says
     torch.testing.assert_close(models.landmark_template, example.landmarks[:95].mean(0))
@@ -218,7 +218,7 @@ def test_the_test_part_is_never_read(generic, world):
     )
     for x in (poisoned.features[0, 250:], poisoned.expression[125:], poisoned.landmarks[125:]):
         x[:] = float("nan")
-    a, b = (adapt(_FakeClip(e, True), generic=generic).state() for e in (example, poisoned))
+    a, b = (adapt_example(example_of(_FakeClip(e, True)), generic=generic)[0].state() for e in (example, poisoned))
     assert a[1] == b[1]
     for name, tensor in a[0].items():
         assert torch.equal(tensor, b[0][name]), name

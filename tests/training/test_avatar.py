@@ -1,9 +1,6 @@
 """A run's folder: each part of training is kept for as long as what it reads is the same, and learned anew when that changes."""
 
-import hashlib
-import json
 import shutil
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,12 +12,10 @@ from hicode.errors import FileFormatError
 from hicode.files import load_tensors, read_json, save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.preparation.clip import Clip, load_track, read_png, save_track, write_png
-from hicode.tracking.head_model import HeadModel
 from hicode.training import avatar as run
 from hicode.training import head as head
 from hicode.training import refiner as compositor
 from hicode.training.adaptation import GENERIC
-from hicode.training.film_grain import learn_grain
 from hicode.training.refiner import CompositorTraining
 
 
@@ -65,14 +60,12 @@ def learn(folder, tmp_path, monkeypatch):
     counted(head, "_iterate", "head")
     counted(compositor._Trainer, "train_step", "compositor")
     counted(run, "adapt_example", "speech")
-    tiny = CompositorTraining(
-        steps=4, renders=4, crop_px=48, batch=1, validation=1, generator=CompositorConfig(filters=4)
-    )
-    monkeypatch.setattr(run, "compositor_preset", lambda preset: tiny)
+    tiny = CompositorTraining(steps=4, renders=4, crop_px=48, batch=1, generator=CompositorConfig(filters=4))
+    monkeypatch.setattr(run, "CompositorTraining", lambda seed: tiny)
 
     def train(**options):
         done.update(dict.fromkeys(done, 0))
-        avatar = run.train(folder, tmp_path / "a.hicode", head=short(), progress=False, **options)
+        avatar = run.train(folder, tmp_path / "a.hicode", head=short(), compose=True, progress=False, **options)
         return tuple(done.values()), avatar
 
     return train
@@ -84,32 +77,6 @@ def change(folder, **fields) -> None:
 
 def aside(folder) -> list[str]:
     return [p.name for p in (folder.parent / "runs").iterdir() if p.name != "a"]
-
-
-def test_compositor_and_grain_are_judged_by_the_head_that_has_not_seen_the_frames_held_back(
-    learn, folder, tmp_path, monkeypatch
-):
-    """The head that speaks has learned from all of the clip; what is chosen on six frames of it must not know them. A resumed run judges by the same."""
-    judged = []
-
-    def noted(avatar, known, known_px, unseen, unseen_px):
-        judged.append((avatar, known, unseen))
-        return learn_grain(avatar, known, known_px, unseen, unseen_px)
-
-    monkeypatch.setattr(run, "learn_grain", noted)
-    for _ in range(2):
-        _, avatar = learn()
-        by, known, unseen = judged.pop()
-        before = head.head_in(folder.parent / "runs" / "a" / run.BEFORE, Clip.open(folder), HeadModel.load(), short())
-        for name, tensor in before[0].tensors().items():
-            assert torch.equal(by.gaussians.tensors()[name], tensor) and not torch.equal(
-                avatar.gaussians.tensors()[name], tensor
-            ), name
-        assert (
-            unseen.frames
-            and not set(unseen.frames) & set(known.frames)
-            and torch.equal(unseen.motion.T_camera_head, before[2].T_camera_head)
-        )
 
 
 def test_sound_moved_by_another_offset_costs_speech_alone(folder, learn):
@@ -199,37 +166,6 @@ def test_other_settings_are_named(folder, capsys):
         run._open_run(folder.parent / "runs" / "a", Clip.open(folder), short(), preset, seed)
     first, second = capsys.readouterr().out.splitlines()
     assert "(other seed)" in first and "(other preset)" in second
-
-
-def as_before(folder, place) -> None:
-    """Make of a run folder what hicode 0.1 left: version 1, keyed by the whole of clip.json, speech that does not say what from."""
-    digest = hashlib.sha256((folder / "clip.json").read_bytes() + (folder / "track.safetensors").read_bytes())
-    old = {
-        "schema": "hicode-run", "version": 1, "preset": "standard", "seed": 0, "clip": digest.hexdigest()[:16],
-        "config": json.loads(json.dumps(asdict(short()))),
-    }  # fmt: skip
-    old["hash"] = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()[:16]
-    write_json(place / "config.json", old)
-    tensors, header = load_tensors(place / "speech.safetensors", "hicode-speech", 1)
-    del header["made_of"]
-    save_tensors(place / "speech.safetensors", tensors, "hicode-speech", 1, header | {"generic": None})
-
-
-def test_a_folder_from_before_goes_on_where_its_clip_is_untouched(folder, learn, capsys):
-    learn()
-    as_before(folder, folder.parent / "runs" / "a")
-    assert learn()[0] == SPEECH and aside(folder) == []
-    assert "by an earlier hicode: speech is learned anew" in capsys.readouterr().out
-    change(folder, audio_offset_frames=2.0)
-    assert learn()[0] == SPEECH, "it is of this version now"
-
-
-def test_a_folder_from_before_is_set_aside_where_its_clip_is_another(folder, learn, capsys):
-    learn()
-    as_before(folder, folder.parent / "runs" / "a")
-    change(folder, audio_offset_frames=2.0)
-    assert learn()[0] == ALL and len(aside(folder)) == 1
-    assert "made by another hicode" in capsys.readouterr().out
 
 
 def test_other_speech_weights_cost_speech_alone(folder, learn, tmp_path):

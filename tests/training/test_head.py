@@ -12,7 +12,6 @@ from hicode.avatar.avatar import Avatar
 from hicode.avatar.deformation import DeformationConfig
 from hicode.errors import FileFormatError, TrainingError
 from hicode.media.images import Images
-from hicode.motion import N_LANDMARKS
 from hicode.tracking.head_model import HeadModel
 from hicode.training import head as training
 from hicode.training.losses import HeadLoss
@@ -39,10 +38,9 @@ def test_training_learns_frames_and_carries_to_unseen_ones(clip, model):
     assert len(motion) == len(clip.train)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(clip, model, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_uninterrupted_one(clip, model, tmp_path):
     """Stopped amid the second stage, after the cloud has changed its size; the checkpoint must hold all that matters, to the bit."""
-    config, file = a_config(rates=LearningRates(points=1e-3), points_start=0.2), tmp_path / "head.safetensors"
-    monkeypatch.setattr(training, "LEAST_VISITS", 1)
+    config, file = a_config(), tmp_path / "head.safetensors"
     whole = training.train_head(clip, model, config)
     training.train_head(clip, model, config, checkpoint=file, stop_at=14)
     resumed = training.train_head(clip, model, config, checkpoint=file)
@@ -52,7 +50,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(clip, model, tmp_path, monkeypat
         assert torch.equal(tensor, resumed[1].state()[0][name]), name
     for name, tensor in whole[2].tensors().items():
         assert torch.equal(tensor, resumed[2].tensors()[name]), name
-    assert float(whole[2].refined.abs().max()) > 0
 
 
 @pytest.mark.parametrize("views, expected", [(1, {0}), (2, {0, 5}), (5, {0, 2, 5})])
@@ -69,30 +66,9 @@ def test_the_first_stage_sees_the_frames_that_points_come_from_and_leaves_the_ne
         assert torch.equal(tensor, untrained[name]), name
 
 
-def test_frames_held_back_are_learned_from_late_and_the_head_before_it_is_kept(clip, model, tmp_path):
-    """Until `validation_until` nothing of them is looked at; compositor and grain are judged by the head as it was then, to the bit, and the head that stays has their poses too."""
-    seen, file = [], tmp_path / "before.safetensors"
-    clip_ = SimpleNamespace(**(vars(clip) | {"image": lambda t: seen.append(t) or clip.image(t)}))
-    config = a_config(preload_bytes=0, validation_until=0.5)
-    half = training.train_head(clip_, model, config, stop_at=config.held_back_until)
-    assert set(seen) == set(range(9))
-    whole = training.train_head(clip_, model, config, before=file)
-    assert set(seen) == set(range(10))
-    kept = training.head_in(file, clip, model, config)
-    for name, tensor in kept[0].tensors().items():
-        assert torch.equal(tensor, half[0].tensors()[name]), name
-    for name, tensor in kept[1].state()[0].items():
-        assert torch.equal(tensor, half[1].state()[0][name]), name
-    tracked = clip.track.motion.T_camera_head[9]
-    assert torch.equal(kept[2].T_camera_head, half[2].T_camera_head) and torch.equal(kept[2].T_camera_head[9], tracked)
-    assert not torch.equal(whole[2].T_camera_head[9], tracked)
-
-
-def test_every_training_frame_is_seen_once_an_epoch_and_held_back_ones_never(clip):
-    frames, held = training.training_split(clip, 1)
-    assert held == [9] and frames == list(range(9))
-    order = [training._shuffled_frame(a_config(), i, len(frames)) for i in range(2 * len(frames))]
-    assert sorted(order[:9]) == sorted(order[9:]) == frames and order[:9] != order[9:]
+def test_every_training_frame_is_seen_once_an_epoch():
+    order = [training._shuffled_frame(a_config(), i, 10) for i in range(20)]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
 
 
 def test_decoded_frames_stay_within_the_memory_given(clip):
@@ -185,15 +161,6 @@ def avatar(clip, model):
     )  # fmt: skip
 
 
-def test_an_avatar_keeps_what_was_refined_of_its_driving_track(avatar, tmp_path):
-    refined = 0.02 * torch.randn(10, N_LANDMARKS, 3, generator=torch.Generator().manual_seed(3))
-    made = replace(avatar, driving=replace(avatar.driving, refined=refined))
-    again = Avatar.load(made.save(tmp_path / "a.hicode"))
-    assert torch.equal(again.driving.refined, refined) and torch.equal(again.driving[4:6].refined, refined[4:6])
-    assert torch.equal(again.render(again.driving, 4).rgb, made.render(made.driving, 4).rgb)
-    assert float((again.render(again.driving, 4).rgb - avatar.render(avatar.driving, 4).rgb).abs().max()) > 0.05
-
-
 def test_an_avatar_reads_back_as_it_was(avatar, tmp_path):
     again = Avatar.load(avatar.save(tmp_path / "a.hicode"))
     frame, mask = avatar.driving_frame(3), avatar.driving_mask(3)
@@ -233,28 +200,6 @@ def test_only_the_networks_weights_decay(clip, model):
         assert torch.equal(value, before[name]), name
 
 
-def test_what_is_off_the_face_learns_at_its_share_of_the_pace(clip, model):
-    """Two runs that differ in nothing but the share: a Gaussian on a landmark makes the same first step in both, one far from all a fifth of it."""
-    steps = {}
-    for share in (1.0, 0.2):
-        state = training.start(clip, model, a_config(rates=LearningRates(off_face=share)))
-        before = {k: v.detach().clone() for k, v in state.params.items()}
-        for value in state.params.values():
-            value.grad = torch.ones_like(value)
-        training._step(state, a_config(rates=LearningRates(off_face=share)))
-        steps[share] = {
-            k: (v.detach() - before[k]).flatten(1) if v.ndim > 1 else (v.detach() - before[k])[:, None]
-            for k, v in state.params.items()
-        }
-    on_face = state.deformation.binding.on_face
-    assert on_face.max() > 0.9 and on_face.min() < 0.1, "the cloud lacks a face or what is beside it"
-    for name, whole in steps[1.0].items():
-        assert (whole != 0).all(), name
-        torch.testing.assert_close(
-            steps[0.2][name], whole * (0.2 + 0.8 * on_face)[:, None], rtol=1e-3, atol=1e-6, msg=name
-        )
-
-
 def test_a_frame_table_steps_the_row_it_is_told_to_and_each_by_its_own_count():
     table = training.FrameTable.zeros(3, 2)
     table.step(1, torch.tensor([4.0, -0.5]), 0.1)
@@ -266,68 +211,6 @@ def test_a_frame_table_steps_the_row_it_is_told_to_and_each_by_its_own_count():
     torch.testing.assert_close(table.values, torch.tensor([[0.0, 0.0], [-0.2, 0.2], [-0.1, -0.1]]))
     again = training.FrameTable.of(table.tensors("x"), "x")
     assert all(torch.equal(a, b) for a, b in zip(vars(table).values(), vars(again).values(), strict=True))
-
-
-def test_landmarks_that_were_tracked_wrongly_are_found_in_the_training_frames(clip, model):
-    """The pictures are renders of the very cloud, and nothing else learns: landmarks that the track of some frames has 3 mm aside are drawn back in these, others stay, and so
-    do mouth and jaw.
-    """
-    from hicode.render import rasterize
-
-    config = a_config(
-        stages=(Stage("refine", 180, "all", True, False),),
-        rates=LearningRates(**dict.fromkeys(vars(LearningRates()), 0.0) | {"points": 2e-3}),
-        points_start=0.0,
-        validation_until=1.0,
-    )
-    cloud, deformation = training.initial_cloud(clip, model, config)
-    shown = [
-        rasterize(training.deform(cloud, deformation, clip.track.motion, t), clip.track.camera_at(t), torch.zeros(3))
-        for t in range(FRAMES)
-    ]
-    images = [(255 * r.rgb / r.alpha[..., None].clamp_min(1e-3)).clamp(0, 255).byte().numpy() for r in shown]
-    masks = [(255 * r.alpha).round().byte().numpy() for r in shown]
-    moved, held, error = [2, 5, 7], 9, torch.zeros(FRAMES, 1, 3)
-    error[[*moved, held], :, 0] = 0.03
-    motion = clip.track.motion
-    track = replace(clip.track, motion=replace(motion, landmarks=motion.landmarks + error))
-    told = SimpleNamespace(
-        **vars(clip) | {"track": track, "image": lambda t: images[t], "head_mask": lambda t: masks[t]}
-    )
-    begun = training.start(clip, model, config)  # bound where the landmarks are
-    begun.deformation.requires_grad_(False)
-    frames, loss = training.TrainingFrames(told, 0, 1), HeadLoss(config.loss, config.vgg_layers)
-    while begun.iteration < config.iterations:
-        training._iterate(begun, frames, config, loss)
-    found = training._refined(begun, frames)
-    mouth = model.mouth_landmark_weight == 1
-    assert (found.refined[:, mouth] == 0).all()
-    sideways = found.refined[:, model.mouth_landmark_weight == 0, 0].mean(1)
-    assert (
-        (sideways[moved] < -0.015).all() and (sideways[[0, 1, 3, 4, 6, 8]].abs() < 0.004).all() and sideways[held] == 0
-    ), sideways
-    for name in ("expression", "landmarks"):
-        assert torch.equal(getattr(found, name), getattr(track.motion, name)[: len(clip.train)]), name
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rates": LearningRates(points=0.0)},
-        {"points_start": 0.5},
-        {"deformation": DeformationConfig(channels=8, hidden=16, anchors=128, base="none")},
-    ],
-)
-def test_points_stay_as_tracked_where_frames_are_seen_too_seldom_or_nothing_rides_on_them(changes, clip, model, capsys):
-    config = a_config(
-        **({"rates": LearningRates(points=1e-3), "points_start": 0.0} | changes)
-    )  # 40 iterations over 10 frames
-    assert len(training.start(clip, model, config).points.values) == 0
-    assert ("seen 2.0 times after 50%" in capsys.readouterr().out) == ("points_start" in changes)
-    assert (
-        len(training.start(clip, model, a_config(rates=LearningRates(points=1e-3), points_start=0.0)).points.values)
-        == 10
-    )
 
 
 def test_colours_learn_to_turn_only_where_they_may(clip, model):

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from hicode.avatar.compositor import Box, Compositor, compose, face_mask, outlined, seam_box
+from hicode.avatar.compositor import Box, Compositor, compose, face_mask, seam_box
 from hicode.avatar.deformation import Deformation
 from hicode.avatar.fast import FrameDeformer
-from hicode.avatar.film_grain import Grain
+from hicode.avatar.film_grain import FilmGrain
 from hicode.camera import Camera
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
 from hicode.gaussians import Gaussians
 from hicode.media.images import Images
-from hicode.motion import LIPS, FaceTrack, Motion
+from hicode.motion import Motion
 from hicode.render import Rendering, rasterize
 from hicode.speech.faceformer import SpeechModels
 
-SCHEMA, VERSION = "hicode-avatar", 1
+SCHEMA, VERSION = "hicode-avatar", 2
 MAX_DRIVING_FRAMES = 1500  # one minute: about 90 MB of JPEG; played back and forth, nobody sees it repeat
 
 
@@ -38,7 +38,7 @@ class Avatar:
     driving_frames, driving_masks  the t frames and soft head masks that composition pastes into
     plate           "h w 3" background behind the head
     mouth_expression "64", mouth_landmark_weight "478"  which control speech drives, copied from the head model
-    grain           fine detail of the recording, given back to the composed head; None: none
+    film_grain      fine detail of the recording, given back to the composed head; None: none
     source          path, sha256 and crop box of the video it came from: for output at its original size
     info            how it was made: preset, seconds a stage, package version, commit, seed
     """
@@ -53,7 +53,7 @@ class Avatar:
     mouth_expression: Bool[Tensor, "64"]
     mouth_landmark_weight: Float[Tensor, "478"]
     compositor: Compositor | None = None
-    grain: Grain | None = None
+    film_grain: FilmGrain | None = None
     speech: SpeechModels | None = None
     source: dict = field(default_factory=dict)
     info: dict = field(default_factory=dict)
@@ -87,20 +87,13 @@ class Avatar:
         model = HeadModel.load()
         return model.landmarks(model.expression_basis)
 
-    def own_hair(self, track: FaceTrack) -> Motion:
-        """A track's motion, without its hair where that was followed by other points than this avatar's (another clip's): then hair goes with the skull."""
-        carrier = self.deformation.carrier
-        if carrier is not None and torch.equal(carrier.hair_points.cpu(), track.hair_points):
-            return track.motion
-        return replace(track.motion, hair=None)
-
     @torch.no_grad()
     def deformed(self, motion: Motion, t: int) -> Gaussians:
         """Eqs 7-8 at frame t of a motion."""
         deformer = self._deformer()
         if deformer is not None:
-            expression, landmarks, _, turn, hair, refined = motion.control_at(t)
-            return deformer(expression, landmarks, turn, hair, refined)
+            expression, landmarks, _, turn = motion.control_at(t)
+            return deformer(expression, landmarks, turn)
         return self.deformation.moved(self.gaussians, *motion.control_at(t, self.gaussians.means.device))
 
     def _deformer(self) -> FrameDeformer | None:
@@ -154,32 +147,16 @@ class Avatar:
         """The part of a frame's head mask that a face in its pose (frame t of a motion) and the frame's own (frame `frame_t` of `frame_motion`) take up."""
         return face_mask(head_mask, self.landmarks_px(motion, t), self.landmarks_px(frame_motion, frame_t))
 
-    def outlined(
-        self,
-        rendering: Rendering,
-        motion: Motion,
-        t: int,
-        head_mask: UInt8[np.ndarray, "h w"],
-        within: Box | None = None,
-    ) -> tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w"]]:
-        """The head rendered over black at frame t of a motion, and its alpha, with the outline that the mask of a frame of the same pose has above the mouth;
-        where a box (px) is given, in it."""
-        return outlined(
-            rendering.rgb, rendering.alpha, head_mask, float(self.landmarks_px(motion, t)[LIPS, 1].mean()), within
-        )
-
     def composed(
         self, rendering: Rendering, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], index: int,
-        same_pose: bool = True, shown: UInt8[np.ndarray, "h w"] | None = None,
+        shown: UInt8[np.ndarray, "h w"] | None = None,
     ) -> UInt8[np.ndarray, "h w 3"]:  # fmt: skip
         """The head rendered at frame t of a motion, composited onto `frame` within its dilated head mask (Eqs 17-18); `index` tells one frame's grain
-        from the next one's. `same_pose`: the frame's head has the motion's pose, so that its outline is known. `shown`: the part of the head mask that is
+        from the next one's. `shown`: the part of the head mask that is
         composited (`face_mask`), all of it if not given."""
-        rgb, alpha = rendering.rgb, rendering.alpha
-        if same_pose:
-            rgb, alpha = self.outlined(rendering, motion, t, head_mask, None if shown is None else seam_box(shown))
-        grain = self.grain.layer(self.landmarks_px(motion, t), index) if self.grain is not None else None
-        return compose(rgb, alpha, frame, head_mask if shown is None else shown, self.plate, self.compositor, grain)
+        grain = self.film_grain.layer(self.landmarks_px(motion, t), index) if self.film_grain is not None else None
+        mask = head_mask if shown is None else shown
+        return compose(rendering.rgb, rendering.alpha, frame, mask, self.plate, self.compositor, grain)
 
     def synthesize_frame(
         self, motion: Motion, t: int, frame: UInt8[np.ndarray, "h w 3"], head_mask: UInt8[np.ndarray, "h w"], backend: str = "auto",
@@ -217,7 +194,7 @@ class Avatar:
             "source": self.source,
             "info": self.info,
         }
-        for name in ("compositor", "grain", "speech"):
+        for name in ("compositor", "film_grain", "speech"):
             part = getattr(self, name)
             if part is not None:
                 part_tensors, config[name] = part.state()
@@ -255,7 +232,7 @@ def _assemble(tensors: dict[str, Tensor], config: dict) -> Avatar:
         tensors["mouth_expression"],
         tensors["mouth_landmark_weight"],
         Compositor.from_state(part("compositor."), config["compositor"]) if "compositor" in config else None,
-        Grain.from_state(part("grain."), config["grain"]) if "grain" in config else None,
+        FilmGrain.from_state(part("film_grain."), config["film_grain"]) if "film_grain" in config else None,
         SpeechModels.from_state(part("speech."), config["speech"]) if "speech" in config else None,
         config["source"],
         config["info"],

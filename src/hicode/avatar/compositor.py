@@ -11,8 +11,7 @@ mask is made of three things:
     plain  "h w 3"  rgb + (1 - alpha) * fill, the alpha composite of the rendered head (`rgb` is rendered over black: premultiplied)
     output          weight * (plain + residual) + (1 - weight) * fill, `weight` falling from 1 to 0 within the mask's rim
 
-Above the mouth, where speech moves nothing, the head's outline is known: the driving frame's own (`outlined`). Where the frame's head has the pose of the
-rendered one, less of it may go back: the face alone, with the mask that `face_mask` makes of the head's. Hair, ears and what hangs from them are the frame's then.
+Where the frame's head has the pose of the rendered one, less of it may go back: the face alone, with the mask that `face_mask` makes of the head's. Hair, ears and what hangs from them are the frame's then.
 
 `residual` comes from a light U-Net whose last layer starts at zero: an untrained `Compositor` is the plain composite. As a generator it
 sees [rgb, alpha, frame with the hidden region zeroed, fill, weight]; the fill and the two masks are additions to the paper's pair of
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
-from hicode.avatar.film_grain import GrainLayer
+from hicode.avatar.film_grain import FilmGrainLayer
 
 # Lengths as fractions of the image's larger side (the comments give px at 512).
 # How far the dilated mask goes beyond the head: half of it for tracking error and hair, half for the feather.
@@ -48,12 +47,8 @@ JAW_REACH = (
 PLATE_GUARD = 3 / 512
 # Frame and plate that differ by up to LIGHT, of 1, in every channel differ in their light; by SURFACE and more in what they show.
 LIGHT, SURFACE = 0.08, 0.25
-# A render's outline against the mask's, above the mouth: over how much it passes from one to the other; how far the render may stand out; how far
-# from the render its colours are carried on.
-OUTLINE_FADE, OUTLINE_SLACK, OUTLINE_REACH = 20 / 512, 1 / 512, 24 / 512
 # A face goes a little beyond its landmarks' hull: a smiling cheek does. And where hanging hair is cut, a head mask may lack some of the cheek beside it.
 FACE_REACH, FACE_CUT = 4 / 512, 8 / 512
-SOLID = 0.95  # alpha from which on a render's colour is taken to be known
 CONTEXT = 16  # px of the input frame around the dilated mask that the generator sees
 STRIDE = 16  # the generator's sides are multiples of this
 
@@ -317,7 +312,7 @@ def compose(
     head_mask: UInt8[np.ndarray, "h w"],
     plate: UInt8[np.ndarray, "h w 3"],
     generator: Compositor | None = None,
-    grain: GrainLayer | None = None,
+    grain: FilmGrainLayer | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The final frame: the head rendered over black (`rgb`, `alpha`) pasted into `frame` within the dilated head mask.
 
@@ -361,103 +356,6 @@ def _about(image: np.ndarray, points: Float[np.ndarray, "l 2"]) -> UInt8[np.ndar
 def _grown(mask: np.ndarray, reach: float) -> np.ndarray:
     side = 2 * round(_px(reach, mask)) + 1
     return cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
-
-
-def outlined(
-    rgb: Float[Tensor, "h w 3"] | np.ndarray,
-    alpha: Float[Tensor, "h w"] | np.ndarray,
-    head_mask: UInt8[np.ndarray, "h w"],
-    above: float,
-    within: Box | None = None,
-) -> tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w"]]:
-    """The render (over black) with the outline of the head mask of the same pose, above row `above` (px; the mouth's); elsewhere than `within`, where that
-    is given, it may stay as it is.
-
-    A cloud ends where training frames showed it: turned further it lacks hair, and its soft edge lets the plate through. Where the mask says head and the
-    render has none, the colours next to it are carried on; what stands out of the mask is cut. Below `above` jaw and neck are speech's, and stay.
-    """
-    rgb, alpha = _numpy(rgb), _numpy(alpha)
-    reach, fade = _px(OUTLINE_REACH, head_mask), _px(OUTLINE_FADE, head_mask)
-    h, w = alpha.shape
-    x, y, width, height = cv2.boundingRect(cv2.threshold(head_mask, 127, 255, cv2.THRESH_BINARY)[1])
-    margin = math.ceil(_px(REACH, head_mask))  # composition shows nothing beyond
-    x0, x1, y0, y1 = (
-        max(0, x - margin),
-        min(w, x + width + margin),
-        max(0, y - margin),
-        min(h, y + height, math.ceil(above)),
-    )
-    if within is not None:
-        x0, y0, x1, y1 = max(x0, within[0]), max(y0, within[1]), min(x1, within[2]), min(y1, within[3])
-    if width == 0 or y1 <= y0 or x1 <= x0:
-        return rgb, alpha
-    box = np.s_[y0:y1, x0:x1]
-    solid = (alpha[box] >= SOLID).astype(np.float32)
-    if not solid.any():
-        return rgb, alpha
-    colors = _solid_halved(rgb[box], alpha[box])
-    colors = fill_smoothly(colors[..., :3], colors[..., 3])
-    rim = 2 * max(1, round(_px(OUTLINE_SLACK, head_mask))) + 1
-    most = cv2.dilate(head_mask[box], np.ones((rim, rim), np.uint8))
-    distance = cv2.distanceTransform((solid < 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_3)
-    rgb, alpha = rgb.copy(), alpha.copy()
-    _outline(
-        rgb[box],
-        alpha[box],
-        head_mask[box],
-        most,
-        distance,
-        colors,
-        np.float32(above - y0),
-        np.float32(fade),
-        np.float32(reach),
-    )
-    return rgb, alpha
-
-
-@numba.njit(cache=True, nogil=True)
-def _solid_halved(rgb, alpha):
-    """Mean colour of the solid pixels of each 2 x 2 block and whether there are any: "h2 w2 4"."""
-    h, w = alpha.shape
-    out = np.zeros(((h + 1) // 2, (w + 1) // 2, 4), np.float32)
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            cell = out[i, j]
-            count = np.float32(0)
-            for y in range(2 * i, min(2 * i + 2, h)):
-                for x in range(2 * j, min(2 * j + 2, w)):
-                    if alpha[y, x] >= np.float32(SOLID):
-                        count += np.float32(1)
-                        whole = np.float32(1) / alpha[y, x]
-                        for c in range(3):
-                            cell[c] += rgb[y, x, c] * whole
-            if count > 0:
-                for c in range(3):
-                    cell[c] /= count
-                cell[3] = np.float32(1)
-    return out
-
-
-@numba.njit(cache=True, nogil=True)
-def _outline(rgb, alpha, mask, most, distance, colors, above, fade, reach):
-    """`outlined` within its box, in place. Where the render lacks cover it gets `colors`, less and less from half of `reach` on."""
-    h, w = alpha.shape
-    zero, one, scale = np.float32(0), np.float32(1), np.float32(1 / 255)
-    for y in range(h):
-        known = min(max((above - np.float32(y)) / fade, zero), one)
-        for x in range(w):
-            near = min(max(np.float32(2) - np.float32(2) * distance[y, x] / reach, zero), one)
-            lack = known * near * (mask[y, x] * scale - alpha[y, x])
-            if lack > zero:
-                alpha[y, x] += lack
-                for c in range(3):
-                    rgb[y, x, c] += lack * colors[y >> 1, x >> 1, c]
-            limit = one - known * (one - most[y, x] * scale)
-            if alpha[y, x] > limit:
-                left = limit / alpha[y, x]
-                alpha[y, x] = limit
-                for c in range(3):
-                    rgb[y, x, c] *= left
 
 
 @numba.njit(cache=True, nogil=True)

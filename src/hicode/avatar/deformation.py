@@ -15,7 +15,7 @@ The control is a smooth field over canonical space, a function of position alone
 Gaussians and interpolated (`anchors=0` evaluates it on every Gaussian, as the paper does).
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -29,9 +29,7 @@ from hicode.errors import InputError
 from hicode.gaussians import Gaussians
 from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM, N_LANDMARKS
 
-TURN_UNIT = 0.1  # sine of a common turn of the head: what `sway` sees is about 1
-SWAY_UNIT = 0.1  # of `max_offset`: at the control's own pace a step of the linear layer moves all hair at once
-LIGHT_UNIT = 0.1  # of a colour, for the same reason
+TURN_UNIT = 0.1  # sine of a common turn of the head: what colours see is about 1
 STYLE_TOKENS = 8  # what the 3DMM vector becomes for a cross-attention block to attend to
 
 
@@ -63,14 +61,6 @@ class DeformationConfig:
     """width of a frame's speech features (two rows of the embedded encoder's 384); read with `coarse="audio"` only"""
     shade: bool = True
     """whether the control also shifts colours (not in Eq. 7): a mouth darkens as it opens, skin folds shade; off: the paper"""
-    sway: bool = True
-    """whether positions also follow the head's turn (not in Eq. 7), each by a linear map of its own: loose hair hangs, the neck stays; off: the paper"""
-    relight: bool = True
-    """whether colours also follow the head's turn, each by a linear map of its own (not in Eq. 7; read with `shade` only): light comes from
-    one side, and skin that turns to it brightens; off: the paper"""
-    sway_reach: float = 0.2
-    """head units (dm): the face does not sway, what is farther than this from it does. There a map learned in the training clip's turns goes wrong
-    beyond them: lips 0.6 px beside their place on a clip whose test part turns 16 degrees further. 0: all sways alike"""
     attention: Literal["nearness", "learned"] = "nearness"
     """what a point attends to landmarks by: its distance to each under the mean face, or (the paper) the products of queries and keys too. What these learned came to nothing
     beside the distance (docs/log.md), and weights that stand still cost a quarter of an iteration less"""
@@ -126,38 +116,18 @@ def mean_and_deviation(
     return mean, ((second - mean * mean).clamp_min(0) + 1e-5).sqrt()
 
 
-THIN_ERROR = 0.01  # of a row's weight, at most, lies with other landmarks than it should when attention that stands still is a thin product
-
-
 @dataclass(frozen=True)
 class StillAttention:
-    """Attention that no frame changes: for each share of the channels "m 478" weights whose rows sum to 1, as "m r" times "r 478" or, the latter None, as they are."""
+    """Attention that no frame changes: for each share of the channels weights "m 478" whose rows sum to 1."""
 
-    parts: tuple[tuple[Float[Tensor, "m r"], Float[Tensor, "r 478"] | None], ...]
-
-    @torch.no_grad()
-    def thinned(self, error: float = THIN_ERROR) -> "StillAttention":
-        """The same weights but for `error` of a row's at most: a smooth kernel over the head has few directions. Worth its tenth of a second where many frames follow."""
-        return StillAttention(
-            tuple((left, right) if right is not None else _thin(left, error) for left, right in self.parts)
-        )
+    parts: tuple[Float[Tensor, "m 478"], ...]
 
     def moments(self, v: Float[Tensor, "478 c"]) -> tuple[Float[Tensor, "m c"], Float[Tensor, "m c"]]:
         """E[v] and E[v²] of the landmarks' values."""
         found = []
-        for (left, right), share in zip(self.parts, v.chunk(len(self.parts), 1), strict=True):
-            powers = torch.cat([share, share * share], 1)
-            found.append((left @ (powers if right is None else right @ powers)).chunk(2, 1))
+        for weights, share in zip(self.parts, v.chunk(len(self.parts), 1), strict=True):
+            found.append((weights @ torch.cat([share, share * share], 1)).chunk(2, 1))
         return tuple(torch.cat(moment, 1) for moment in zip(*found))
-
-
-def _thin(weights: Float[Tensor, "m l"], error: float) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r l"] | None]:
-    axes = torch.linalg.eigh((weights.T @ weights).double().cpu())[1].flip(1).to(weights)
-    for rank in range(32, weights.shape[1] - 64, 32):  # two products cost more than they spare before the last
-        left = weights @ axes[:, :rank]
-        if (weights - left @ axes[:, :rank].T).abs().sum(1).max() <= error:
-            return left, axes[:, :rank].T.contiguous()
-    return weights, None
 
 
 @dataclass(frozen=True)
@@ -166,8 +136,6 @@ class Standing:
 
     attention: StillAttention | Float[Tensor, "m 478"] | None
     """its weights where they stand still, else what nearness adds to its scores, if anything"""
-    sways: Float[Tensor, "m"] | None
-    """how much of the head's turn each point feels, 0 on the landmarks and 1 far from them; None: all of it"""
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -248,10 +216,7 @@ class HierarchicalControl(nn.Module):
         if config.coarse == "attention":
             self.tokens = nn.Linear(EXPRESSION_DIM + IDENTITY_DIM, 2 * c * STYLE_TOKENS)
             self.coarse_attention = CrossAttention(c)
-        self.sway = _zero_linear(c, 9) if config.sway else None
-        self.relight = _zero_linear(c, 9) if config.relight and config.shade else None
-        if self.sway or self.relight:
-            self.register_buffer("turn_mean", torch.eye(3))
+        self.register_buffer("turn_mean", torch.eye(3))
         features = c * (1 + (config.fine == "concat") + (config.coarse == "concat"))
         self.head = nn.Sequential(
             nn.Linear(features, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), _zero_linear(h, 13 if config.shade else 10)
@@ -265,7 +230,7 @@ class HierarchicalControl(nn.Module):
         turn: Float[Tensor, "t 3 3"] | None = None,
     ) -> None:
         """Normalisation of the control signals, from training frames only."""
-        if self.knows_turns and turn is not None:
+        if turn is not None:
             u, _, v = torch.linalg.svd(turn.mean(0))  # the rotation nearest to the mean
             self.turn_mean.copy_(u @ v)
         if self.config.coarse == "audio":
@@ -291,31 +256,9 @@ class HierarchicalControl(nn.Module):
         """Whether attention is by nearness alone. A cross-attention block in its place always learns."""
         return self.config.attention == "nearness" and self.config.fine in ("adain", "addition")
 
-    @property
-    def knows_turns(self) -> bool:
-        """Whether it was told how the clip's head stands (`set_statistics`)."""
-        return hasattr(self, "turn_mean")
-
-    def turn_field(
-        self, query: Float[Tensor, "m c"], sways: Float[Tensor, "m"] | None
-    ) -> Float[Tensor, "m o 3"] | None:
-        """What a turn adds to each offset, per unit of `turned`: positions sway (`Standing.sways`), colours are relit everywhere. None where the
-        head's turn moves nothing.
-        """
-        if not (self.sway or self.relight):
-            return None
-        field = query.new_zeros(len(query), 13 if self.config.shade else 10, 3)
-        if self.sway:
-            field[:, :3] = SWAY_UNIT * self.sway(query).view(-1, 3, 3)
-            if sways is not None:
-                field[:, :3] *= sways[:, None, None]
-        if self.relight:
-            field[:, 10:] = LIGHT_UNIT * self.relight(query).view(-1, 3, 3)
-        return field
-
     def turned(self, turn: Float[Tensor, "3 3"] | None) -> Float[Tensor, "3"] | None:
-        """How far a head's rotation is from the clip's mean one: sine times axis, over TURN_UNIT. None where that is not known."""
-        if turn is None or not self.knows_turns:
+        """How far a head's rotation is from the clip's mean one: sine times axis, over TURN_UNIT. None without a rotation."""
+        if turn is None:
             return None
         away = self.turn_mean.T @ turn
         return torch.stack([away[2, 1] - away[1, 2], away[0, 2] - away[2, 0], away[1, 0] - away[0, 1]]) / (
@@ -327,16 +270,14 @@ class HierarchicalControl(nn.Module):
         """What callers may keep while the points stand still."""
         squared = torch.cdist(points, self.landmark_mean).square()
         nearest = squared.amin(1, keepdim=True)
-        attention = sways = None
+        attention = None
         if self.config.fine in ("adain", "addition"):
             scores = [(nearest - squared) / (2 * reach * reach) for reach in self.config.attention_reaches]
             if self.stands_still:
-                attention = StillAttention(tuple((torch.softmax(score, -1), None) for score in scores))
+                attention = StillAttention(tuple(torch.softmax(score, -1) for score in scores))
             elif scores:
                 attention = scores[0]
-        if self.sway and (reach := self.config.sway_reach):
-            sways = -torch.expm1(-nearest[:, 0] / (reach * reach))
-        return Standing(attention, sways)
+        return Standing(attention)
 
     def heard(self, expression: Float[Tensor, "64"]) -> Float[Tensor, "64"]:
         """An expression as the style hears it: normalised and, with `expression_reach`, no farther from the mean than the training clip went."""
@@ -382,7 +323,6 @@ class HierarchicalControl(nn.Module):
         identity: Float[Tensor, "80"],
         query: Float[Tensor, "m c"] | None = None,
         speech: Float[Tensor, "s"] | None = None,
-        turn: Float[Tensor, "3 3"] | None = None,
         standing: Standing | None = None,
     ) -> Float[Tensor, "m o"]:
         """`query` and `standing` are `embed` and `standing` of the points, where the caller has kept them."""
@@ -419,11 +359,7 @@ class HierarchicalControl(nn.Module):
             y = self.coarse_attention(y, *self.tokens(normalized).view(2, STYLE_TOKENS, c))
         elif coarse == "concat":
             beside.append(self.shift(normalized))
-        delta = self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
-        if turn is not None and (field := self.turn_field(q, standing.sways)) is not None:
-            # Linear, so that a turn beyond the training clip's goes on as the ones before it did.
-            delta = delta + field @ self.turned(turn)
-        return delta
+        return self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
 
 
 @dataclass(frozen=True)
@@ -455,27 +391,16 @@ class Binding:
     """How each Gaussian rides on the face: fixed when it is made, inherited by its offspring.
 
     vertices  "n 3"  mesh vertices of the nearest triangle · weights  "n 3"  their barycentric weights times a fall-off with distance
-    landmarks "n 14" nearest landmarks (8) and hair points (6, their indices from 478 on) · landmark_weights "n 14" weights of the former's residual
-                     and of the latter's displacement; 8 of each where there are no hair points
+    landmarks "n 8"  nearest landmarks · landmark_weights "n 8"  weights of their residual
     """
 
     vertices: Int[Tensor, "n 3"]
     weights: Float[Tensor, "n 3"]
-    landmarks: Int[Tensor, "n l"]
-    landmark_weights: Float[Tensor, "n l"]
+    landmarks: Int[Tensor, "n 8"]
+    landmark_weights: Float[Tensor, "n 8"]
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: getattr(self, k) for k in ("vertices", "weights", "landmarks", "landmark_weights")}
-
-    @cached_property
-    def mix(self) -> Mix:
-        """How landmarks and hair points move each Gaussian."""
-        return Mix(self.landmarks, self.landmark_weights)
-
-    @property
-    def on_face(self) -> Float[Tensor, "n"]:
-        """1 at a landmark, 0 far from all: exp(-(distance / reach)²)."""
-        return self.landmark_weights[:, :NEAREST_LANDMARKS].sum(1)
 
     def select(self, index: Tensor) -> "Binding":
         return Binding(**{k: v[index] for k, v in self.tensors().items()})
@@ -490,9 +415,8 @@ def bind(
     triangles: Int[Tensor, "f 3"],
     landmarks: Float[Tensor, "478 3"],
     reach: float = 0.25,
-    hair: Float[Tensor, "p 3"] | None = None,
 ) -> Binding:
-    """Bind points to a mesh and landmarks in the same expression as the points, and to the points on the head that hair is followed by.
+    """Bind points to a mesh and landmarks in the same expression as the points.
 
     The nearest surface point is found among samples of each triangle (15 per triangle: finer than the mesh's curvature). The carrier fades with
     exp(-(distance / reach)^2): hair far from the face stays put. `reach` in head units (0.25 = 25 mm).
@@ -511,12 +435,6 @@ def bind(
     # Kernel width follows the local landmark spacing (the 4th neighbour), so that lips do not pull on the nose.
     kernel = np.exp(-((lm_distance / (0.5 * lm_distance[:, 3:4] + 0.03)) ** 2))
     kernel = kernel / np.maximum(kernel.sum(1, keepdims=True), 1e-6) * np.exp(-((lm_distance[:, :1] / reach) ** 2))
-    if hair is not None and len(hair):
-        hair_index, hair_weights = _hair_binding(xyz, hair.detach().cpu().numpy(), lm_distance[:, 0])
-        lm_index, kernel = (
-            np.concatenate([lm_index, N_LANDMARKS + hair_index], 1),
-            np.concatenate([kernel, hair_weights], 1),
-        )
     return Binding(
         triangles.cpu()[torch.from_numpy(nearest // len(steps))].long(),
         torch.from_numpy(barycentric.astype(np.float32)),
@@ -525,53 +443,20 @@ def bind(
     )
 
 
-HAIR_NEAR, HAIR_WIDE, HAIR_REACH = (
-    0.12,
-    0.3,
-    0.5,
-)  # dm: points this near count; where none is, the nearest; beyond the last none moves anything
-HAIR_FACE = 0.2  # dm from the landmarks over which hair takes over from the face
-
-
-def _hair_binding(
-    xyz: np.ndarray, hair: np.ndarray, from_face: np.ndarray
-) -> tuple[Int[np.ndarray, "n 6"], Float[np.ndarray, "n 6"]]:
-    """The six nearest points of the hair (fewer where there are fewer, then padded by nothing) and their weights: 0 on the face, 1 in all in the hair."""
-    from scipy.spatial import cKDTree
-
-    k = min(6, len(hair))
-    distance, index = cKDTree(hair).query(xyz, k=k)
-    distance, index = distance.reshape(len(xyz), k), index.reshape(len(xyz), k)
-    weights = np.exp(-((distance / HAIR_NEAR) ** 2)) + 1e-6 * np.exp(-distance / HAIR_WIDE)
-    beside_the_face = -np.expm1(-((from_face[:, None] / HAIR_FACE) ** 2))
-    weights *= (
-        np.exp(-((distance[:, :1] / HAIR_REACH) ** 2))
-        * beside_the_face
-        / np.maximum(weights.sum(1, keepdims=True), 1e-12)
-    )
-    pad = ((0, 0), (0, 6 - k))
-    return np.pad(index, pad), np.pad(weights, pad)
-
-
 class Carrier(nn.Module):
-    """The carrier of `base="mesh"`: where the 3DMM surface, the landmarks and followed hair take each bound Gaussian. Linear in the motion, nothing trained.
-
-    Gradients reach what is refined of landmarks and hair (`Motion.refined`); the expression gets none.
-    """
+    """The carrier of `base="mesh"`: where the 3DMM surface and the landmarks take each bound Gaussian. Linear in the motion, nothing trained."""
 
     def __init__(
         self,
         expression_basis: Float[Tensor, "64 v 3"],
         landmark_neutral: Float[Tensor, "478 3"],
         landmark_basis: Float[Tensor, "64 478 3"],
-        hair_points: Float[Tensor, "p 3"] | None = None,
     ):
         super().__init__()
         self.register_buffer("expression_basis", expression_basis.clone())
         self.register_buffer("landmark_neutral", landmark_neutral.clone())
         self.register_buffer("landmark_basis", landmark_basis.clone())
         self.register_buffer("residual_mean", torch.zeros(N_LANDMARKS, 3))
-        self.register_buffer("hair_points", torch.zeros(0, 3) if hair_points is None else hair_points.clone())
 
     def residual(
         self, expression: Float[Tensor, "*b 64"], landmarks: Float[Tensor, "*b 478 3"]
@@ -585,31 +470,19 @@ class Carrier(nn.Module):
         self.residual_mean.copy_(self.residual(expression, landmarks).mean(0))
 
     def beside_the_mesh(
-        self,
-        expression: Float[Tensor, "64"],
-        landmarks: Float[Tensor, "478 3"],
-        hair: Float[Tensor, "p 3"] | None = None,
-        refined: Float[Tensor, "l 3"] | None = None,
-    ) -> Float[Tensor, "l 3"]:
-        """Displacements that `Binding.landmarks` tells of: the landmarks' residual, then the hair's (nothing where the motion has none), as refined."""
-        found = self.residual(expression, landmarks) - self.residual_mean
-        if len(self.hair_points):
-            found = torch.cat([found, torch.zeros_like(self.hair_points) if hair is None else hair])
-        return found if refined is None else found + refined
+        self, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"]
+    ) -> Float[Tensor, "478 3"]:
+        """The landmarks' residual, displacements that `Binding.landmarks` tells of."""
+        return self.residual(expression, landmarks) - self.residual_mean
 
+    @torch.no_grad()
     def forward(
-        self,
-        binding: Binding,
-        expression: Float[Tensor, "64"],
-        landmarks: Float[Tensor, "478 3"],
-        hair: Float[Tensor, "p 3"] | None = None,
-        refined: Float[Tensor, "l 3"] | None = None,
+        self, binding: Binding, expression: Float[Tensor, "64"], landmarks: Float[Tensor, "478 3"]
     ) -> Float[Tensor, "n 3"]:
-        with torch.no_grad():
-            on_mesh = _weighted_rows(
-                torch.tensordot(expression, self.expression_basis, 1), binding.vertices, binding.weights
-            )
-        return on_mesh + _MixRows.apply(self.beside_the_mesh(expression, landmarks, hair, refined), binding.mix)
+        on_mesh = torch.tensordot(expression, self.expression_basis, 1)
+        return _weighted_rows(on_mesh, binding.vertices, binding.weights) + _weighted_rows(
+            self.beside_the_mesh(expression, landmarks), binding.landmarks, binding.landmark_weights
+        )
 
 
 def _weighted_rows(
@@ -770,13 +643,11 @@ class Deformation(nn.Module):
         return torch.from_numpy((1 + near * (1 + 2 * busy)).astype(np.float32))
 
     def standing(self, points: Float[Tensor, "m 3"]) -> Standing:
-        """`HierarchicalControl.standing` of the points that the control is evaluated on; of anchors, which stand still, it is kept, and its attention made thin."""
+        """`HierarchicalControl.standing` of the points that the control is evaluated on; of anchors, which stand still, it is kept."""
         if self._standing is not None:
             return self._standing
         standing = self.control.standing(points)
         if self.anchors is not None:
-            if isinstance(standing.attention, StillAttention):
-                standing = replace(standing, attention=standing.attention.thinned())
             self._standing = standing
         return standing
 
@@ -784,11 +655,9 @@ class Deformation(nn.Module):
         self,
         expression: Float[Tensor, "64"],
         landmarks: Float[Tensor, "478 3"],
-        hair: Float[Tensor, "p 3"] | None = None,
-        refined: Float[Tensor, "l 3"] | None = None,
     ) -> Tensor | float:
         """Displacement by the carrier, "n 3", or 0 without one."""
-        return self.carrier(self.binding, expression, landmarks, hair, refined) if self.carrier is not None else 0.0
+        return self.carrier(self.binding, expression, landmarks) if self.carrier is not None else 0.0
 
     def forward(
         self,
@@ -796,13 +665,9 @@ class Deformation(nn.Module):
         expression: Float[Tensor, "64"],
         landmarks: Float[Tensor, "478 3"],
         speech: Float[Tensor, "s"] | None = None,
-        turn: Float[Tensor, "3 3"] | None = None,
-        hair: Float[Tensor, "p 3"] | None = None,
-        refined: Float[Tensor, "l 3"] | None = None,
     ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 4"], Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
         """(Δl, Δr, Δs) of Eq. 7 for canonical positions `means`, and the shift of colours (zeros without `shade`). `speech`, a frame's features, is
-        needed (InputError) and read with `coarse="audio"` only; `turn`, the head's rotation to the camera, with `sway` or `relight` only: without
-        one, the mean. `hair`, where followed hair is, and `refined` (`Motion`) are the carrier's.
+        needed (InputError) and read with `coarse="audio"` only.
 
         Gradients reach the network, not the canonical positions through their embedding: with anchors fixed points stand for them, and without
         anchors the embedding's gradient only fights the photometric one.
@@ -817,10 +682,10 @@ class Deformation(nn.Module):
             query = self._query = self.control.embed(points)
         elif torch.is_grad_enabled():
             query = self._query = None
-        delta = self.control(points, landmarks, expression, self.identity, query, speech, turn, self.standing(points))
+        delta = self.control(points, landmarks, expression, self.identity, query, speech, self.standing(points))
         if self.anchors is not None:
             delta = _MixRows.apply(delta, self.anchors.mix)
-        d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks, hair, refined)
+        d_means = delta[:, :3] * self.config.max_offset + self.carry(expression, landmarks)
         return d_means, delta[:, 3:7], delta[:, 7:10], delta[:, 10:] if self.config.shade else torch.zeros_like(means)
 
     def moved(
@@ -830,11 +695,9 @@ class Deformation(nn.Module):
         landmarks: Float[Tensor, "478 3"],
         speech: Float[Tensor, "s"] | None = None,
         turn: Float[Tensor, "3 3"] | None = None,
-        hair: Float[Tensor, "p 3"] | None = None,
-        refined: Float[Tensor, "l 3"] | None = None,
     ) -> Gaussians:
-        """The cloud at one frame: Eqs 7-8, and its colours at the head's turn."""
-        offsets = self(gaussians.means, expression, landmarks, speech, turn, hair, refined)
+        """The cloud at one frame: Eqs 7-8, and its colours at the head's turn (`turn`, its rotation to the camera)."""
+        offsets = self(gaussians.means, expression, landmarks, speech)
         return gaussians.deformed(*offsets).turned(self.control.turned(turn))
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
@@ -852,29 +715,12 @@ class Deformation(nn.Module):
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Deformation":
-        # Files from before shade, sway and relight have none of them; for a while faces swayed too; expressions were heard as
-        # they are, and landmarks from anywhere; attention used to learn, by one reach or none.
-        before = {
-            "shade": False,
-            "sway": False,
-            "sway_reach": 0.0,
-            "relight": False,
-            "attention": "learned",
-            "expression_reach": 0.0,
-        }
-        config = before | config
-        reach = config.pop("attention_reach", 0.0)
-        reaches = config.pop("attention_reaches", [reach] if reach else [])
-        cfg = DeformationConfig(**config, attention_reaches=tuple(reaches))
+        cfg = DeformationConfig(**config | {"attention_reaches": tuple(config["attention_reaches"])})
         net = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         carrier = None
         if cfg.base == "mesh":
-            net.setdefault("carrier.hair_points", torch.zeros(0, 3))  # files from before hair was followed
             carrier = Carrier(
-                *(
-                    net[f"carrier.{k}"]
-                    for k in ("expression_basis", "landmark_neutral", "landmark_basis", "hair_points")
-                )
+                *(net[f"carrier.{k}"] for k in ("expression_basis", "landmark_neutral", "landmark_basis"))
             )
         deformation = Deformation(cfg, net["identity"], net["control.center"], float(net["control.radius"]), carrier)
         if "landmark_motion" in net:

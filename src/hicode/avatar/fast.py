@@ -1,7 +1,6 @@
 """The deformation at speaking time: what `Gaussians.deformed(*Deformation(...))` gives, without gradients, in about half the time.
 
-n Gaussians, m anchors, 478 landmarks, c channels, as in `deformation.py`, which is the reference: results agree to 1e-5 head units (tested), where learned
-attention stands still to THIN_ERROR of its weights.
+n Gaussians, m anchors, 478 landmarks, c channels, as in `deformation.py`, which is the reference: results agree to 1e-5 head units (tested).
 
 Kept from frame to frame is all that depends on canonical positions alone: the normalised query, the mesh vertices that a Gaussian is bound to,
 indices in 32 bits. Attention runs over blocks of anchors whose scores stay in the core's own cache, so m x 478 is never written; its mean, deviation and
@@ -26,8 +25,6 @@ ROW = 16  # floats, one vector: what moves a Gaussian is location 3, quaternion 
 CHUNK = 2048  # Gaussians that a thread moves at a time
 # Scores are exponentiated as they are, without their row's maximum, while none can pass this: e^±40 and its products stay inside float32.
 SCORE_MAX = 40.0
-# Learned attention goes by nearness, too, and hardly by its scores. Where no score can be farther than STILL from the mean face's, its weights are taken for that face's.
-STILL = 0.15
 _OPTIONS = {
     "cache": True,
     "nogil": True,
@@ -56,13 +53,10 @@ class FrameDeformer:
         query = control.embed(points)
         self._normal = _array(normalize_over_points(query))
         standing = deformation.standing(points)
-        self._turn_field = control.turn_field(query, standing.sways)
-        # The attention that stands still: known at once, or, where it learned, made when a frame first asks for it.
         self._still = standing.attention if isinstance(standing.attention, StillAttention) else None
         self._near = None if self._still else standing.attention
         self._query = query * query.shape[1] ** -0.5
         self._query_norm = float(self._query.norm(dim=1).max())
-        self._mean_keys, _ = control.keys_values(control.landmark_mean)
         if anchors is None:
             self._anchor_index, self._anchor_weight = _starts(torch.arange(n)[:, None]), np.ones((n, 1), np.float32)
         else:
@@ -85,20 +79,16 @@ class FrameDeformer:
         expression: Float[Tensor, "64"],
         landmarks: Float[Tensor, "478 3"],
         turn: Float[Tensor, "3 3"] | None = None,
-        hair: Float[Tensor, "p 3"] | None = None,
-        refined: Float[Tensor, "l 3"] | None = None,
     ) -> Gaussians:
-        """The Gaussians at one frame (Eqs 7-12); `turn` is the head's rotation to the camera, `hair` where followed hair is, `refined` as `Motion` has it."""
+        """The Gaussians at one frame (Eqs 7-12); `turn` is the head's rotation to the camera."""
         deformation, n = self.deformation, len(self.gaussians)
         offsets = self._offsets(expression, landmarks)
-        if self._turn_field is not None and turn is not None:
-            offsets += self._turn_field @ deformation.control.turned(turn)
         offsets[:, :3] *= deformation.config.max_offset
         moved = residual = torch.zeros(0, 3)
         if deformation.carrier is not None:
             carrier = deformation.carrier
             moved = (expression @ self._basis).reshape(-1, 3)
-            residual = carrier.beside_the_mesh(expression, landmarks, hair, refined)
+            residual = carrier.beside_the_mesh(expression, landmarks)
         means, quats, log_scales, colors = torch.empty(n, 3), torch.empty(n, 4), torch.empty(n, 3), torch.empty(n, 3)
         run_on_threads(
             _move, -(-n // CHUNK), _rows(offsets), self._anchor_index, self._anchor_weight, _rows(moved), self._vertex_index,
@@ -133,8 +123,7 @@ class FrameDeformer:
 
     def _moments(self, k: Float[Tensor, "478 c"] | None, v: Float[Tensor, "478 c"]) -> Float[Tensor, "m 2c+16"]:
         """Numerators of E[v] and E[v²] and, in the last columns, the denominator of the softmax: 16 columns, a whole vector, are faster than one."""
-        if self.stands_still(k):
-            self._still = self._still or self._still_attention()
+        if self._still is not None:
             return torch.cat([*self._still.moments(v), torch.ones(len(self._query), 16)], 1)
         values = torch.cat([v, v * v, torch.ones(len(v), 16)], 1)
         m, keys = len(self._query), k.T.contiguous()
@@ -151,19 +140,6 @@ class FrameDeformer:
                 block -= block.amax(1, keepdim=True)
             torch.mm(block.exp_(), values, out=moments[begin : begin + BLOCK])
         return moments
-
-    def stands_still(self, k: Float[Tensor, "478 c"] | None) -> bool:
-        """Whether attention with these keys is the mean face's, as far as anybody can see; without keys it is every face's."""
-        return (
-            k is None
-            or self._near is not None
-            and self._query_norm * float((k - self._mean_keys).norm(dim=1).max()) <= STILL
-        )
-
-    @torch.no_grad()
-    def _still_attention(self) -> StillAttention:
-        """The mean face's weights."""
-        return StillAttention(((torch.softmax(self._query @ self._mean_keys.T + self._near, -1), None),)).thinned()
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Grain: the fine detail that a recording has anew in every frame (sensor noise, compression, the skin's passing gloss).
+"""FilmGrain: the fine detail that a recording has anew in every frame (sensor noise, compression, the skin's passing gloss).
 
 Gaussians know what a subject's frames have in common, so a render is smoother than the frame around it, however long it trains: ten neighbouring true
 frames, registered and averaged, are as smooth (EdMarkey: LPIPS .071 from a true frame; one neighbour alone .019). No network can know the next frame's
@@ -30,8 +30,8 @@ LIPS_MARGIN = 0.3  # of the lips' extent: lips move under a field, and another f
 
 
 @dataclass(frozen=True)
-class GrainLayer:
-    """One frame's grain. field "h w": as in `Grain`; scale: a field's level in [0, 1]; lips: centre x, y and half extents of an ellipse without grain."""
+class FilmGrainLayer:
+    """One frame's grain. field "h w": as in `FilmGrain`; scale: a field's level in [0, 1]; lips: centre x, y and half extents of an ellipse without grain."""
 
     field: UInt8[np.ndarray, "h w"]
     scale: float
@@ -39,7 +39,7 @@ class GrainLayer:
 
 
 @dataclass
-class Grain:
+class FilmGrain:
     """A subject's grain, and how much of it a spoken frame gets (`strength`: 1 is as recorded)."""
 
     fields: Images
@@ -51,7 +51,7 @@ class Grain:
         points = _steady(self.landmarks_px.numpy())
         self._shapes = np.stack([_normalised(p) for p in points])
 
-    def layer(self, landmarks_px: Float[np.ndarray, "478 2"], index: int) -> GrainLayer:
+    def layer(self, landmarks_px: Float[np.ndarray, "478 2"], index: int) -> FilmGrainLayer:
         """The grain of output frame `index`, whose landmarks project to `landmarks_px`. The same arguments give the same grain."""
         if self._decoded is None:
             self._decoded = [self.fields[k] for k in range(len(self.fields))]
@@ -70,7 +70,7 @@ class Grain:
         # The nearest pixel: interpolation would take the finest grain away, and twice to eight times as long.
         flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
         laid = cv2.warpAffine(field, matrix, (w, h), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=128)
-        return GrainLayer(laid, self.strength / (255 * GAIN), lips_ellipse(landmarks_px))
+        return FilmGrainLayer(laid, self.strength / (255 * GAIN), lips_ellipse(landmarks_px))
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, JSON-able config), the inverse of `from_state`."""
@@ -81,16 +81,18 @@ class Grain:
         }, {"strength": self.strength}
 
     @staticmethod
-    def from_state(tensors: dict[str, Tensor], config: dict) -> "Grain":
-        return Grain(Images(tensors["data"], tensors["offsets"]), tensors["landmarks_px"], float(config["strength"]))
+    def from_state(tensors: dict[str, Tensor], config: dict) -> "FilmGrain":
+        return FilmGrain(
+            Images(tensors["data"], tensors["offsets"]), tensors["landmarks_px"], float(config["strength"])
+        )
 
     @staticmethod
     def of(
         fields: list[Float32[np.ndarray, "h w"]], landmarks_px: Float[Tensor, "k 478 2"], strength: float
-    ) -> "Grain":
+    ) -> "FilmGrain":
         """From fine detail in grey levels."""
         coded = (np.clip(128 + GAIN * f + 0.5, 0, 255).astype(np.uint8) for f in fields)
-        return Grain(Images.encode(coded, ".jpg"), torch.as_tensor(landmarks_px, dtype=torch.float32), strength)
+        return FilmGrain(Images.encode(coded, ".jpg"), torch.as_tensor(landmarks_px, dtype=torch.float32), strength)
 
 
 def lips_ellipse(landmarks_px: Float[np.ndarray, "478 2"]) -> Float32[np.ndarray, "4"]:

@@ -19,6 +19,7 @@ encoding. In JSON an infinite PSNR (the truth's) is null, as is whatever could n
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -31,6 +32,7 @@ from torch import Tensor
 from hicode.audio import SAMPLES_PER_FRAME, frame_rms
 from hicode.avatar.compositor import Region, dilate_mask, hidden_mask
 from hicode.avatar.driving import merge_motion, resting_mouth
+from hicode.avatar.film_grain import FilmGrain
 from hicode.errors import HicodeError, InputError
 from hicode.evaluation.images import REGIONS, Truth, mean_of_frames, seam_error
 from hicode.evaluation.lips import DETECTOR, closures_due, detect, opening
@@ -48,7 +50,7 @@ from hicode.evaluation.rows import (
 from hicode.evaluation.show import Pictures, ShownFrame, evenly, mouth_windows, print_table, worst_first
 from hicode.evaluation.syncnet import LipStream, SyncNet, crop, crop_boxes
 from hicode.files import check_writable, write_json
-from hicode.motion import FaceTrack, Motion
+from hicode.motion import Motion
 from hicode.preparation.clip import Clip
 from hicode.progress import progress_bar
 from hicode.provenance import provenance
@@ -84,13 +86,12 @@ class Evaluated(Protocol):
     speech: Speaker | None
     driving: Motion
     plate: UInt8[np.ndarray, "h w 3"]
+    film_grain: FilmGrain | None
     hears: bool
     mouth_expression: Tensor
     mouth_landmark_weight: Tensor
     info: dict
     source: dict
-
-    def own_hair(self, track: FaceTrack) -> Motion: ...
 
     def synthesize_frame(
         self,
@@ -145,6 +146,8 @@ def evaluate(
         avatar = Avatar.load(avatar)
     if place != "cpu":
         avatar = avatar.to(place)
+    if avatar.film_grain is not None:  # laid on for the eye: it costs PSNR
+        avatar = replace(avatar, film_grain=None)
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     started = time.perf_counter()
     work = _Work(avatar, clip, region)
@@ -209,7 +212,7 @@ class _Work:
             self.findings.notes.append(
                 "Speech features move this avatar directly: its tracked row hears the test sound as its audio row does."
             )
-        tracked = self.avatar.own_hair(self.clip.track)[slice(self.test[0], self.test[-1] + 1)]
+        tracked = self.clip.track.motion[slice(self.test[0], self.test[-1] + 1)]
         if self.region == "face":
             self.own = tracked
             self.findings.notes.append(
@@ -353,42 +356,24 @@ def _measure(
 
 def _remembered(work: _Work) -> dict | None:
     """What the avatar makes of frames that it learned from, under the motion that training found in them: the same measures, no rank with those of unseen
-    frames. `without_grain` beside it: grain is laid on for the eye, and costs PSNR. None where another clip's frames are tested or none were learned.
+    frames. None where another clip's frames are tested or none were learned.
     """
-    from hicode.training.head import training_split
-
     avatar, clip = work.avatar, work.clip
     if avatar.source.get("sha256") != clip.source.get("sha256"):
         return None
-    known, _ = training_split(clip, (avatar.info.get("config") or {}).get("validation_frames", 0))
-    known = known[: len(avatar.driving)]
+    known = list(clip.train)[: len(avatar.driving)]
     if not known:
         return None
     looks = [known[i] for i in evenly(len(known), TRAINING_FRAMES)]
-    grain, own = getattr(avatar, "grain", None), {} if work.own is None else {"own": avatar.driving}
-    found: dict[str, list] = {"with": [], "without": []}
-    try:
-        for t in looks:
-            truth = Truth(clip.image(t), clip.head_mask(t), clip.track.mouth_box(t))
-            for name, laid_on in (("with", grain), ("without", None)):
-                if name == "without" and grain is None:
-                    continue
-                avatar.grain = laid_on
-                image = avatar.synthesize_frame(
-                    avatar.driving, t - clip.train[0], clip.image(t), clip.head_mask(t), **own
-                )
-                found[name].append(truth.compare(image))
-    finally:
-        avatar.grain = grain
+    own, found = {} if work.own is None else {"own": avatar.driving}, []
+    for t in looks:
+        image = avatar.synthesize_frame(avatar.driving, t - clip.train[0], clip.image(t), clip.head_mask(t), **own)
+        found.append(Truth(clip.image(t), clip.head_mask(t), clip.track.mouth_box(t)).compare(image))
     means = {
-        name: {
-            region: {metric: mean_of_frames([f[region][metric] for f in frames]) for metric in frames[0][region]}
-            for region in REGIONS
-        }
-        for name, frames in found.items()
-        if frames
+        region: {metric: mean_of_frames([f[region][metric] for f in found]) for metric in found[0][region]}
+        for region in REGIONS
     }
-    return {"frames": len(looks)} | means["with"] | {"without_grain": means.get("without", means["with"])}
+    return {"frames": len(looks)} | means
 
 
 # -------------------------------------------------------------------------------------------------------------- figures

@@ -105,10 +105,8 @@ def headlines(report: dict) -> list[str]:
     if steady:
         lines.append(f"landmark jitter, px (the truth's own is what to aim at): {', '.join(steady)}")
     if kept := report.get("training_frames"):
-        plain = kept["without_grain"]["frame"]["psnr"]
-        grain = "" if plain == kept["frame"]["psnr"] else f" (without grain {_db(plain)})"
         lines.append(
-            f"frames that it learned from, under the motion that training found in them: frame {_db(kept['frame']['psnr'])}{grain}, head {_db(kept['head']['psnr'])}, "
+            f"frames that it learned from, under the motion that training found in them: frame {_db(kept['frame']['psnr'])}, head {_db(kept['head']['psnr'])}, "
             f"LPIPS {kept['frame']['lpips']:.3f} over {kept['frames']} of them; what it remembers, no measure of unseen ones"
         )
     if report.get("fps") is not None:

@@ -31,7 +31,7 @@ from hicode.files import load_tensors, read_json, save_tensors
 from hicode.motion import FaceTrack, Motion
 from hicode.speech.encoder import AudioEncoder, Window, create_encoder, match_frames, usual_variant, usual_window
 
-SCHEMA, VERSION = "hicode-clip", 1
+SCHEMA, VERSION = "hicode-clip", 2
 CACHE_BYTES = 128 << 20
 
 
@@ -53,9 +53,7 @@ def split(frame_count: int) -> tuple[range, range]:
 
 
 class Clip:
-    """A clip on disk. Opening reads `clip.json` only; memory stays within a small cache of decoded pictures, plus what
-    `preload` pins.
-    """
+    """A clip on disk. Opening reads `clip.json` only; memory stays within a small cache of decoded pictures."""
 
     def __init__(self, path: Path, config: dict):
         self.path = path
@@ -129,25 +127,9 @@ class Clip:
             raise IndexError(f"frame {t} of {self.frame_count}")
         return self._pictures.get(self.path / kind / f"{t:06d}.png", grey=kind != "frames").copy()
 
-    def preload(self, budget_bytes: int = 1 << 30, frames: range | None = None) -> int:
-        """Decode pictures and head masks of `frames` (default: training) into memory, as many as fit; how many frames
-        fitted.
-        """
-        frames = self.train if frames is None else frames
-        per_frame = 4 * self.width * self.height
-        fitting = list(frames)[: max(0, budget_bytes // per_frame)]
-        for t in fitting:
-            for kind in ("frames", "masks/head"):
-                self._pictures.pin(self.path / kind / f"{t:06d}.png", grey=kind != "frames")
-        return len(fitting)
-
     @cached_property
     def track(self) -> FaceTrack:
-        track = load_track(self.path / "track.safetensors")
-        if not (self.path / "hair.safetensors").exists():  # prepared before hair was followed
-            return track
-        tensors, _ = load_tensors(self.path / "hair.safetensors", "hicode-hair", 1)
-        return replace(track, motion=replace(track.motion, hair=tensors["displacement"]), hair_points=tensors["points"])
+        return load_track(self.path / "track.safetensors")
 
     def hear(self, encoder: str = "embedded") -> None:
         """Give the track's motion the sound's features, the two rows of each frame side by side: for avatars that are moved by
@@ -226,16 +208,13 @@ def frame_features(
 
 
 class _Pictures:
-    """Decoded PNG files: those pinned, and the least recently used ones within CACHE_BYTES."""
+    """Decoded PNG files, the most recently used within CACHE_BYTES."""
 
     def __init__(self):
         self._recent: OrderedDict[Path, np.ndarray] = OrderedDict()
         self._recent_bytes = 0
-        self._pinned: dict[Path, np.ndarray] = {}
 
     def get(self, file: Path, grey: bool) -> np.ndarray:
-        if file in self._pinned:
-            return self._pinned[file]
         if file in self._recent:
             self._recent.move_to_end(file)
             return self._recent[file]
@@ -245,10 +224,6 @@ class _Pictures:
         while self._recent_bytes > CACHE_BYTES and len(self._recent) > 1:
             self._recent_bytes -= self._recent.popitem(last=False)[1].nbytes
         return picture
-
-    def pin(self, file: Path, grey: bool) -> None:
-        if file not in self._pinned:
-            self._pinned[file] = read_png(file, grey)
 
 
 def read_png(file: Path, grey: bool) -> UInt8[np.ndarray, "h w *c"]:

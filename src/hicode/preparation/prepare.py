@@ -160,7 +160,7 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     cut = {"start": config.start, "duration": config.duration, "sha256": source["sha256"]}
 
     faces = work.step("faces", 1, cut, (), (), lambda: _find_faces(work, video, info))
-    _check_light(faces.get("light"), video, config)
+    _check_light(faces["light"], video, config)
     crop_settings = {"size": config.size}
     crop = work.step("crop", 1, crop_settings, ("faces",), ("frames",), lambda: _write_frames(work, video, info, faces))
     count = crop["frame_count"]
@@ -183,7 +183,6 @@ def _steps(work: _Work, video: Path, info: VideoInfo, source: dict) -> None:
     aligned = ("track.safetensors", "skull.safetensors")
     work.step("track", 6, {}, ("fit", "masks"), aligned, lambda: _align(work, train))
     work.step("depth", 3, {}, ("track",), ("depth.safetensors",), lambda: _depth(work, train))
-    work.step("hair", 1, {}, ("depth",), ("hair.safetensors",), lambda: _hair(work, train))
     sound = work.step("sound", 1, cut, ("crop",), (), lambda: _sound(work, video, count))
     state.update(has_audio=sound["usable"], audio_offset_frames=0.0)
     if sound["usable"]:
@@ -382,13 +381,11 @@ def _mean_in(frame: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"]) -> 
     return float(frame[y0:y1, x0:x1].mean())
 
 
-def _check_light(light: list[list[float]] | None, video: Path, config: PrepareConfig) -> None:
+def _check_light(light: list[list[float]], video: Path, config: PrepareConfig) -> None:
     """Raise InputError where the face's brightness, [frame, mean] over the looks, changes so much that one colour a place says nothing.
 
     Measured: trained on a face that falls to 0.4 of its brightness for a while, dark patches wander over the face.
     """
-    if light is None:  # a clip that an older version prepared
-        return
     frames, means = np.array(light).T
     low, high = np.percentile(means, [5, 95])
     factor = high / max(low, 1.0)
@@ -633,33 +630,6 @@ def _depth(work: _Work, train: range) -> dict:
     tensors = {"frames": torch.from_numpy(frames), "depth": torch.from_numpy(np.stack(depths))}
     save_tensors(work.folder / "depth.safetensors", tensors, "hicode-depth", 2)
     return {"frames": frames.tolist()}
-
-
-def _hair(work: _Work, train: range) -> dict:
-    """Where hair goes beside the skull."""
-    from hicode.tracking.hair import follow_hair
-    from hicode.tracking.head_model import HeadModel
-    from hicode.tracking.rigid_pose import Skull
-
-    track = load_track(work.folder / "track.safetensors")
-    skull = Skull(**load_tensors(work.folder / "skull.safetensors", "hicode-skull", 1)[0])
-    views = load_tensors(work.folder / "depth.safetensors", "hicode-depth", 2)[0]
-    depths = dict(zip(views["frames"].tolist(), views["depth"].numpy()))
-    image = lambda t: read_png(work.folder / f"frames/{t:06d}.png", grey=False)
-    mask = lambda t: read_png(work.folder / f"masks/head/{t:06d}.png", grey=True)
-    with progress_bar("Following the hair", work.show) as report:
-        points, displacement, found = follow_hair(
-            image,
-            mask,
-            depths,
-            track,
-            skull,
-            HeadModel.load(),
-            train,
-            progress=lambda done: report(round(100 * done), 100),
-        )
-    save_tensors(work.folder / "hair.safetensors", {"points": points, "displacement": displacement}, "hicode-hair", 1)
-    return {"points": found.points, "matches": found.matches, "moved_px": found.moved_px}
 
 
 # --- the sound --------------------------------------------------------------------------------------------------------

@@ -187,11 +187,6 @@ class _WindowedEncoder:
     def _contextual(self, rows: Float[Tensor, "b w c"]) -> Float[Tensor, "b hop d"]:
         raise NotImplementedError
 
-    @property
-    def latency_features(self) -> int:
-        """How many features of sound must have come after a feature's beginning before it is known."""
-        return self.window.hop + self.window.look + -(-self.margin // SAMPLES_PER_FEATURE)
-
     def stream(self, level: float | None = None) -> EncoderStream:
         return EncoderStream(self, level)
 

@@ -603,14 +603,7 @@ class SpeechModels:
                 closure.load_state_dict(
                     {k.removeprefix("closure."): v.float() for k, v in tensors.items() if k.startswith("closure.")}
                 )
-            # Files from before say nothing of the window: there was but one.
-            window = (
-                Window(*config["window"])
-                if config.get("window")
-                else Window(88, 4, 8)
-                if config["encoder"] == "embedded"
-                else None
-            )
+            window = Window(*config["window"]) if config["window"] else None
             names = ("expression_template", "landmark_template", "identity_frames")
             own = [tensors[name].float() for name in names]
             gains = config["expression_gain"], config["landmark_gain"]

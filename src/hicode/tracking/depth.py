@@ -1,20 +1,17 @@
 """Depth of a head in one frame, and the z-buffer of a mesh.
 
-Depth is the camera frame's z in decimetres (head units), one value per pixel centre, NaN where there is no head. Two sources:
-`MeshDepth`, the fitted head mesh, extended smoothly over what the mesh lacks (hair, ears) to the edge of the mask with a rounded fall-off;
-`DepthAnything`, a monocular network whose disparity is fitted affinely to the mesh.
+Depth is the camera frame's z in decimetres (head units), one value per pixel centre, NaN where there is no head. It is
+the fitted head mesh's, extended smoothly over what the mesh lacks (hair, ears) to the edge of the mask with a rounded fall-off.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 from numba import njit
 
-from hicode.errors import AssetError
 from hicode.motion import LIPS_INNER, FaceTrack
 
 if TYPE_CHECKING:
@@ -23,83 +20,6 @@ if TYPE_CHECKING:
 _COARSE = 4  # the extension is smooth, so it is solved on every fourth pixel
 _STEEP = 1.5  # towards its outline the mesh is trusted while its depth changes by less than this per unit sideways
 _MOUTH_DM = 0.3  # the mouth's cavity is shown no deeper than this behind the lips: light does not reach further
-
-
-class DepthSource(Protocol):
-    """Whatever gives the head's depth in frame t of a track."""
-
-    def depth(
-        self,
-        frame: UInt8[np.ndarray, "h w 3"],
-        model: "HeadModel",
-        track: FaceTrack,
-        t: int,
-        mask: UInt8[np.ndarray, "h w"],
-    ) -> Float32[np.ndarray, "h w"]: ...
-
-
-def create_depth(name: Literal["mesh", "depth-anything"] = "mesh", path: str | None = None) -> DepthSource:
-    """The depth source of that name; `path` is a local folder or a hub id of Depth-Anything's weights (transformers format)."""
-    return MeshDepth() if name == "mesh" else DepthAnything.load(path or "depth-anything/Depth-Anything-V2-Small-hf")
-
-
-class MeshDepth:
-    """The fitted mesh, extended over hair and ears."""
-
-    def depth(self, frame, model, track, t, mask):
-        return head_depth(model, track, t, mask)
-
-
-class DepthAnything:
-    """A monocular network; its disparity (scale and shift unknown) is fitted to the mesh, which also bounds it."""
-
-    def __init__(self, disparity: Callable[[UInt8[np.ndarray, "h w 3"]], Float[np.ndarray, "h w"]]):
-        self.disparity = disparity
-
-    @staticmethod
-    def load(path: str) -> "DepthAnything":
-        """Weights from a local folder or the hub, through transformers. Raises AssetError where either is missing."""
-        try:
-            import torch
-            from transformers import AutoImageProcessor, AutoModelForDepthEstimation
-        except ImportError as error:
-            raise AssetError(
-                "Depth-Anything needs transformers: pip install 'hicode[hubert]', or use the mesh's depth."
-            ) from error
-        try:
-            prepare, network = (
-                AutoImageProcessor.from_pretrained(path),
-                AutoModelForDepthEstimation.from_pretrained(path).eval(),
-            )
-        except (OSError, ValueError) as error:
-            raise AssetError(
-                f"Depth-Anything was not found at {path}. Give a local folder with its weights, or use the mesh's depth."
-            ) from error
-
-        @torch.no_grad()
-        def disparity(frame):
-            found = network(**prepare(images=frame, return_tensors="pt")).predicted_depth[:, None]
-            size = frame.shape[:2]
-            return torch.nn.functional.interpolate(found, size=size, mode="bicubic", align_corners=False)[0, 0].numpy()
-
-        return DepthAnything(disparity)
-
-    def depth(self, frame, model, track, t, mask):
-        """1 / z is affine in disparity: fitted over the mesh's face by least squares, twice, the worst fifth left out the second time."""
-        inside = mask > 127
-        known, rim = _mesh_depth(model, track, t, inside)
-        disparity = self.disparity(frame).astype(np.float64)
-        use = np.isfinite(known)
-        if use.sum() < 100:
-            return head_depth(model, track, t, mask)
-        for _ in range(2):
-            A = np.stack([disparity[use], np.ones(use.sum())], 1)
-            slope, shift = np.linalg.lstsq(A, 1 / known[use], rcond=None)[0]
-            error = np.abs(slope * disparity + shift - 1 / known)
-            use &= error <= np.quantile(error[use], 0.8)
-        far, near = rim + 1.0, np.nanmin(known) - 0.5
-        z = 1 / np.clip(slope * disparity + shift, 1 / far, 1 / near)
-        return np.where(inside, z, np.nan).astype(np.float32)
 
 
 def head_depth(

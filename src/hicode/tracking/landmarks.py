@@ -25,7 +25,6 @@ from hicode.motion import (
     LEFT_EYE_OUTER,
     LEFT_EYE_RING,
     LOWER_LIP_INNER,
-    MOUTH_CORNERS_INNER,
     N_LANDMARKS,
     RIGHT_EYE_OUTER,
     RIGHT_EYE_RING,
@@ -592,12 +591,6 @@ def interocular_px(points: Float[Tensor, "*b 478 d"]) -> Float[Tensor, "*b"]:
 def mouth_opening(points: Float[Tensor, "*b 478 d"]) -> Float[Tensor, "*b"]:
     """Gap between the inner lips over the distance of the outer eye corners: 0 closed, about 0.3 wide open."""
     return (points[..., UPPER_LIP_INNER, :2] - points[..., LOWER_LIP_INNER, :2]).norm(dim=-1) / interocular_px(points)
-
-
-def mouth_width(points: Float[Tensor, "*b 478 d"]) -> Float[Tensor, "*b"]:
-    """Distance of the inner mouth corners over that of the outer eye corners."""
-    left, right = MOUTH_CORNERS_INNER
-    return (points[..., left, :2] - points[..., right, :2]).norm(dim=-1) / interocular_px(points)
 
 
 def eye_opening(points: Float[Tensor, "*b 478 d"]) -> Float[Tensor, "*b"]:

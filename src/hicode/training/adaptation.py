@@ -603,31 +603,6 @@ class AdaptReport:
     adapted_mm: tuple[float, float]
     fine_tuned: tuple[bool, bool]
 
-    def lines(self) -> list[str]:
-        if self.speech_s == 0:
-            return [
-                "No speech in the training part: the generic speech models with the subject's mean face and amplitude."
-            ]
-        out = []
-        for k, part in enumerate(("expression", "landmarks")):
-            how = "fine-tuned" if self.fine_tuned[k] else "template and gain"
-            out.append(
-                f"Speech to {part}: {how}, gain {self.gain[k]:.2f}; held-out mouth error {self.adapted_mm[k]:.2f} mm "
-                f"(generic {self.generic_mm[k]:.2f}, still mouth {self.static_mm[k]:.2f})."
-            )
-        return out
-
-
-def adapt(
-    clip,
-    progress: Callable[[float], None] | None = None,
-    config: AdaptConfig = AdaptConfig(),
-    generic: SpeechModels | None = None,
-) -> SpeechModels:
-    """The subject's speech models, from a `Clip`'s training part only; `adapt_example` says how it went."""
-    generic = generic or load_generic()
-    return adapt_example(example_of(clip, config.encoder, generic.window), progress, config, generic)[0]
-
 
 def example_of(clip, encoder: str = "embedded", window: Window | None = None) -> SpeechExample:
     """The training part of a clip. A clip without sound, or with silence, gives features of no length."""

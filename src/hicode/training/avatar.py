@@ -20,7 +20,6 @@ import torch
 from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar
 from hicode.avatar.compositor import Compositor, background_plate, with_whole_face
 from hicode.avatar.deformation import Deformation
-from hicode.avatar.film_grain import Grain
 from hicode.errors import FileFormatError, InputError
 from hicode.files import check_writable, load_tensors, read_json, save_tensors, sha256_of, write_json
 from hicode.gaussians import Gaussians
@@ -41,18 +40,17 @@ from hicode.runtime import (
 from hicode.speech.faceformer import SpeechModels
 from hicode.tracking.head_model import HeadModel
 from hicode.training.adaptation import GENERIC, AdaptConfig, adapt_example, example_of, load_generic
-from hicode.training.film_grain import learn_grain, project
-from hicode.training.head import HeadState, deform, head_in, train_head, training_split
-from hicode.training.refiner import compositor_preset, train_compositor
+from hicode.training.film_grain import learn_film_grain
+from hicode.training.head import HeadState, deform, train_head
+from hicode.training.refiner import CompositorTraining, train_compositor
 from hicode.training.stages import DEFAULT_PRESET, HeadConfig, Preset, head_preset
 
-RUN_SCHEMA, RUN_VERSION = "hicode-run", 2
+RUN_SCHEMA, RUN_VERSION = "hicode-run", 3
 # The pretrained parts that a clip and an avatar are made with: the report of an avatar names them with their hashes.
 PARTS = ("face_landmarks", "face_detection", "person_mask", "head_model", "speech_encoder", "perceptual")
 
 # Memory of training without the frames it keeps decoded: of the program, and of each frame's track and speech (measured: 1.3 GB at 8 s, 1.4 GB at 20 s).
 TRAINING_BYTES, TRAINING_FRAME_BYTES = 1.3e9, 80e3
-BEFORE = "head-before.safetensors"  # in a run's folder: the head before it learned from the frames held back
 POOL_PIXEL_BYTES = 15  # of the compositor's pool: 14 layers and the depth
 
 
@@ -64,15 +62,15 @@ def train(
     head: HeadConfig | None = None,
     run: Path | str | None = None,
     seed: int = 0,
-    compose: bool = True,
+    compose: bool | None = None,
     device: Device = "auto",
     progress: bool = True,
     speech_weights: Path | str | None = None,
 ) -> Avatar:
     """Learn an avatar from a clip and write it to `out`.
 
-    `head` overrides the preset's head configuration; `run` is the run's folder (default: `runs/NAME` beside `out`); `compose=False` keeps the plain
-    composite. A clip without sound trains the renderer alone; its speech models carry the clip's statistics only. `speech_weights`: generic speech
+    `head` overrides the preset's head configuration; `run` is the run's folder (default: `runs/NAME` beside `out`); `compose` says whether the
+    compositor (Eqs 17-18) is trained; by default the preset *paper* alone does. A clip without sound trains the renderer alone; its speech models carry the clip's statistics only. `speech_weights`: generic speech
     weights that `hicode pretrain` made, instead of those that ship; in a run that is otherwise the same only speech is learned anew.
     """
     tune_allocator()
@@ -98,14 +96,11 @@ def train(
             gaussians, deformation, motion = _head(clip, model, config, folder, report, place)
         with report.stage("compositor"):
             avatar = _assemble(clip, model, gaussians, deformation, motion, speech)
-            if compose:
-                judged, found = _before_held_back(clip, model, config, folder, avatar, motion, place)
-                avatar.compositor = judged.compositor = _compositor(
-                    clip, judged, found, config, preset, folder, report, seed, place
-                )
-        if compose:
-            with report.stage("grain"):
-                avatar.grain = _grain(clip, judged, found, config, folder, progress)
+            if preset == "paper" if compose is None else compose:
+                avatar.compositor = _compositor(clip, avatar, motion, folder, report, seed, place)
+        if preset != "paper":
+            with report.stage("film grain"):
+                avatar.film_grain = learn_film_grain(avatar, _Samples(clip, avatar, motion), motion)
         avatar.info = {
             "preset": preset,
             "seed": seed,
@@ -186,61 +181,24 @@ def _head(clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, report
             preview=preview,
             preview_every=max(250, config.iterations // 10),
             device=device,
-            before=folder / BEFORE,
         )
 
 
-def _before_held_back(
-    clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, avatar: Avatar, motion: Motion, device: str
-) -> tuple[Avatar, Motion]:
-    """The avatar, and the training part's motion, as they were before the head learned from the frames held back: what comes after it is judged by them."""
-    if config.held_back_until >= config.iterations or not training_split(clip, config.validation_frames)[1]:
-        return replace(avatar), motion
-    gaussians, deformation, found = head_in(folder / BEFORE, clip, model, config, device)
-    return replace(avatar, gaussians=gaussians, deformation=deformation.eval()), found
-
-
 def _compositor(
-    clip: Clip,
-    avatar: Avatar,
-    motion: Motion,
-    head: HeadConfig,
-    preset: Preset,
-    folder: Path,
-    report: "_Report",
-    seed: int,
-    device: str,
-) -> Compositor | None:
-    """The generator, judged on frames that the head has not trained on; None where it does not beat the plain composite."""
-    known, unseen = training_split(clip, head.validation_frames)
-    config = replace(compositor_preset(preset), seed=seed)
+    clip: Clip, avatar: Avatar, motion: Motion, folder: Path, report: "_Report", seed: int, device: str
+) -> Compositor:
+    """The generator of Eq. 18, trained on renders of the training frames."""
+    config = CompositorTraining(seed=seed)
     config = replace(config, renders=_room_for_renders(clip, config.renders))
     return train_compositor(
-        _Samples(clip, avatar, motion, known),
+        _Samples(clip, avatar, motion),
         avatar.plate,
         config,
         progress=report.visible,
-        validation=_Samples(clip, avatar, motion, unseen) if unseen else None,
         checkpoint=folder / "compositor.safetensors",
         log=lambda step, terms: report.log("compositor", step, config.steps, terms),
-        report=lambda found: write_json(folder / "compositor.json", asdict(found)),
         device=device,
     )
-
-
-def _grain(clip: Clip, avatar: Avatar, motion: Motion, head: HeadConfig, folder: Path, visible: bool) -> Grain | None:
-    """The recording's fine detail, as much of it as pays on frames that the head has not trained on; None where it has none that does."""
-    known, unseen = training_split(clip, head.validation_frames)
-    if not unseen:
-        return None
-    places = [project(avatar, motion, [t - clip.train[0] for t in frames]) for frames in (known, unseen)]
-    grain, found = learn_grain(
-        avatar, _Samples(clip, avatar, motion, known), places[0], _Samples(clip, avatar, motion, unseen), places[1]
-    )
-    write_json(folder / "grain.json", asdict(found))
-    if visible:
-        print(found)
-    return grain
 
 
 def _require_memory(clip: Clip) -> None:
@@ -279,18 +237,17 @@ class _Samples:
     expression and landmarks about as much as tracking errs, so the compositor meets the renders that it will have to mend.
     """
 
-    def __init__(self, clip: Clip, avatar: Avatar, motion: Motion, frames: list[int]):
-        """`motion` of the training part, as `train_head` found it; `frames` are the clip's."""
-        self.clip, self.avatar, self.motion, self.frames = clip, avatar, motion, frames
+    def __init__(self, clip: Clip, avatar: Avatar, motion: Motion):
+        """`motion` of the training part, as `train_head` found it."""
+        self.clip, self.avatar, self.motion = clip, avatar, motion
 
     def __len__(self) -> int:
-        return len(self.frames)
+        return len(self.motion)
 
     def __call__(self, k: int, perturbation: int | None = None):
         """(rgb "h w 3", alpha "h w", frame uint8, head mask uint8) of the k-th frame."""
-        t = self.frames[k]
-        place = t - self.clip.train[0]
-        motion = self.motion[place : place + 1]
+        t = self.clip.train[k]
+        motion = self.motion[k : k + 1]
         if perturbation is not None:
             rng = np.random.default_rng((perturbation, t))
             noise = lambda scale, *shape: torch.from_numpy(rng.normal(0, scale, shape).astype(np.float32))
@@ -303,8 +260,8 @@ class _Samples:
                 landmarks=motion.landmarks + noise(0.004, 1, 1, 3) + noise(0.003, 1, 478, 3),
                 T_camera_head=motion.T_camera_head @ turn,
             )
-        mask = self.clip.head_mask(t)
-        return *self.avatar.outlined(self.avatar.render(motion, 0), motion, 0, mask), self.clip.image(t), mask
+        rendering = self.avatar.render(motion, 0)
+        return rendering.rgb, rendering.alpha, self.clip.image(t), self.clip.head_mask(t)
 
 
 def _source(clip: Clip) -> dict:
@@ -375,10 +332,6 @@ def _open_run(folder: Path, clip: Clip, config: HeadConfig, preset: Preset, seed
         old = _read_run(file)
         if old == description:
             return description
-        before = {"schema": RUN_SCHEMA, "version": 1, "clip": _fingerprint_v1(clip)} | what
-        if old == before | {"hash": hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:16]}:
-            write_json(file, description)
-            return description
         aside = _free_name(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         print(f"{folder} held another run ({_difference(old, description)}); it is now {aside}.")
@@ -418,12 +371,11 @@ def _difference(old: dict, new: dict) -> str:
 
 
 def _pictures(clip: Clip) -> str:
-    """Changes with whatever head and compositor read of a clip, and with nothing else: its training frames and head masks, track, depth and hair; of the
+    """Changes with whatever head and compositor read of a clip, and with nothing else: its training frames and head masks, track and depth; of the
     sound nothing, but where its features move the head directly (`Clip.hear`)."""
     digest = hashlib.sha256(json.dumps([clip.width, clip.height, clip.train.start, clip.train.stop]).encode())
     pictures = [clip.path / kind / f"{t:06d}.png" for kind in ("frames", "masks/head") for t in clip.train]
-    hair = [clip.path / "hair.safetensors"] if (clip.path / "hair.safetensors").exists() else []
-    for file in (clip.path / "track.safetensors", clip.path / "depth.safetensors", *hair, *pictures):
+    for file in (clip.path / "track.safetensors", clip.path / "depth.safetensors", *pictures):
         try:
             digest.update(bytes.fromhex(sha256_of(file)))
         except OSError as error:
@@ -432,13 +384,6 @@ def _pictures(clip: Clip) -> str:
             ) from error
     if clip.track.motion.speech is not None:
         digest.update(clip.track.motion.speech.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _fingerprint_v1(clip: Clip) -> str:
-    """What run folders of version 1 know their clip by: all settings and results of its preparation, and its track."""
-    digest = hashlib.sha256((clip.path / "clip.json").read_bytes())
-    digest.update((clip.path / "track.safetensors").read_bytes())
     return digest.hexdigest()[:16]
 
 

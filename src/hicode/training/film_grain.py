@@ -1,11 +1,4 @@
-"""Learning a subject's grain (`hicode.avatar.film_grain`): what training frames have over their renders, and how much of it to give back.
-
-Grain cannot be right pixel by pixel, so it costs squared error what it wins in likeness. How much is given is measured on frames that the head has not
-trained on: of the strengths that cost at most `MOST_DB` of the head's PSNR the one whose LPIPS is worth its cost (`PER_DB`), none where LPIPS does not fall.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+"""Learning a subject's film grain (`hicode.avatar.film_grain`): the fine detail that training frames have over their renders."""
 
 import cv2
 import numpy as np
@@ -14,17 +7,12 @@ from jaxtyping import Float, Float32, UInt8
 
 from hicode.avatar.avatar import Avatar
 from hicode.avatar.compositor import compose
-from hicode.avatar.film_grain import Grain, lips_ellipse
-from hicode.perceptual import lpips
-from hicode.training.refiner import Samples, lpips_input
+from hicode.avatar.film_grain import FilmGrain, lips_ellipse
+from hicode.motion import Motion
+from hicode.training.refiner import Samples
 
 FIELDS = 16
-STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
-MOST_DB = 0.15
-# LPIPS that a decibel must buy, as its logarithm: a hundredth of a dB for each hundredth of LPIPS. By LPIPS alone KatieHill had .8 where .5 is as good on frames
-# of the test part (.0768 for .0767) and costs .05 dB where .8 costs .13; strengths below the best lose little, as the cost is quadratic.
-PER_DB = 1.0
-LEAST_GAIN = 0.02  # of LPIPS: less is not worth a picture that flickers
+STRENGTH = 0.5  # of the recording's grain: it lowers LPIPS by a quarter and costs about .1 dB of PSNR
 # Lengths in px at 512: a registration smoother than pores, finer than a face; what counts as fine; the head's soft edge, which is no grain.
 FLOW_SIGMA, FINE_SIGMA, EDGE = 4.0, 3.0, 7.0
 # What stands out of the grain about it is no grain but an earring, a lash, a nostril's edge that the render has elsewhere: it is cut down to the highest
@@ -32,74 +20,15 @@ FLOW_SIGMA, FINE_SIGMA, EDGE = 4.0, 3.0, 7.0
 PEAK, ABOUT = 2.5, 61
 
 
-@dataclass(frozen=True)
-class GrainReport:
-    """What was found on unseen frames: head PSNR (dB) and frame LPIPS without grain and with it at `strength`; 0 where none is given."""
-
-    strength: float
-    plain_psnr: float
-    plain_lpips: float
-    psnr: float
-    lpips: float
-    frames: int
-
-    def __str__(self) -> str:
-        found = f"LPIPS {self.plain_lpips:.4f} -> {self.lpips:.4f}, head {self.plain_psnr:.2f} -> {self.psnr:.2f} dB on {self.frames} unseen frames"
-        return (
-            f"Grain at {self.strength:g} of the recording's: {found}."
-            if self.strength
-            else "No grain: the recording has none that helps."
-        )
-
-
-def learn_grain(
-    avatar: Avatar,
-    known: Samples,
-    known_px: Float[np.ndarray, "t 478 2"],
-    unseen: Samples,
-    unseen_px: Float[np.ndarray, "v 478 2"],
-) -> tuple[Grain | None, GrainReport]:
-    """The grain of the frames `known`, at the strength that the frames `unseen` allow.
-
-    known, unseen        renders beside their frames, as the compositor's training has them
-    known_px, unseen_px  where the avatar's landmarks project in each
-    """
+def learn_film_grain(avatar: Avatar, samples: Samples, motion: Motion) -> FilmGrain:
+    """The film grain of training frames: `samples` gives their renders, `motion` is that of the same frames."""
     fields, places = [], []
-    for k in np.unique(np.linspace(0, len(known) - 1, FIELDS).astype(int)):
-        rgb, alpha, frame, mask = known(int(k), None)
+    for k in np.unique(np.linspace(0, len(samples) - 1, FIELDS).astype(int)):
+        rgb, alpha, frame, mask = samples(int(k), None)
         render = compose(rgb, alpha, frame, mask, avatar.plate, avatar.compositor)
-        fields.append(fine_detail(frame, render, mask, known_px[k]))
-        places.append(known_px[k])
-    grain = Grain.of(fields, torch.from_numpy(np.stack(places)), 1.0)
-    scores = {s: [] for s in (0.0, *STRENGTHS)}
-    distance = lpips()
-    for k in range(len(unseen)):
-        rgb, alpha, frame, mask = unseen(k, None)
-        head = mask > 127
-        if not head.any():
-            continue
-        truth = distance.normalized(lpips_input(frame / np.float32(255)))
-        for strength in scores:
-            grain.strength = strength
-            layer = grain.layer(unseen_px[k], k) if strength else None
-            out = compose(rgb, alpha, frame, mask, avatar.plate, avatar.compositor, layer)
-            error = ((out[head].astype(np.float64) - frame[head]) / 255) ** 2
-            with torch.inference_mode():
-                apart = distance.from_features(distance.normalized(lpips_input(out / np.float32(255))), truth).item()
-            scores[strength].append((-10 * np.log10(max(error.mean(), 1e-10)), apart))
-    means = {s: np.mean(v, 0) for s, v in scores.items() if v}
-    if not means:
-        return None, GrainReport(0.0, *([float("nan")] * 4), 0)
-    plain_psnr, plain_lpips = means[0.0]
-    good = [
-        s for s in STRENGTHS if plain_psnr - means[s][0] <= MOST_DB and means[s][1] < (1 - LEAST_GAIN) * plain_lpips
-    ]
-    best = min(good, key=lambda s: np.log(means[s][1]) - PER_DB * means[s][0], default=0.0)
-    grain.strength = best
-    report = GrainReport(
-        best, float(plain_psnr), float(plain_lpips), *(float(v) for v in means[best]), len(scores[0.0])
-    )
-    return (grain if best else None), report
+        places.append(avatar.landmarks_px(motion, int(k)))
+        fields.append(fine_detail(frame, render, mask, places[-1]))
+    return FilmGrain.of(fields, torch.from_numpy(np.stack(places)), STRENGTH)
 
 
 def fine_detail(
@@ -139,8 +68,3 @@ def fine_detail(
     fine = np.clip(fine, -PEAK * (usual + 0.125), PEAK * (usual + 0.125))
     beyond_lips = np.clip(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 - 0.5, 0, 0.5) * 2
     return (fine * inside * beyond_lips).astype(np.float32)
-
-
-def project(avatar: Avatar, motion, frames: Sequence[int]) -> Float[np.ndarray, "t 478 2"]:
-    """Where the landmarks of frames of a motion fall in the avatar's picture, px."""
-    return np.stack([avatar.landmarks_px(motion, int(t)) for t in frames])

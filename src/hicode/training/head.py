@@ -25,7 +25,7 @@ from hicode.errors import InputError
 from hicode.files import load_tensors, save_tensors
 from hicode.gaussians import Gaussians, gaussians_from_points
 from hicode.geometry import rigid, rotation_from_axis_angle
-from hicode.motion import N_LANDMARKS, Motion
+from hicode.motion import Motion
 from hicode.preparation.clip import Clip
 from hicode.render import RasterStats, rasterize
 from hicode.tracking.head_model import HeadModel
@@ -40,9 +40,8 @@ from hicode.training.losses import (
 )
 from hicode.training.stages import HeadConfig, Stage
 
-CHECKPOINT_SCHEMA, CHECKPOINT_VERSION = "hicode-head-checkpoint", 2
+CHECKPOINT_SCHEMA, CHECKPOINT_VERSION = "hicode-head-checkpoint", 3
 VGG_CROP_PX = 128
-LEAST_VISITS = 4  # to each frame, without which its points stay as they were tracked: a step or two is noise, and a long clip's table large
 WINDOW_MARGIN_PX = 12
 
 Log = Callable[[int, dict[str, float]], None]
@@ -54,13 +53,10 @@ Log = Callable[[int, dict[str, float]], None]
 class TrainingFrames:
     """Frames, head masks and mouth boxes of the training part, cut to the window that the head touches; as many as the memory given allows are kept decoded."""
 
-    def __init__(self, clip: Clip, preload_bytes: int, validation: int = 0, views: int = 1):
-        """The last `validation` are those held back: `self.known` is how many come before them. `views`: as `HeadConfig`'s; which frames (their places) these
-        are, `self.views` says, those held back left out."""
-        self.clip = clip
-        known, held_back = training_split(clip, validation)
-        self.frames, self.known = known + held_back, len(known)
-        self.views = [known.index(t) for t in islice(clip.depths(), views) if t in known]
+    def __init__(self, clip: Clip, preload_bytes: int, views: int = 1):
+        """`views`: as `HeadConfig`'s; `self.views` says which frames (their places) these are."""
+        self.clip, self.frames = clip, list(clip.train)
+        self.views = [self.frames.index(t) for t in islice(clip.depths(), views)]
         self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
         x0, y0, x1, y1 = self.window
         self._room = preload_bytes // ((x1 - x0) * (y1 - y0) * 4)  # frames with their masks
@@ -102,13 +98,6 @@ class TrainingFrames:
         return int(a), int(b), int(max(c, a + 1)), int(max(d, b + 1))
 
 
-def training_split(clip: Clip, validation: int) -> tuple[list[int], list[int]]:
-    """(frames the head learns from, frames held back until `HeadConfig.validation_until`): the last `validation` of the training part, at most a tenth of it."""
-    frames = list(clip.train)
-    held = min(validation, len(frames) // 10)
-    return frames[: len(frames) - held], frames[len(frames) - held :]
-
-
 def head_window(masks: list[UInt8[np.ndarray, "h w"]]) -> tuple[int, int, int, int]:
     """x0, y0, x1, y1 around every mask with a margin. Raises InputError where no mask shows a head."""
     seen = np.max(np.stack(masks), 0) > 0
@@ -148,7 +137,7 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
         rest = model.vertices(track.identity)
         neutral = model.landmarks(rest)
         basis = torch.stack([model.landmarks(rest + b) - neutral for b in model.expression_basis])
-        carrier = Carrier(model.expression_basis, neutral, basis, track.hair_points)
+        carrier = Carrier(model.expression_basis, neutral, basis)
     torch.manual_seed(config.seed)
     deformation = Deformation(config.deformation, track.identity, center, radius, carrier)
     deformation.set_statistics(
@@ -160,18 +149,9 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
         at_rest, bindings = [], []
         for seen, _, t in parts:
             deformation.binding = bind(
-                seen,
-                model.vertices(track.identity, expression[t]),
-                model.triangles,
-                landmarks[t],
-                hair=track.hair_points,
+                seen, model.vertices(track.identity, expression[t]), model.triangles, landmarks[t]
             )
-            at_rest.append(
-                seen
-                - deformation.carry(
-                    expression[t], landmarks[t], None if track.motion.hair is None else track.motion.hair[t]
-                )
-            )
+            at_rest.append(seen - deformation.carry(expression[t], landmarks[t]))
             bindings.append(deformation.binding)
         points, deformation.binding = torch.cat(at_rest), reduce(Binding.cat, bindings)
     cloud = gaussians_from_points(points, colors, config.initial_opacity, max_scale=0.1)
@@ -261,8 +241,8 @@ class FrameTable:
     def zeros(rows: int, *shape: int) -> "FrameTable":
         return FrameTable(*(torch.zeros(rows, *shape) for _ in range(3)), torch.zeros(rows))
 
-    def step(self, k: int, grad: Tensor, rate: float | Tensor) -> None:
-        """Of row k alone. `rate` may differ within the row."""
+    def step(self, k: int, grad: Tensor, rate: float) -> None:
+        """Of row k alone."""
         self.visits[k] += 1
         first, second, count = self.first[k], self.second[k], float(self.visits[k])
         first.mul_(0.7).add_(grad, alpha=0.3)
@@ -282,17 +262,12 @@ class HeadState:
     """All that training changes; what a checkpoint holds. What it finds of each frame stays on the CPU, a row at a time is used; the rest lies on `device`.
 
     pose    rows "6"    how each training frame's head stands to its tracked pose (rad, dm; in the head frame)
-    points  rows "l 3"  `Motion.refined` (dm), 0 for `points_share` of 0; no row where that is not learned
-    points_share "l 1"  1 in the face, `LearningRates.off_face` for hair; 0 at mouth and jaw, where speech takes the track's place: what the head learns of lips must hold
-                        for landmarks as they come
     """
 
     params: dict[str, Tensor]
     deformation: Deformation
     optimizer: torch.optim.Optimizer
     pose: FrameTable
-    points: FrameTable
-    points_share: Float[Tensor, "l 1"]
     statistics: GradientStatistics
     iteration: int = 0
 
@@ -305,38 +280,17 @@ class HeadState:
 
 
 def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str = "cpu") -> HeadState:
-    """A state before its first iteration; says so where frames are seen too seldom for their points to be refined."""
-    state = _started(clip, model, config, device)
-    if state.deformation.carrier is not None and config.rates.points > 0 and not len(state.points.values):
-        print(
-            f"Landmarks and hair of the training frames stay as tracked: each of {len(clip.train)} frames is seen {_visits(clip, config):.1f} times after "
-            f"{config.points_start:.0%} of the training, refining them wants {LEAST_VISITS}. Frames that it has not seen are as good without."
-        )
-    return state
-
-
-def _visits(clip: Clip, config: HeadConfig) -> float:
-    """How often each training frame is seen once its points may be refined."""
-    return (1 - config.points_start) * config.iterations / len(clip.train)
-
-
-def _started(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str) -> HeadState:
+    """A state before its first iteration."""
     cloud, deformation = initial_cloud(clip, model, config)
     deformation = deformation.to(device)
-    if config.rates.turn_colors and deformation.control.knows_turns:
+    if config.rates.turn_colors:
         cloud = replace(cloud, turn_colors=torch.zeros(len(cloud), 3, 3))
     params = {k: torch.nn.Parameter(v.to(device)) for k, v in cloud.tensors().items()}
-    n_frames = len(clip.train)
-    moves_points = deformation.carrier is not None and config.rates.points > 0 and _visits(clip, config) >= LEAST_VISITS
     return HeadState(
         params,
         deformation,
         _optimizer(params, deformation, config),
-        FrameTable.zeros(n_frames, 6),
-        FrameTable.zeros(n_frames if moves_points else 0, N_LANDMARKS + len(clip.track.hair_points), 3),
-        torch.cat([1 - model.mouth_landmark_weight, torch.full((len(clip.track.hair_points),), config.rates.off_face)])[
-            :, None
-        ],
+        FrameTable.zeros(len(clip.train), 6),
         GradientStatistics.zeros(len(cloud), device),
     )
 
@@ -362,15 +316,13 @@ def train_head(
     preview_every: int = 1000,
     stop_at: int | None = None,
     device: torch.device | str = "cpu",
-    before: Path | None = None,
 ) -> tuple[Gaussians, Deformation, Motion]:
     """Train to the end of the last stage; returns the cloud, its deformation, and the motion of the training part, refined in the frames that were learned from.
 
-    With `checkpoint`, state is written there every `config.checkpoint_seconds` and on interruption, and training goes on from what is found. `before`: where
-    to keep the state as it was before the frames held back were learned from (`head_in` reads it).
+    With `checkpoint`, state is written there every `config.checkpoint_seconds` and on interruption, and training goes on from what is found.
     `log(iteration, scalars)` is called each iteration. `stop_at` ends early (tests). Raises TrainingError at a NaN, naming step and tensor.
     """
-    frames = TrainingFrames(clip, config.preload_bytes, config.validation_frames, config.views)
+    frames = TrainingFrames(clip, config.preload_bytes, config.views)
     state = start(clip, model, config, device)
     if checkpoint is not None and checkpoint.exists():
         load_checkpoint(checkpoint, state, config)
@@ -379,8 +331,6 @@ def train_head(
     end = config.iterations if stop_at is None else min(stop_at, config.iterations)
     try:
         while state.iteration < end:
-            if before is not None and state.iteration == config.held_back_until:
-                save_checkpoint(before, state)
             scalars = _iterate(state, frames, config, loss)
             log(state.iteration, scalars)
             if state.iteration % preview_every == 0 or state.iteration == end:
@@ -397,15 +347,6 @@ def train_head(
     return _finished(state, frames)
 
 
-def head_in(
-    checkpoint: Path, clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device | str = "cpu"
-) -> tuple[Gaussians, Deformation, Motion]:
-    """The head of a checkpoint, as `train_head` returns it. Raises FileFormatError."""
-    state = _started(clip, model, config, device)
-    load_checkpoint(checkpoint, state, config)
-    return _finished(state, TrainingFrames(clip, 0, config.validation_frames))
-
-
 def _finished(state: HeadState, frames: TrainingFrames) -> tuple[Gaussians, Deformation, Motion]:
     state.deformation.requires_grad_(False)
     return state.gaussians().map(lambda v: v.detach().clone()), state.deformation, _refined(state, frames)
@@ -416,11 +357,10 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     stage, within = stage_at(config, state.iteration)
     if stage.deform and (within == 0 or (stage.name == "refine" and within == stage.iterations // 2)):
         state.deformation.place_anchors(state.params["means"])
-    n = frames.known if state.iteration < config.held_back_until else len(frames)
     k = (
         frames.views[within % len(frames.views)]
         if stage.frames == "views"
-        else _shuffled_frame(config, state.iteration, n)
+        else _shuffled_frame(config, state.iteration, len(frames))
     )
     t = frames.frames[k]
     chance = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
@@ -430,12 +370,7 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     pose = _pose(state, frames, k)
     if refining := stage.deform and config.rates.pose > 0:
         pose = pose.detach().requires_grad_(True)
-    points = state.points.values[k] if stage.deform and len(state.points.values) else None
-    if moving := points is not None and progress >= config.points_start:
-        points = points.clone().requires_grad_(True)
-    moved = deform(
-        state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform, refined=points
-    )
+    moved = deform(state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform)
     stats = RasterStats() if stage.density else None
     rendering = rasterize(moved, frames.camera(t).with_pose(pose), background, stats=stats)
 
@@ -457,9 +392,7 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     pace = 0.05 + 0.95 * _cosine(progress)
     if refining:
         _refine_pose(state, frames, k, pose.grad, config.rates.pose * pace)
-    if moving:
-        state.points.step(k, points.grad, config.rates.points * pace * state.points_share)
-    _step(state, config)
+    state.optimizer.step()
     state.iteration += 1
     if stage.density:
         state.statistics.add(stats.grad_means2d, stats.visible, rendering.rgb.shape[1], rendering.rgb.shape[0])
@@ -471,34 +404,18 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
     }
 
 
-@torch.no_grad()
-def _step(state: HeadState, config: HeadConfig) -> None:
-    """The optimiser's step, of which Gaussians off the face take `LearningRates.off_face`. (A smaller gradient would not do: Adam's steps do not shrink with it.)"""
-    binding, share = state.deformation.binding, config.rates.off_face
-    if binding is None or share == 1:
-        state.optimizer.step()
-        return
-    pace = share + (1 - share) * binding.on_face
-    before = {k: v.detach().clone() for k, v in state.params.items()}
-    state.optimizer.step()
-    for k, v in state.params.items():
-        v.copy_(torch.lerp(before[k], v, pace.view(-1, *[1] * (v.ndim - 1))))
-
-
 def deform(
     gaussians: Gaussians,
     deformation: Deformation,
     motion: Motion,
     t: int,
     learned: bool = True,
-    refined: Float[Tensor, "l 3"] | None = None,
 ) -> Gaussians:
-    """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage). `refined`: in place of the motion's."""
-    expression, landmarks, speech, turn, hair, known = motion.control_at(t, gaussians.means.device)
-    refined = known if refined is None else refined.to(gaussians.means.device)
+    """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage)."""
+    expression, landmarks, speech, turn = motion.control_at(t, gaussians.means.device)
     if learned:
-        return deformation.moved(gaussians, expression, landmarks, speech, turn, hair, refined)
-    return gaussians.deformed(deformation.carry(expression, landmarks, hair), 0.0, 0.0)
+        return deformation.moved(gaussians, expression, landmarks, speech, turn)
+    return gaussians.deformed(deformation.carry(expression, landmarks), 0.0, 0.0)
 
 
 def stage_at(config: HeadConfig, iteration: int) -> tuple[Stage, int]:
@@ -547,9 +464,7 @@ def _refined(state: HeadState, frames: TrainingFrames) -> Motion:
     """The training part's motion with what was found of each frame; frames that were not learned from stay as tracked."""
     tracked = frames.clip.track.motion[frames.frames[0] : frames.frames[-1] + 1]
     poses = torch.stack([_pose(state, frames, k) for k in range(len(frames))])
-    return replace(
-        tracked, T_camera_head=poses, refined=state.points.values.clone() if len(state.points.values) else None
-    )
+    return replace(tracked, T_camera_head=poses)
 
 
 def _refine_pose(state: HeadState, frames: TrainingFrames, k: int, grad: Float[Tensor, "4 4"], rate: float) -> None:
@@ -594,7 +509,7 @@ def save_checkpoint(path: Path, state: HeadState) -> None:
     tensors = {f"params.{k}": v for k, v in state.params.items()}
     deformation, config = state.deformation.state()
     tensors |= {f"deformation.{k}": v for k, v in deformation.items()}
-    tensors |= state.pose.tensors("pose") | state.points.tensors("points")
+    tensors |= state.pose.tensors("pose")
     tensors |= {"statistics.total": state.statistics.total, "statistics.count": state.statistics.count}
     for g, group in enumerate(state.optimizer.param_groups):
         for p, parameter in enumerate(group["params"]):
@@ -618,6 +533,6 @@ def load_checkpoint(path: Path, state: HeadState, config: HeadConfig) -> None:
             prefix = f"optimizer.{g}.{p}."
             if moments := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
                 state.optimizer.state[parameter] = moments
-    state.pose, state.points = FrameTable.of(tensors, "pose"), FrameTable.of(tensors, "points")
+    state.pose = FrameTable.of(tensors, "pose")
     state.statistics = GradientStatistics(tensors["statistics.total"], tensors["statistics.count"])
     state.iteration = header["iteration"]

@@ -13,10 +13,9 @@ Deviation from Eq. 18: the adversarial term is least-squares (log(1 - D) saturat
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -38,7 +37,7 @@ from hicode.avatar.compositor import (
 )
 from hicode.errors import TrainingError
 from hicode.files import load_tensors, save_tensors
-from hicode.perceptual import SMALLEST_SIDE_PX, Features, lpips
+from hicode.perceptual import Features
 from hicode.training.losses import check_finite, fast_dtype
 
 
@@ -57,8 +56,6 @@ class Samples(Protocol):
 
 _SCHEMA, _VERSION = "hicode-compositor-training", 1
 _INTERIOR_PX = 24  # depth below the feather at which the target follows the render fully
-# A generator takes a quarter of a spoken frame's time: it is kept where it wins this much PSNR in the dilated mask, or this share of LPIPS.
-_WORTH_DB, _WORTH_LPIPS = 0.1, 0.02
 _EMA = 0.98  # weights averaged over some 50 steps: adversarial training wanders
 
 
@@ -77,13 +74,11 @@ class CompositorTraining:
     vgg_layers:       VGG16 layers compared
     adversarial_from: fraction of the steps before the adversarial term counts
     learning_rate:    of both networks, falling by a cosine to 5 %
-    validation:       most frames looked at to decide whether the generator is kept
-    trial:            step at which one that has won less than half of what it must is given up, a few seconds' look for minutes of training; 0: never
     checkpoint_every: steps between checkpoints
     """
 
-    steps: int = 800
-    renders: int = 120
+    steps: int = 4000
+    renders: int = 300
     crop_px: int = 128
     batch: int = 3
     mouth_share: float = 0.4
@@ -97,22 +92,9 @@ class CompositorTraining:
     vgg_layers: tuple[str, ...] = ("relu1_2", "relu2_2")
     adversarial_from: float = 0.3
     learning_rate: float = 1e-3
-    validation: int = 8
-    trial: int = 400
     checkpoint_every: int = 200
     seed: int = 0
     generator: CompositorConfig = field(default_factory=CompositorConfig)
-
-
-def compositor_preset(name: Literal["draft", "standard", "paper"], seed: int = 0) -> CompositorTraining:
-    """draft: about 30 s on two cores; standard: about 5 min, half of it where the generator shows no gain by then; paper: as long as it may help."""
-    if name == "draft":
-        return CompositorTraining(steps=60, renders=40, crop_px=96, validation=5, seed=seed)
-    return (
-        CompositorTraining(seed=seed)
-        if name == "standard"
-        else CompositorTraining(steps=4000, renders=300, trial=0, seed=seed)
-    )
 
 
 class Discriminator(nn.Module):
@@ -139,85 +121,34 @@ class Discriminator(nn.Module):
         return [*out, self.layers[-1](x)]
 
 
-@dataclass(frozen=True)
-class CompositorReport:
-    """What validation found: mean PSNR (dB, within the dilated mask) and LPIPS (of its box), plain and with the generator."""
-
-    kept: bool
-    strength: float
-    plain_psnr: float
-    plain_lpips: float
-    psnr: float
-    lpips: float
-    frames: int
-
-    @property
-    def promising(self) -> bool:
-        """Whether half of what makes a generator worth its time is won."""
-        return (
-            self.kept
-            or self.psnr >= self.plain_psnr + _WORTH_DB / 2
-            or self.lpips <= (1 - _WORTH_LPIPS / 2) * self.plain_lpips
-        )
-
-    def __str__(self) -> str:
-        figures = (
-            f"PSNR {self.plain_psnr:.2f} -> {self.psnr:.2f} dB, LPIPS {self.plain_lpips:.4f} -> {self.lpips:.4f} "
-            f"on {self.frames} frames it had not seen"
-        )
-        if self.kept:
-            return f"Compositor kept at strength {self.strength:g}: {figures}."
-        return f"Compositor dropped, the plain composite is as good and faster: {figures}."
-
-
 def train_compositor(
     samples: Samples,
     plate: np.ndarray,
     config: CompositorTraining = CompositorTraining(),
     progress: bool = False,
-    validation: Samples | None = None,
     checkpoint: Path | None = None,
     log: Callable[[int, dict[str, float]], None] | None = None,
-    report: Callable[[CompositorReport], None] | None = None,
     device: torch.device | str = "cpu",
-) -> Compositor | None:
-    """The trained generator, or None where validation finds that it does not beat the plain composite.
+) -> Compositor:
+    """The trained generator.
 
     plate       "h w 3" the background behind the head
-    progress    a bar on the terminal and, at the end, a line that says what validation found
-    validation  frames to judge by, best ones that the *renderer* has not trained on either (but of the training part); by default the last
-                tenth of `samples`, which is then not learned from
+    progress    a bar on the terminal
     checkpoint  a file to resume from and to save to (every `checkpoint_every` steps): the result is that of an uninterrupted run
     log         called with a step and its loss terms
-    report      called with what validation found
     device      of the two networks and the perceptual features; the result stays there
 
     Deterministic by `config.seed` for the same number of threads. Raises TrainingError on a NaN.
     """
-    frames = range(len(samples))
-    if validation is None:
-        held = max(1, len(frames) // 10)
-        learned, judged = frames[:-held] or frames, frames[-held:]
-        validation = samples
-    else:
-        learned, judged = frames, range(len(validation))
     torch.manual_seed(config.seed)  # the networks' first weights; every later draw has a generator of its own
     trainer = _Trainer(config, device)
     if checkpoint is not None and Path(checkpoint).exists():
         trainer.restore(checkpoint)
-    chosen = [judged[i] for i in np.unique(np.linspace(0, len(judged) - 1, config.validation).astype(int))]
-    given_up = False
     with _bar(config.steps, progress) as advance:
         if trainer.step < config.steps:
-            pool = _draw_pool(samples, learned, plate, config)
+            pool = _draw_pool(samples, range(len(samples)), plate, config)
             vgg = Features("vgg16", config.vgg_layers, dtype=fast_dtype()).to(device)
             while trainer.step < config.steps:
-                if config.trial and trainer.step == config.trial:
-                    _, found = _judge(
-                        deepcopy(trainer.averaged), validation, chosen, plate
-                    )  # judging changes what it judges
-                    if given_up := not found.promising:
-                        break
                 terms = trainer.train_step(pool, vgg)
                 if log is not None:
                     log(trainer.step, terms)
@@ -227,15 +158,7 @@ def train_compositor(
                 ):
                     trainer.save(checkpoint)
     trainer._check({"weights": sum(p.sum() for p in trainer.averaged.parameters())})  # of the last step
-    if given_up:
-        compositor = None
-    else:
-        compositor, found = _judge(trainer.averaged, validation, chosen, plate)
-    if report is not None:
-        report(found)
-    if progress:
-        print(found)
-    return compositor
+    return trainer.averaged.for_inference()
 
 
 @contextmanager
@@ -453,64 +376,3 @@ class _Trainer:
 
 def _jsonable(config: CompositorTraining) -> dict:
     return asdict(config) | {"vgg_layers": list(config.vgg_layers)}
-
-
-# --- validation --------------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _judge(
-    generator: Compositor, samples: Samples, frames: Sequence[int], plate: np.ndarray
-) -> tuple[Compositor | None, CompositorReport]:
-    """Keep the generator, at the strength that scores best, if LPIPS falls, PSNR does not, and one of them by enough to pay for its time."""
-    generator = generator.for_inference()
-    strengths = (0.0, 0.5, 1.0)
-    scores: dict[float, list[tuple[float, float]]] = {s: [] for s in strengths}
-    distance = lpips()
-    for t in frames:
-        rgb, alpha, frame, mask = samples(t, None)
-        seam = seam_of(mask)
-        if seam is None:
-            continue
-        composite = plain_composite(rgb, alpha, frame, plate, seam)
-        truth = frame[seam.window].astype(np.float32) / 255
-        residual = generator.residual(composite.layers)
-        truth_features = distance.normalized(lpips_input(truth))
-        for s in strengths:
-            output = np.where(seam.inside[..., None], np.clip(composite.output(s * residual), 0, 1), truth)
-            mse = ((output - truth)[seam.inside] ** 2).mean()
-            perceptual = distance.from_features(distance.normalized(lpips_input(output)), truth_features).item()
-            scores[s].append((-10 * np.log10(max(mse, 1e-10)), perceptual))
-    if not scores[0.0]:
-        raise TrainingError(
-            "No validation frame has a head mask, so the compositor cannot be judged. Prepare the clip again."
-        )
-    means = {s: np.mean(v, axis=0) for s, v in scores.items()}
-    plain_psnr, plain_lpips = means[0.0]
-    better = [s for s in strengths[1:] if means[s][1] < plain_lpips and means[s][0] >= plain_psnr]
-    good = [
-        s for s in better if means[s][0] >= plain_psnr + _WORTH_DB or means[s][1] <= (1 - _WORTH_LPIPS) * plain_lpips
-    ]
-    best = min(good or strengths[1:], key=lambda s: means[s][1])
-    report = CompositorReport(
-        bool(good),
-        best,
-        float(plain_psnr),
-        float(plain_lpips),
-        float(means[best][0]),
-        float(means[best][1]),
-        len(scores[0.0]),
-    )
-    if not good:
-        return None, report
-    # Strength folds into the last layer: it is linear.
-    generator.out.weight.mul_(best)
-    generator.out.bias.mul_(best)
-    return generator, report
-
-
-def lpips_input(x: Float[np.ndarray, "h w 3"]) -> Float[Tensor, "1 3 h w"]:
-    """An image in [0, 1] as LPIPS wants it: a batch, planar, of a least size."""
-    image = torch.from_numpy(np.ascontiguousarray(x, np.float32)).permute(2, 0, 1)[None]
-    h, w = image.shape[-2:]
-    return F.pad(image, (0, max(0, SMALLEST_SIDE_PX - w), 0, max(0, SMALLEST_SIDE_PX - h)))

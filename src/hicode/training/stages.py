@@ -44,18 +44,12 @@ class LearningRates:
     turn_colors: float = 2.5e-4
     """how each colour changes with the head's turn (not in the paper), per unit of `HierarchicalControl.turned`; 0: it does not. Four times as much
     at 1,500 iterations learned KatieHill's training turns better and the others worse (docs/log.md); *standard*, longer, takes less, which was not tried otherwise"""
-    off_face: float = 1.0
-    """share of these paces that a Gaussian far from every landmark learns at, those between in between (with the mesh carrier only). Hair is no rigid
-    thing: what training finds in it beyond some 4,000 iterations at full pace holds for the training frames alone (docs/log.md)"""
     network: float = 2e-3
     network_decay: float = 0.5
     """of the network's weights (not its biases) an iteration, times its step size (AdamW's); 0: the paper. Without it Radio2's lips were farther
     from their place after 8,000 iterations than after 1,500 (docs/log.md)"""
     pose: float = 5e-4
     """per-frame photometric refinement of the training poses (rad, dm); 0 turns it off"""
-    points: float = 0.0
-    """per-frame photometric refinement of where landmarks (but mouth and jaw) and followed hair were in the training frames (dm; needs the mesh carrier): `Motion.refined`;
-    0 turns it off. From `HeadConfig.points_start` on, and in clips whose frames are each seen `LEAST_VISITS` times from then on"""
 
 
 @dataclass(frozen=True)
@@ -85,16 +79,8 @@ class HeadConfig:
     vgg_start: float = 0.3
     """fraction of the iterations after which the perceptual term begins"""
     wing_every: int = 10
-    points_start: float = 0.5
-    """fraction of the iterations after which `LearningRates.points` begins: by then the control has learned what expression and landmarks explain, and
-    what is left is each frame's own. From the start on, unseen frames lose .1 dB; long hair loses .1-.2 even so (docs/log.md)"""
     spread_every: int = 4
     """iterations between two depth distortion terms; the weight is multiplied by it"""
-    validation_frames: int = 6
-    """last frames of the training part that the head does not learn from until `validation_until`: compositor and grain are judged on them"""
-    validation_until: float = 0.5
-    """fraction of the iterations after which the head learns from these too: judged is the head as it was then, and nothing of the clip is lost to the
-    head that speaks. 1: never. KatieHill, whose head turns on, gained .6 dB of her unseen head by it (docs/results.md)"""
     seed: int = 0
     checkpoint_seconds: float = 60.0
     preload_bytes: int = 1_500_000_000
@@ -103,11 +89,6 @@ class HeadConfig:
     @property
     def iterations(self) -> int:
         return sum(s.iterations for s in self.stages)
-
-    @property
-    def held_back_until(self) -> int:
-        """The iteration from which on the head learns from all frames of the training part."""
-        return round(self.validation_until * self.iterations)
 
 
 @dataclass(frozen=True)
@@ -125,9 +106,7 @@ class Ablation:
     def apply(self, config: HeadConfig) -> HeadConfig:
         """`config` with this row's control; budgets, losses and seed stay."""
         ours = self.base == "mesh"  # what Eqs 7-12 do not have stays out of the rows that are about them
-        changed = replace(
-            config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours, sway=ours, relight=ours
-        )
+        changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours)
         if not ours:
             changed = replace(changed, attention="learned", attention_reaches=(), expression_reach=0.0)
         rates = config.rates if ours else replace(config.rates, turn_colors=0.0)
@@ -174,9 +153,7 @@ ABLATIONS: dict[str, Ablation] = {
         "as full, the second AdaIN's style being mean and deviation of the 3DMM vector",
         coarse="literal",
     ),
-    "mesh": Ablation(
-        "hicode", "full over the mesh carrier, with shade, sway, relight and colours that turn: what ships", base="mesh"
-    ),
+    "mesh": Ablation("hicode", "full over the mesh carrier, with shade and colours that turn: what ships", base="mesh"),
 }
 
 
@@ -199,7 +176,7 @@ def head_preset(preset: Preset) -> HeadConfig:
     if preset == "standard":
         return HeadConfig(
             _stages(500, 1_000, 11_000),
-            rates=LearningRates(turn_colors=6e-5, off_face=0.3, points=2.5e-3),
+            rates=LearningRates(turn_colors=6e-5),
             loss=LossWeights(wing=0.0005),
         )
     config = HeadConfig(
@@ -208,8 +185,6 @@ def head_preset(preset: Preset) -> HeadConfig:
             anchors=0,
             base="none",
             shade=False,
-            sway=False,
-            relight=False,
             position_frequencies=10,
             landmark_frequencies=10,
             attention="learned",
@@ -225,4 +200,4 @@ def head_preset(preset: Preset) -> HeadConfig:
         vgg_start=0.0,
         wing_every=1,
     )
-    return replace(config, rates=replace(config.rates, pose=0.0, points=0.0, turn_colors=0.0, network_decay=0.0))
+    return replace(config, rates=replace(config.rates, pose=0.0, turn_colors=0.0, network_decay=0.0))
