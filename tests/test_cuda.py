@@ -243,12 +243,10 @@ def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path
 
     for module in (run, synthesis, report):
         monkeypatch.setattr(module, "resolve_device", lambda asked: device if asked == "cuda" else "cpu")
-    tiny = CompositorTraining(
-        steps=4, renders=4, crop_px=48, batch=1, validation=1, generator=CompositorConfig(filters=4)
-    )
-    monkeypatch.setattr(run, "compositor_preset", lambda preset: tiny)
+    tiny = CompositorTraining(steps=4, renders=4, crop_px=48, batch=1, generator=CompositorConfig(filters=4))
+    monkeypatch.setattr(run, "CompositorTraining", lambda seed: tiny)
     path = clip_on_disk(tmp_path / "c", clip)
-    trained = run.train(path, tmp_path / "a.hicode", head=short(), device="cuda", progress=False)
+    trained = run.train(path, tmp_path / "a.hicode", head=short(), compose=True, device="cuda", progress=False)
     assert trained.gaussians.means.device.type == device
     sound = (0.1 * np.random.default_rng(0).standard_normal(5 * 640)).astype(np.float32)
     frames = {}

@@ -70,7 +70,6 @@ def a_config(**changes):
         loss=LossWeights(vgg=0.0, wing=0.0),
         deformation=DeformationConfig(channels=8, hidden=16, anchors=128),
         density=DensityConfig(every=4, start=4, budget=1000, grad_threshold=0.0),
-        validation_frames=1,
     )
     return replace(config, **changes)
 

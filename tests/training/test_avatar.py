@@ -12,6 +12,7 @@ from hicode.errors import FileFormatError
 from hicode.files import load_tensors, read_json, save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.preparation.clip import Clip, load_track, read_png, save_track, write_png
+from hicode.tracking.head_model import HeadModel
 from hicode.training import avatar as run
 from hicode.training import head as head
 from hicode.training import refiner as compositor

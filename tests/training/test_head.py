@@ -14,7 +14,6 @@ from hicode.errors import FileFormatError, TrainingError
 from hicode.media.images import Images
 from hicode.tracking.head_model import HeadModel
 from hicode.training import head as training
-from hicode.training.losses import HeadLoss
 from hicode.training.stages import ABLATIONS, LearningRates, Stage, head_preset
 
 
