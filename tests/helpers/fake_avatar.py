@@ -43,13 +43,12 @@ class FakeAvatar:
 
     speech: SpeechModels | None = field(default_factory=speech_models)
     driving: Motion = field(default_factory=lambda: motion_of(DRIVING))
-    grain: object = None
+    film_grain: object = None
     hears: bool = False
     source: dict = field(default_factory=dict)
     plate: np.ndarray = field(default_factory=lambda: np.full((SIZE, SIZE, 3), 60, np.uint8))
     shown: list = field(default_factory=list)  # (motion, thread) of each rendered frame
     grains: list = field(default_factory=list)  # what grain each frame was composed with
-    followed: list[bool] = field(default_factory=list)  # whether its frame was said to have the head's pose
 
     def __post_init__(self):
         self.mouth_expression = torch.arange(64) < 40
@@ -94,11 +93,9 @@ class FakeAvatar:
         frame: np.ndarray,
         head_mask: np.ndarray,
         index: int,
-        same_pose: bool,
         shown: np.ndarray | None,
     ) -> np.ndarray:
-        self.followed.append(same_pose)
-        self.grains.append(self.grain)
+        self.grains.append(self.film_grain)
         out = compose(rendering.rgb, rendering.alpha, frame, head_mask if shown is None else shown, self.plate)
         out[30, 32, 0] = index % 251  # as grain does, it tells one frame from the next
         return out

@@ -221,14 +221,6 @@ def test_a_source_that_is_another_video_is_refused(tmp_path, wav):
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_a_held_frames_head_moves_before_its_mask_and_a_played_one_has_its_outline():
-    for still in (False, True):
-        avatar = FakeAvatar()
-        for _ in synthesize(avatar, speechlike(0.5), SpeakConfig(still=still)):
-            pass
-        assert avatar.followed and set(avatar.followed) == {not still}
-
-
 def test_only_the_face_goes_into_a_played_frame_the_whole_head_where_asked_for():
     sound, top = speechlike(0.4), np.s_[17:21, 28:36]  # of the head, above the face that `face_mask` has
     frame = FakeAvatar().driving_frame(0)
@@ -251,7 +243,7 @@ def test_grain_goes_by_the_frame_and_stands_still_with_a_held_one():
 
 
 def test_grain_is_left_out_where_asked_for():
-    avatar = FakeAvatar(grain="grain")
+    avatar = FakeAvatar(film_grain="grain")
     for grain in (True, False):
         avatar.grains.clear()
         for _ in synthesize(avatar, speechlike(0.2), SpeakConfig(film_grain=grain)):

@@ -19,15 +19,12 @@ if TYPE_CHECKING:
 class FrameRenderer:
     """Renders frames of an avatar over a driving track; any thread may call it.
 
-    `region`: what of the rendered head goes into the driving frame. `same_pose`: whether the driving frame's head has
-    the pose of the motion (it has not where one frame is held).
+    `region`: what of the rendered head goes into the driving frame.
     """
 
-    def __init__(
-        self, avatar: "Avatar", driving: DrivingTrack, region: Region, same_pose: bool = True, film_grain: bool = True
-    ):
-        self._avatar = avatar if film_grain else replace(avatar, grain=None)
-        self._driving, self._region, self._same_pose = driving, region, same_pose
+    def __init__(self, avatar: "Avatar", driving: DrivingTrack, region: Region, film_grain: bool = True):
+        self._avatar = avatar if film_grain else replace(avatar, film_grain=None)
+        self._driving, self._region = driving, region
 
     @torch.inference_mode()
     def render(self, t: int, motion: Motion, number: int, timings: Timings) -> UInt8[np.ndarray, "h w 3"]:
@@ -43,6 +40,6 @@ class FrameRenderer:
         with timings.clocked("rasterise"):
             rendering = avatar.rasterized(deformed, motion, 0, within=None if shown is None else seam_box(shown))
         with timings.clocked("composite"):
-            image = avatar.composed(rendering, motion, 0, frame, mask, number, same_pose=self._same_pose, shown=shown)
+            image = avatar.composed(rendering, motion, 0, frame, mask, number, shown=shown)
         timings.count()
         return image

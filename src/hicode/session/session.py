@@ -127,7 +127,7 @@ class Session:
         self._animation = Animation(avatar, driving, config)
         self.start = self._animation.start
         region = "head" if config.still else config.region
-        self._renderer = FrameRenderer(avatar, driving, region, not config.still, config.film_grain)
+        self._renderer = FrameRenderer(avatar, driving, region, config.film_grain)
         self._idle_frames = IdleFrames(driving)
         self._pool = frame_pool()
         self.ahead = 2 * torch.get_num_threads()
