@@ -6,17 +6,14 @@ from typing import Annotated
 import tyro
 
 from hicode.cli import NoPrefix, Out
-from research.pretrain.pretraining import PretrainingConfig, pretrain_folders
+from research.pretrain.pretraining import PretrainConfig, pretrain_folders
+from research.pretrain.sources import LeftOut
+
+Folders = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER")]]
 
 
 def command(
-    folders: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER")]],
-    out: Out,
-    cache: Path,
-    sources: Path | None = None,
-    sync_out: Path | None = None,
-    presence_out: Path | None = None,
-    config: Annotated[PretrainingConfig, NoPrefix] = PretrainingConfig(),
+    folders: Folders, out: Out, cache: Path, config: Annotated[PretrainConfig, NoPrefix] = PretrainConfig()
 ) -> None:
     """Learn generic speech weights from your own videos of people who speak. `hicode train --speech-weights` uses them.
 
@@ -27,14 +24,9 @@ def command(
         folders: Folders of videos with sound, of two speakers at least.
         out: The weights, ending in .safetensors; a report is written next to them.
         cache: Folder for landmarks, head motion and features, which are kept.
-        sources: A manifest of speakers, patterns and terms (docs/weights.md); sources.toml in the folder if there is one.
-        sync_out: Also write the sync model here; the manifest must name an anchor.
-        presence_out: Also learn the voice-activity score, and write it here.
     """
-    report = pretrain_folders(
-        folders, out, cache, config, manifest=sources, sync_out=sync_out, presence_out=presence_out
-    )
-    for left in report["left_out"]:
-        print(f"Left out: {left['speaker']}{', ' + left['clip'] if left['clip'] else ''}: {left['reason']}")
+    report = pretrain_folders(folders, out, cache, config)
+    for item in report["left_out"]:
+        print(f"Left out: {LeftOut(**item)}")
     speakers = len(report["learned_from"])
     print(f"{out}: {speakers} speakers, {report['seconds']:.0f} s. The report: {out.with_suffix('.md')}")

@@ -9,12 +9,10 @@ import pytest
 import soundfile
 import torch
 from research.pretrain import espeak, synthetic
+from research.pretrain.build import BuildConfig, BuildParts, Points, build
 from research.pretrain.corpus import (
     VARIANTS,
-    BuildConfig,
-    Points,
     Step,
-    build,
     encode_variants,
     learnable,
     load_corpus,
@@ -22,9 +20,9 @@ from research.pretrain.corpus import (
     load_synthetic,
     synthesise,
 )  # fmt: skip
-from research.pretrain.presence import PresenceConfig, Recording, learn_presence
-from research.pretrain.pretraining import PretrainingConfig, pretrain_folders
+from research.pretrain.pretraining import PretrainConfig, pretrain_folders
 from research.pretrain.sources import OWN_TERMS, LeftOut, find_sources
+from research.pretrain.voice_activity import Recording, VoiceActivityTraining, learn_voice_activity
 
 from hicode.camera import Camera
 from hicode.errors import AssetError, FileFormatError, InputError
@@ -130,15 +128,8 @@ def stage(tmp_path_factory):
 
 def made(stage, cache, encoder=None, config=FAST, **options):
     stage.looks.clear()
-    return build(
-        find_sources([stage.folder]),
-        cache,
-        config,
-        encoder=encoder or LogMelEncoder(),
-        tracker=stage,
-        progress=False,
-        **options,
-    )
+    parts = BuildParts(encoder or LogMelEncoder(), tracker=stage, progress=False, **options)
+    return build(find_sources([stage.folder]), cache, config, parts)
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +317,9 @@ def test_a_stopped_build_goes_on_where_it_was(stage, tmp_path):
 
     stage.looks.clear()
     with pytest.raises(KeyboardInterrupt):
-        build(find_sources([stage.folder]), tmp_path, FAST, encoder=LogMelEncoder(), tracker=stopping, progress=False)
+        build(
+            find_sources([stage.folder]), tmp_path, FAST, BuildParts(LogMelEncoder(), tracker=stopping, progress=False)
+        )
     with pytest.raises(FileFormatError, match="no corpus was completed"):
         load_examples(tmp_path)
     first = list(stage.looks)
@@ -426,7 +419,7 @@ def test_an_anchor_that_cannot_be_used_is_an_error(stage, copy):
     sources = find_sources([stage.folder])
     gone = replace(sources, speakers=sources.speakers[1:], missing=(LeftOut("ann", "", "no video matches ann/*.mp4"),))
     with pytest.raises(InputError, match="anchor ann"):
-        build(gone, copy, FAST, encoder=LogMelEncoder(), tracker=stage, progress=False)
+        build(gone, copy, FAST, BuildParts(LogMelEncoder(), tracker=stage, progress=False))
 
 
 def test_a_sync_model_of_another_encoder_is_not_asked(alone, tmp_path):
@@ -464,29 +457,24 @@ def test_synthetic_speakers_are_kept_with_their_phones(tmp_path):
 
 def test_the_same_seed_gives_the_same_weights_and_a_report(stage, copy, tmp_path, monkeypatch):
     monkeypatch.setattr(espeak, "installed", lambda: False)
-    config = PretrainingConfig(steps=2, synthetic_minutes=1, seed=3)
-    options = {
-        "corpus": FAST,
-        "encoder": LogMelEncoder(),
-        "tracker": stage,
-        "progress": False,
-        "manifest": stage.folder / "sources.toml",
-    }
-    reports = [
-        pretrain_folders(
+    config = PretrainConfig(steps=2, synthetic_minutes=1, seed=3, sources=stage.folder / "sources.toml")
+    parts = BuildParts(LogMelEncoder(), tracker=stage, progress=False)
+
+    def learn(folder):
+        return pretrain_folders(
             [stage.folder],
-            tmp_path / name / "w.safetensors",
+            folder / "w.safetensors",
             copy,
-            config,
-            sync_out=tmp_path / name / "s.safetensors",
-            **options,
+            replace(config, sync_out=folder / "s.safetensors"),
+            parts,
+            False,
         )
-        for name in ("a", "b")
-    ]
+
+    reports = [learn(tmp_path / name) for name in ("a", "b")]
     assert reports[0]["sha256"] == reports[1]["sha256"] and len(reports[0]["sha256"]) == 2
     models = load_generic(tmp_path / "a" / "w.safetensors")
     assert models.encoder == "logmel" and models.feature_dim == 160
-    report, page = read_json(tmp_path / "a" / "w.json", "hicode-pretraining", 1), (tmp_path / "a" / "w.md").read_text()
+    report, page = read_json(tmp_path / "a" / "w.json", "hicode-pretraining", 2), (tmp_path / "a" / "w.md").read_text()
     assert {row["speaker"]: row["terms"] for row in report["learned_from"]} == {
         "ann": "hers",
         "bob": "his",
@@ -505,15 +493,11 @@ def test_the_same_seed_gives_the_same_weights_and_a_report(stage, copy, tmp_path
 def test_the_score_of_speech_is_a_step_of_its_own(stage, copy, tmp_path, monkeypatch):
     monkeypatch.setattr(espeak, "installed", lambda: False)
     out, score = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
-    options = {
-        "corpus": FAST,
-        "encoder": LogMelEncoder(),
-        "tracker": stage,
-        "progress": False,
-        "manifest": stage.folder / "sources.toml",
-    }
+    config = PretrainConfig(
+        steps=1, synthetic_minutes=0, sources=stage.folder / "sources.toml", voice_activity_out=score
+    )
     report = pretrain_folders(
-        [stage.folder], out, copy, PretrainingConfig(steps=1, synthetic_minutes=0), presence_out=score, **options
+        [stage.folder], out, copy, config, FAST, BuildParts(LogMelEncoder(), tracker=stage, progress=False)
     )
     page = out.with_suffix(".md").read_text()
     _, header = load_tensors(score, "hicode-voice-activity", 1)
@@ -521,28 +505,24 @@ def test_the_score_of_speech_is_a_step_of_its_own(stage, copy, tmp_path, monkeyp
         "not the anchor, nobody against their terms"
     )
     assert [clip[2] for clip in header["made_of"]["clips"]] == [75, 100], "bob's test part is left out"
-    assert [row["speaker"] for row in report["presence"]["speakers"]] == ["bob", "dan"] and header["figures"] == report[
-        "presence"
-    ]
-    assert (
-        "| bob |" in page.split("## Whether somebody speaks")[1]
-        and score.name in report["sha256"]
-        and report["steps"]["presence"]["made"] == 1
-    )
+    assert [row["speaker"] for row in report["voice_activity"]["speakers"]] == ["bob", "dan"]
+    assert header["figures"] == report["voice_activity"]
+    assert "| bob |" in page.split("## Voice activity")[1] and score.name in report["sha256"]
+    assert report["steps"]["voice activity"]["made"] == 1
 
 
 def test_the_score_of_speech_is_kept_while_what_it_was_made_of_holds(stage, tmp_path):
     clips = [Recording(name, "", stage.folder / f"{name}.mp4", 100) for name in ("bob", "dan")]
-    config = PresenceConfig(negatives_s=5.0)
-    learn = lambda clips=clips, config=config: learn_presence(
+    config = VoiceActivityTraining(negatives_s=5.0)
+    learn = lambda clips=clips, config=config: learn_voice_activity(
         clips, tmp_path, LogMelEncoder(), config, synthetic=False, progress=False
     )
     first, figures = learn()
-    data = (tmp_path / "presence.safetensors").read_bytes()
+    data = (tmp_path / "voice_activity.safetensors").read_bytes()
     assert first.made == 1 and learn() == (Step(kept=1), figures)
     shorter = [clips[0], replace(clips[1], frames=75)]
     assert learn(shorter)[0].made == learn(config=replace(config, seed=1))[0].made == 1
-    assert learn()[0].made == 1 and (tmp_path / "presence.safetensors").read_bytes() == data, (
+    assert learn()[0].made == 1 and (tmp_path / "voice_activity.safetensors").read_bytes() == data, (
         "the same again, byte for byte"
     )
 

@@ -5,19 +5,19 @@ import pytest
 import torch
 from research.pretrain import espeak
 from research.pretrain.phones import Phone
-from research.pretrain.presence import (
-    PresenceConfig,
+from research.pretrain.synthetic import NEGATIVES, negative
+from research.pretrain.voice_activity import (
     Rows,
-    fit_presence,
+    VoiceActivityTraining,
+    cross_validate,
     fit_rows,
-    held_out,
+    fit_voice_activity,
     in_noise,
     over_telephone,
     rows_by_level,
     rows_by_phones,
     synthetic_speech,
 )
-from research.pretrain.synthetic import NEGATIVES, negative
 
 from hicode.errors import AssetError, InputError, TrainingError
 from hicode.media.audio import read_audio
@@ -62,7 +62,7 @@ def test_the_score_is_learned_from_synthetic_voices():
     if not espeak.installed():  # asked without loading it into this process
         pytest.skip(f"{espeak.PACKAGE} is not installed: pip install 'hicode[corpus]'")
     encoder = create_encoder("logmel")
-    presence = fit_presence(synthetic_speech(8, 1, seed=1), encoder, PresenceConfig(negatives_s=5.0))
+    presence = fit_voice_activity(synthetic_speech(8, 1, seed=1), encoder, VoiceActivityTraining(negatives_s=5.0))
     right = []
     for samples, labels in synthetic_speech(4, 1, seed=2):
         score = presence(encoder.encode(samples)).numpy()[: len(labels)]
@@ -74,7 +74,7 @@ def test_the_score_is_learned_from_synthetic_voices():
 
 def test_learning_without_speech_is_refused():
     with pytest.raises(TrainingError, match="no speech to learn from"):
-        fit_presence([], create_encoder("logmel"), PresenceConfig(negatives_s=5.0))
+        fit_voice_activity([], create_encoder("logmel"), VoiceActivityTraining(negatives_s=5.0))
 
 
 def test_figures_are_of_speakers_left_out():
@@ -82,13 +82,13 @@ def test_figures_are_of_speakers_left_out():
     speaker, speech = (v.flatten() for v in torch.meshgrid(torch.arange(3), torch.arange(40) % 2, indexing="ij"))
     features = torch.nn.functional.one_hot(speaker, 3) * (2.0 * speech[:, None] - 1)
     rows = Rows(features, speech, speaker, torch.zeros(120, dtype=torch.long))
-    own = fit_rows(rows, "embedded", PresenceConfig())(features) > 0
+    own = fit_rows(rows, "embedded", VoiceActivityTraining())(features) > 0
     assert torch.equal(own, speech == 1)
-    for row in held_out(rows, ["ann", "bob", "cat"], "embedded", PresenceConfig(folds=2)):
+    for row in cross_validate(rows, ["ann", "bob", "cat"], "embedded", VoiceActivityTraining(folds=2)):
         assert (row["missed"]["as it is"], row["taken"]) in ((1.0, 0.0), (0.0, 1.0)) and row["missed"][
             "in noise"
         ] is None
-    assert held_out(rows, ["ann"] * 3, "embedded", PresenceConfig()) == [], "nobody is left to learn from"
+    assert cross_validate(rows, ["ann"] * 3, "embedded", VoiceActivityTraining()) == [], "nobody is left to learn from"
 
 
 # --- the shipped weights -----------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Learning whether somebody speaks: the score of `speech/voice_activity.py`, from speech as it is, in noise and over a telephone, and from what is no speech.
+"""Learning voice activity: the score of `hicode.speech.voice_activity`.
 
-n samples at 16 kHz, s = n / 320 rows of 20 ms. Labels "s": 1 speech, 0 none, -1 unknown (learned from by nobody). A logistic regression, both
-classes weighing the same; seeded, seconds of work once the features are made. `learn_presence` is the step of `hicode pretrain` that makes the
-weights that ship; its figures are of speakers left out.
+n samples at 16 kHz, s = n / 320 rows of 20 ms. Labels "s": 1 speech, 0 none, -1 unknown (not used). A logistic
+regression with equal weight of both classes, on speech as it is, in noise, over a telephone, and on sounds without
+speech. It is seeded and takes seconds once the features are made. `learn_voice_activity` is a step of `hicode pretrain`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE
+from hicode.audio import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE, SAMPLES_PER_FRAME
 from hicode.errors import TrainingError
 from hicode.media.audio import read_audio
 from hicode.progress import progress_bar
@@ -31,28 +31,39 @@ from research.pretrain.synthetic import NEGATIVES, Speaker, negative, recorded
 
 Labelled = tuple[Float32[np.ndarray, "n"], Int[np.ndarray, "s"]]
 BABBLE_VOICES = 5
+ROWS_PER_S = 50
 CONDITIONS = ("as it is", "in noise", "over a telephone")
-SYNTHETIC = "espeak"  # whom the synthetic voices count as
+SYNTHETIC = "espeak"  # all synthetic voices count as this one speaker
 
 
 @dataclass(frozen=True)
-class PresenceConfig:
-    """How the score is learned."""
+class VoiceActivityTraining:
+    """How the voice-activity score is learned."""
 
-    negatives_s: float = 25.0  # of each kind of sound that is no speech
-    snr_db: tuple[float, float] = (3.0, 25.0)  # of the noise that a copy of every recording is given
-    level_db: float = 10.0  # by how much at most a live stream's estimate of the level may be off
+    negatives_s: float = 25.0
+    """seconds of each kind of sound without speech"""
+    snr_db: tuple[float, float] = (3.0, 25.0)
+    """range of the signal-to-noise ratio of the noisy copy of each recording"""
+    level_db: float = 10.0
+    """largest error of a live stream's estimate of the level"""
     weight_decay: float = 3e-3
-    seconds: float = 600.0  # of recordings at most, the same of each speaker
-    speakers: int = 30  # synthetic ones
-    sentences: int = 2  # that each of them says
-    folds: int = 5  # that speakers are left out in for the figures
+    seconds: float = 600.0
+    """of recordings at most, the same for each speaker"""
+    speakers: int = 30
+    """synthetic ones"""
+    sentences: int = 2
+    """of each synthetic speaker"""
+    folds: int = 5
+    """of the cross-validation over speakers, for the figures"""
     seed: int = 0
 
 
 def rows_by_level(samples: Float32[np.ndarray, "n"]) -> Int[np.ndarray, "s"]:
-    """Labels of a clean recording by its loudness: speech within 60 ms of a row above -20 dB of the speech level, none 160 ms away from any above
-    -32 dB. A recording with a noisy room has no silence by this, only unknown rows."""
+    """Labels of a clean recording by its loudness: 1 speech, 0 none, -1 unknown.
+
+    Speech is within 60 ms of a row above -20 dB of the speech level. None is farther than 160 ms from any row above
+    -32 dB. A recording with room noise thus has no silence, only unknown rows.
+    """
     rows = len(samples) // SAMPLES_PER_FEATURE
     rms = np.sqrt((samples[: rows * SAMPLES_PER_FEATURE].reshape(rows, -1).astype(np.float64) ** 2).mean(1))
     level = speech_level(samples)
@@ -63,7 +74,7 @@ def rows_by_level(samples: Float32[np.ndarray, "n"]) -> Int[np.ndarray, "s"]:
 
 
 def rows_by_phones(phones: tuple[Phone, ...], rows: int) -> Int[np.ndarray, "s"]:
-    """Labels of an utterance whose phones are known: speech from the first to the last but for pauses of a quarter second."""
+    """Labels of an utterance with known phones: speech from the first to the last, except pauses of 240 ms or more."""
     labels = np.zeros(rows, np.int64)
     for phone in phones:
         labels[int(phone.start_s * 50) : int(np.ceil(phone.end_s * 50))] = 1
@@ -81,7 +92,7 @@ def _near(flags: np.ndarray, rows: int) -> np.ndarray:
 
 
 def synthetic_speech(speakers: int, sentences_each: int, seed: int = 0) -> list[Labelled]:
-    """Voices of espeak-ng in all languages that there are sentences of, in turn, as microphones hear them."""
+    """Voices of espeak-ng, in turn in each language that has sentences, as recorded by a microphone."""
     texts, out = sentences(), []
     languages = list(texts)
     with Espeak() as espeak:
@@ -97,7 +108,11 @@ def synthetic_speech(speakers: int, sentences_each: int, seed: int = 0) -> list[
 
 @dataclass(frozen=True)
 class Rows:
-    """What a score is learned from: whose each row is (-1: a sound that is no speech) and how it sounds (an index of CONDITIONS)."""
+    """Training rows of 20 ms.
+
+    sound      index of the recording; -1 for a sound without speech
+    condition  index in CONDITIONS
+    """
 
     features: Float32[Tensor, "r d"]
     labels: Int[Tensor, "r"]
@@ -108,24 +123,26 @@ class Rows:
         return Rows(self.features[chosen], self.labels[chosen], self.sound[chosen], self.condition[chosen])
 
 
-def fit_presence(
+def fit_voice_activity(
     sounds: list[Labelled],
     encoder: AudioEncoder,
-    config: PresenceConfig = PresenceConfig(),
+    config: VoiceActivityTraining = VoiceActivityTraining(),
     progress: Callable[[float], None] | None = None,
 ) -> VoiceActivity:
-    """The score of `encoder`'s features, learned from recordings as they are, a copy of each in noise, of every other one over a telephone, and
-    from `training.synthetic`'s negatives. TrainingError where there is no row of speech."""
-    return fit_rows(hear(sounds, encoder, config, progress), encoder.name, config)
+    """Learn the score from recordings as they are, in noise, over a telephone (every other one), and from negatives.
+
+    Raises TrainingError if no row is speech.
+    """
+    return fit_rows(encode_rows(sounds, encoder, config, progress), encoder.name, config)
 
 
-def hear(
+def encode_rows(
     sounds: list[Labelled],
     encoder: AudioEncoder,
-    config: PresenceConfig,
+    config: VoiceActivityTraining,
     progress: Callable[[float], None] | None = None,
 ) -> Rows:
-    """The rows that `fit_presence` learns from: what takes the time."""
+    """The training rows of `fit_voice_activity`. Encoding them takes most of the time."""
     rng = np.random.default_rng(config.seed)
     features, labels, origin = [], [], []
 
@@ -152,60 +169,61 @@ def hear(
     )
 
 
-def fit_rows(rows: Rows, encoder: str, config: PresenceConfig) -> VoiceActivity:
+def fit_rows(rows: Rows, encoder: str, config: VoiceActivityTraining) -> VoiceActivity:
+    """Logistic regression on the labelled rows. Raises TrainingError if none is speech."""
     known = rows.labels >= 0
     if not (rows.labels == 1).any():
         raise TrainingError("There is no speech to learn from in these recordings. Give some with speech.")
     return _logistic(rows.features[known], rows.labels[known].float(), config.weight_decay, encoder)
 
 
-def held_out(rows: Rows, speakers: list[str], encoder: str, config: PresenceConfig) -> list[dict]:
-    """How well a score tells speakers that it has not learned from, the recordings' `speakers` in turn: by condition the share of their speech that is
-    missed, and the share of the rest, as recorded, that is taken for speech (None without such rows). None of them where there is but one speaker."""
+def cross_validate(rows: Rows, speakers: list[str], encoder: str, config: VoiceActivityTraining) -> list[dict]:
+    """Errors on each speaker, by a score that was learned without this speaker. Empty for a single speaker.
+
+    speakers  of each recording
+    missed    by condition: share of speech rows that are taken for none
+    taken     share of rows without speech, as recorded, that are taken for speech; None without such rows
+    """
     names, out = list(dict.fromkeys(speakers)), []
-    number = torch.tensor([*(names.index(s) for s in speakers), -1])[
-        rows.sound
-    ]  # of each row's speaker; sounds that are no speech have -1
+    speaker_of_row = torch.tensor([*(names.index(s) for s in speakers), -1])[rows.sound]
     for fold in range(min(config.folds, len(names)) if len(names) > 1 else 0):
-        left_out = names[fold :: config.folds]
-        kept = rows[~torch.isin(number, torch.tensor([names.index(s) for s in left_out]))]
+        tested = names[fold :: config.folds]
+        kept = rows[~torch.isin(speaker_of_row, torch.tensor([names.index(s) for s in tested]))]
         if not (kept.labels == 1).any():
             continue
-        presence = fit_rows(kept, encoder, config)
-        for speaker in left_out:
-            own = rows[number == names.index(speaker)]
-            heard = presence(own.features) > 0
-            share = lambda chosen, wrong: round(float(wrong[chosen].float().mean()), 4) if chosen.any() else None
-            missed = {
-                name: share((own.labels == 1) & (own.condition == k), ~heard) for k, name in enumerate(CONDITIONS)
-            }
-            seconds = round(float(((own.labels == 1) & (own.condition == 0)).sum()) / 50, 1)
-            out.append(
-                {
-                    "speaker": speaker,
-                    "speech_s": seconds,
-                    "missed": missed,
-                    "taken": share((own.labels == 0) & (own.condition == 0), heard),
-                }
-            )
+        score = fit_rows(kept, encoder, config)
+        out += [_errors(score, rows[speaker_of_row == names.index(name)], name) for name in tested]
     return sorted(out, key=lambda row: names.index(row["speaker"]))
 
 
-def other_sounds(presence: VoiceActivity, encoder: AudioEncoder, seed: int, seconds: float = 5.0) -> dict[str, float]:
-    """The share of each kind of sound that is no speech, drawn from this seed, that is taken for speech."""
-    rng = np.random.default_rng(seed)
-    scores = {
-        kind: presence(encoder.encode(negative(kind, round(seconds * SAMPLE_RATE_HZ), rng))) for kind in NEGATIVES
+def _errors(score: VoiceActivity, rows: Rows, speaker: str) -> dict:
+    positive = score(rows.features) > 0
+
+    def share(chosen: Tensor, wrong: Tensor) -> float | None:
+        return round(float(wrong[chosen].float().mean()), 4) if chosen.any() else None
+
+    speech, clean = rows.labels == 1, rows.condition == 0
+    return {
+        "speaker": speaker,
+        "speech_s": round(float((speech & clean).sum()) / ROWS_PER_S, 1),
+        "missed": {name: share(speech & (rows.condition == k), ~positive) for k, name in enumerate(CONDITIONS)},
+        "taken": share((rows.labels == 0) & clean, positive),
     }
-    return {kind: round(float((s > 0).float().mean()), 4) for kind, s in scores.items()}
 
 
-# --- a step of pretraining ----------------------------------------------------------------------------------------------------------------
+def other_sounds(score: VoiceActivity, encoder: AudioEncoder, seed: int, seconds: float = 5.0) -> dict[str, float]:
+    """For each kind of sound without speech: the share that is taken for speech."""
+    rng = np.random.default_rng(seed)
+    samples = {kind: negative(kind, round(seconds * SAMPLE_RATE_HZ), rng) for kind in NEGATIVES}
+    return {k: round(float((score(encoder.encode(s)) > 0).float().mean()), 4) for k, s in samples.items()}
+
+
+# ------------------------------------------------------------------------------------------------ a step of pre-training
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A speaker's clip; `frames` of it, from its beginning, may be learned from."""
+    """A speaker's clip. Its first `frames` may be learned from."""
 
     speaker: str
     terms: str
@@ -213,19 +231,19 @@ class Recording:
     frames: int
 
 
-def learn_presence(
+def learn_voice_activity(
     clips: list[Recording],
     cache: Path | str,
     encoder: AudioEncoder,
-    config: PresenceConfig = PresenceConfig(),
+    config: VoiceActivityTraining = VoiceActivityTraining(),
     synthetic: bool = True,
     progress: bool = True,
 ) -> tuple[Step, dict]:
-    """Make `cache/presence.safetensors`, unless it holds what these clips, settings and encoder give; its figures.
+    """Make `cache/voice_activity.safetensors`, unless it was made of the same clips, settings and encoder; its figures.
 
-    `synthetic`: also from voices of espeak-ng, which must be installed.
+    `synthetic`: learn from voices of espeak-ng too, which must be installed.
     """
-    file = Path(cache) / "presence.safetensors"
+    file = Path(cache) / "voice_activity.safetensors"
     made_of = {
         "encoder": encoder_key(encoder),
         "config": asdict(config) | {"snr_db": list(config.snr_db)},
@@ -235,35 +253,39 @@ def learn_presence(
     _, header = stored_tensors(file, SCHEMA)
     if header.get("made_of") == made_of:
         return Step(kept=1), header["figures"]
-    sounds, speakers, left = (
-        [],
-        [],
-        dict.fromkeys((c.speaker for c in clips), config.seconds / max(1, len({c.speaker for c in clips}))),
-    )
-    for clip in clips:
-        wanted = round(min(25 * left[clip.speaker], clip.frames))
-        left[clip.speaker] -= wanted / 25
-        if wanted > 0:
-            samples = read_audio(clip.path)[: 640 * wanted]
-            sounds.append((samples, rows_by_level(samples)))
-            speakers.append(clip.speaker)
+    sounds, speakers = _recorded_sounds(clips, config)
     terms = {c.speaker: c.terms for c in clips}
     if synthetic:
         voices = synthetic_speech(config.speakers, config.sentences, config.seed)
         sounds += voices
         speakers += [SYNTHETIC] * len(voices)
         terms[SYNTHETIC] = f"{config.speakers} synthetic voices (espeak-ng), and synthetic noises"
-    with progress_bar("Telling speech from noise", progress) as report:
-        rows = hear(sounds, encoder, config, lambda done: report(round(90 * done), 100))
-        presence = fit_rows(rows, encoder.name, config)
+    with progress_bar("Learning voice activity", progress) as report:
+        rows = encode_rows(sounds, encoder, config, lambda done: report(round(90 * done), 100))
+        score = fit_rows(rows, encoder.name, config)
         figures = {
-            "speech_s": round(float(((rows.labels == 1) & (rows.condition == 0)).sum()) / 50, 1),
-            "speakers": held_out(rows, speakers, encoder.name, config),
-            "other_sounds": other_sounds(presence, encoder, config.seed + 1),
+            "speech_s": round(float(((rows.labels == 1) & (rows.condition == 0)).sum()) / ROWS_PER_S, 1),
+            "speakers": cross_validate(rows, speakers, encoder.name, config),
+            "other_sounds": other_sounds(score, encoder, config.seed + 1),
         }
         report(100, 100)
-    presence.save(file, terms, {"made_of": made_of, "figures": figures})
+    score.save(file, terms, {"made_of": made_of, "figures": figures})
     return Step(made=1), figures
+
+
+def _recorded_sounds(clips: list[Recording], config: VoiceActivityTraining) -> tuple[list[Labelled], list[str]]:
+    """Labelled recordings, the same duration of each speaker at most; the speaker of each."""
+    names = dict.fromkeys(c.speaker for c in clips)
+    remaining_s = dict.fromkeys(names, config.seconds / max(1, len(names)))
+    sounds, speakers = [], []
+    for clip in clips:
+        frames = round(min(FPS * remaining_s[clip.speaker], clip.frames))
+        remaining_s[clip.speaker] -= frames / FPS
+        if frames > 0:
+            samples = read_audio(clip.path)[: SAMPLES_PER_FRAME * frames]
+            sounds.append((samples, rows_by_level(samples)))
+            speakers.append(clip.speaker)
+    return sounds, speakers
 
 
 def _logistic(x: Tensor, y: Tensor, decay: float, encoder: str) -> VoiceActivity:
@@ -289,10 +311,10 @@ def in_noise(
     samples: Float32[np.ndarray, "n"],
     snr_db: float,
     rng: np.random.Generator,
-    voices: list[np.ndarray] = (),
+    voices: Sequence[np.ndarray] = (),
     kind: str | None = None,
 ) -> Float32[np.ndarray, "n"]:
-    """The sound under one of NEGATIVES or, where there are `voices` to make it of, babble (of five): at random, or `kind`."""
+    """The sound with noise at a signal-to-noise ratio: one of NEGATIVES or babble of the `voices`; drawn, or `kind`."""
     kinds = [k for k in NEGATIVES if k != "silence"] + ["babble"] * bool(len(voices))
     kind = kind or str(rng.choice(kinds))
     noise = (
@@ -301,8 +323,8 @@ def in_noise(
     return (samples + speech_level(samples) * 10 ** (-snr_db / 20) * noise / max(noise.std(), 1e-9)).astype(np.float32)
 
 
-def babble(voices: list[np.ndarray], n: int, rng: np.random.Generator) -> np.ndarray:
-    """Five voices at once, each of the same loudness, from anywhere in their recordings."""
+def babble(voices: Sequence[np.ndarray], n: int, rng: np.random.Generator) -> np.ndarray:
+    """Five voices at once, equally loud, from random places of their recordings."""
     out = np.zeros(n)
     for k in rng.integers(len(voices), size=BABBLE_VOICES):
         begin = int(rng.integers(len(voices[k])))
@@ -311,7 +333,7 @@ def babble(voices: list[np.ndarray], n: int, rng: np.random.Generator) -> np.nda
 
 
 def over_telephone(samples: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, "n"]:
-    """Nothing but 300 to 3400 Hz."""
+    """Band-passed to 300 … 3400 Hz."""
     from scipy.signal import butter, sosfilt
 
     return sosfilt(butter(6, [300, 3400], "bandpass", fs=SAMPLE_RATE_HZ, output="sos"), samples).astype(np.float32)
