@@ -5,9 +5,10 @@
     python -m research.benchmarks --save             measure and write research/benchmarks/baseline.json
     python -m research.benchmarks.scale              how time and memory grow, as plots
 
-Everything runs on one thread and figures are processor time, so a busy machine disturbs them little. What is compared with the baseline is the cost in *units*: a
-unit is the time of a fixed piece of arithmetic and memory traffic, run between the measurements, so another machine's baseline serves as well
-(where its caches are not too different). What seems slower is measured once more before it is called so.
+Everything runs on one thread and figures are processor time, so a busy machine disturbs them little. What is compared
+with the baseline is the cost in *units*: a unit is the time of a fixed piece of arithmetic and memory traffic, run
+between the measurements, so another machine's baseline serves as well (where its caches are not too different). What
+seems slower is measured once more before it is called so.
 """
 
 import argparse
@@ -49,7 +50,9 @@ class Skipped(Exception):
 
 
 def raster() -> Timed:
-    """Forward, and forward with backward, of a cloud on the head's surface and of the same with Gaussians twice as large."""
+    """Forward, and forward with backward, of a cloud on the head's surface and of the same with Gaussians twice as
+    large.
+    """
     clip = scene.drawn_clip(SIZE)
     cloud, _ = scene.drawn_cloud(N, clip, HeadConfig(()))
     camera, background = clip.track.camera_at(0), torch.ones(3)
@@ -70,7 +73,9 @@ def raster() -> Timed:
 
 
 def control() -> Timed:
-    """The deformation of all Gaussians, its control evaluated on all of them (0) or on anchors; and as speaking does it."""
+    """The deformation of all Gaussians, its control evaluated on all of them (0) or on anchors; and as speaking does
+    it.
+    """
     clip = scene.drawn_clip(SIZE)
     motion, cases = clip.track.motion, {}
     for anchors in (0, 2048, 4096):
@@ -108,7 +113,9 @@ def loss() -> Timed:
 
 
 def step() -> Timed:
-    """An iteration of the draft's training: deform, rasterise, compare, backward, step; the perceptual term in one of four."""
+    """An iteration of the draft's training: deform, rasterise, compare, backward, step; the perceptual term in one of
+    four.
+    """
     state, frames, config = scene.training_state(N, SIZE, head_preset("draft"))
     head_loss = HeadLoss(config.loss, config.vgg_layers)
 
@@ -183,7 +190,9 @@ def _none(_) -> None:
 
 
 class Unit:
-    """The machine's speed: time of a matrix product and of a copy larger than the caches, in ms of processor time, geometric mean."""
+    """The machine's speed: time of a matrix product and of a copy larger than the caches, in ms of processor time,
+    geometric mean.
+    """
 
     def __init__(self):
         self._a, self._source, self._target = (
@@ -302,7 +311,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("No baseline yet: run with --save.")
         return 0
     print(
-        f"Baseline: {baseline['machine']}, commit {baseline['commit']}; a unit was {baseline['unit_ms']} ms there, here {np.median(unit.seen):.3f}"
+        f"Baseline: {baseline['machine']}, commit {baseline['commit']}; a unit was {baseline['unit_ms']} ms there, "
+        f"here {np.median(unit.seen):.3f}"
     )
     print("Slower: " + (", ".join(late) if late else "nothing"))
     return 1 if late else 0

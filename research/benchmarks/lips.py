@@ -1,24 +1,27 @@
-"""How well speech moves lips, on people that no part of the model has seen: `python -m research.benchmarks.lips --cache CORPUS`.
+"""How well speech moves lips, on people that no part of the model has seen: `python -m research.benchmarks.lips --cache
+CORPUS`.
 
     python -m research.benchmarks.lips --cache corpus --data ../shared/data                      the shipped recipe
-    python -m research.benchmarks.lips --cache corpus --data ../shared/data --rows all           and without its parts, and on log-mel
-    python -m research.benchmarks.lips --cache corpus --data ../shared/data --rows encoders --hubert FOLDER    encoders compared
-    ... --markdown table.md --keep FOLDER                                               write the tables, keep what is trained
+    python -m research.benchmarks.lips --cache corpus --data ../shared/data --rows all           and without its parts,
+    and on log-mel python -m research.benchmarks.lips --cache corpus --data ../shared/data --rows encoders --hubert
+    FOLDER    encoders compared ... --markdown table.md --keep FOLDER
+              write the tables, keep what is trained
 
-CORPUS is what `hicode pretrain` made; the recipe is trained anew here, once for each of four groups of speakers that are
-left out (about three minutes of a core each). Speakers whose terms forbid learning are scored only; of GRID every fifth
-sentence, and every fifth synthetic speaker, is never learned from. A speaker is given as a user's clip gives them: mean
-face and amplitude, from the frames they speak in. Predictions are the speech models' own: no silence gate, no rendering.
-*truth* is the tracked motion, *still* the speaker's mean face. Other encoders than the embedded one (*logmel*, *hubert*
-where its weights are given) hear the same sounds in the same variants and train by the same recipe, by their own windows.
+CORPUS is what `hicode pretrain` made; the recipe is trained anew here, once for each of four groups of speakers that
+are left out (about three minutes of a core each). Speakers whose terms forbid learning are scored only; of GRID every
+fifth sentence, and every fifth synthetic speaker, is never learned from. A speaker is given as a user's clip gives
+them: mean face and amplitude, from the frames they speak in. Predictions are the speech models' own: no silence gate,
+no rendering. *truth* is the tracked motion, *still* the speaker's mean face. Other encoders than the embedded one
+(*logmel*, *hubert* where its weights are given) hear the same sounds in the same variants and train by the same recipe,
+by their own windows.
 
 Measures are of canonical landmarks in the frontal plane, frames at 25 fps. *opening, width, lips, jaw*: correlations
-with the tracked mouth (`speech.sync.mouth_measures`); *x* before them: of the mouth that the predicted expression makes.
-*error*: of the 40 lip landmarks, % of the eye distance; *less*: by how much it is below a still mouth's, %. *amplitude*:
-spread of the opening over the truth's. *apart*: distance of the lips that the two networks predict, % of the eye distance,
-each relative to the subject's mean (truth: what the head model cannot say). *closed*: share of the truth's closed frames
-that are closed, and of the open ones. *quiet*: speed of the lips in silence over that in speech. Closure on p, b, m, per
-language: `evaluation.languages`.
+with the tracked mouth (`speech.sync.mouth_measures`); *x* before them: of the mouth that the predicted expression
+makes. *error*: of the 40 lip landmarks, % of the eye distance; *less*: by how much it is below a still mouth's, %.
+*amplitude*: spread of the opening over the truth's. *apart*: distance of the lips that the two networks predict, % of
+the eye distance, each relative to the subject's mean (truth: what the head model cannot say). *closed*: share of the
+truth's closed frames that are closed, and of the open ones. *quiet*: speed of the lips in silence over that in speech.
+Closure on p, b, m, per language: `evaluation.languages`.
 """
 
 import argparse
@@ -60,14 +63,15 @@ from hicode.training.adaptation import (
     mouth_metrics,
     pretrain,
     usual_gain,
-)  # fmt: skip
+)
 from research.pretrain.corpus import Taken, encode_variants, load_corpus, load_examples, load_synthetic
 from research.pretrain.languages import closure_rates, landmark_gap, lines
 from research.pretrain.synthetic import SyntheticExample, pink_noise
 
 GROUPS, HELD_OUT = 4, 5
 HDTF = ("markey", "khill", "radio2")
-# Issue 4's floors: opening, width, jaw on unseen speakers; error below a still mouth's; GRID's opening; closure; lip speed in silence.
+# Issue 4's floors: opening, width, jaw on unseen speakers; error below a still mouth's; GRID's opening; closure; lip
+# speed in silence.
 FLOORS = {"opening": 0.70, "width": 0.65, "jaw": 0.55, "less": 12.0}
 ROWS = ("hicode", "no closure", "faceformer", "linear", "no synthetic", "logmel", "hubert")
 ENCODERS = ("hicode", "logmel", "hubert")
@@ -122,7 +126,7 @@ def speaker_number(item: SyntheticExample) -> int:
     return int(item.example.speaker.split("-")[1])
 
 
-# --- one speaker's figures ---------------------------------------------------------------------------------------------------------------
+# --- one speaker's figures --------------------------------------------------------------------------------------------
 
 
 def template_of(examples: list[SpeechExample]) -> Template:
@@ -138,9 +142,16 @@ def own(generic: SpeechModels, examples: list[SpeechExample], template: Template
     gains = [usual_gain(m, d, speaking, metric) for m, d, metric in zip(pair, moved, mouth_metrics())]
     whole = SpeechExample("own", torch.zeros(0, 0, 0), *motion, speaking)
     return SpeechModels(
-        *pair, generic.encoder, template.expression, template.landmarks, template.identity_frames, *gains,
-        generic.closure, closed_gap(whole), generic.window,
-    )  # fmt: skip
+        *pair,
+        generic.encoder,
+        template.expression,
+        template.landmarks,
+        template.identity_frames,
+        *gains,
+        generic.closure,
+        closed_gap(whole),
+        generic.window,
+    )
 
 
 def frontal(landmarks: Tensor) -> Tensor:
@@ -201,14 +212,16 @@ def quiet(gap: np.ndarray, speaking: np.ndarray) -> float:
     return float(speed[silent].mean() / speed[~silent].mean())
 
 
-# --- a recipe ----------------------------------------------------------------------------------------------------------------------------
+# --- a recipe ---------------------------------------------------------------------------------------------------------
 
 Figures = dict[str, dict[str, float]]  # by speaker
 
 
 @dataclass
 class Scores:
-    """speakers: figures of each; many: of the held-out sentences; due: (recall, closed elsewhere, due) on them; languages: table rows."""
+    """speakers: figures of each; many: of the held-out sentences; due: (recall, closed elsewhere, due) on them;
+    languages: table rows.
+    """
 
     speakers: Figures
     many: dict[str, float]
@@ -226,11 +239,16 @@ Shown = Literal["model", "truth", "still"]
 
 
 def score(
-    data: Data, trained: list[tuple[list[str], SpeechModels | None]], alignments: Path | None, change: Callable[[SpeechModels], SpeechModels],
-    features: Callable[[int], Tensor], spoken: Callable[[int], Tensor], shown: Shown = "model",
-) -> Scores:  # fmt: skip
-    """Every speaker by the pair that has not seen them; `change` makes the row's variant of a pair. `features` of a clip, `spoken` of a synthetic one.
-    Where the truth or a still mouth is shown instead, nobody's pair is asked."""
+    data: Data,
+    trained: list[tuple[list[str], SpeechModels | None]],
+    alignments: Path | None,
+    change: Callable[[SpeechModels], SpeechModels],
+    features: Callable[[int], Tensor],
+    spoken: Callable[[int], Tensor],
+    shown: Shown = "model",
+) -> Scores:
+    """Every speaker by the pair that has not seen them; `change` makes the row's variant of a pair. `features` of a
+    clip, `spoken` of a synthetic one. Where the truth or a still mouth is shown instead, nobody's pair is asked."""
 
     def answer(
         pair: SpeechModels | None, known: list[SpeechExample], asked: list[tuple[SpeechExample, Callable[[], Tensor]]]
@@ -288,10 +306,18 @@ def score(
 
 
 def train(
-    data: Data, names: list[str], config: PretrainConfig, encoder: str, features, spoken, window, keep: Path | None = None, visible: bool = True
-) -> SpeechModels:  # fmt: skip
-    """A generic pair that knows nothing of `names`, nor of what is held out of everyone; one that `keep` has for the same examples, settings and code
-    of speech is taken from there."""
+    data: Data,
+    names: list[str],
+    config: PretrainConfig,
+    encoder: str,
+    features,
+    spoken,
+    window,
+    keep: Path | None = None,
+    visible: bool = True,
+) -> SpeechModels:
+    """A generic pair that knows nothing of `names`, nor of what is held out of everyone; one that `keep` has for the
+    same examples, settings and code of speech is taken from there."""
     grid = many(data)
     kept = {i for k, i in enumerate(data.of(grid)) if not held_out(k)}
     examples = []
@@ -368,7 +394,7 @@ def with_share(share: float) -> Callable[[SpeechModels], SpeechModels]:
     return change
 
 
-# --- noise and adaptation ----------------------------------------------------------------------------------------------------------------
+# --- noise and adaptation ---------------------------------------------------------------------------------------------
 
 
 def noisy(data: Data, snr_db: float = 10.0) -> Callable[[int], Tensor]:
@@ -385,8 +411,8 @@ def noisy(data: Data, snr_db: float = 10.0) -> Callable[[int], Tensor]:
 
 
 def adaptation(data: Data, trained, seconds: tuple[float, ...] = (6, 8, 10, 15)) -> list[tuple]:
-    """(speaker, seconds learned from, opening and error of the generic pair with the speaker's own mean and amplitude, the same adapted) on what
-    follows, of unseen speakers whose clips leave two seconds for it."""
+    """(speaker, seconds learned from, opening and error of the generic pair with the speaker's own mean and amplitude,
+    the same adapted) on what follows, of unseen speakers whose clips leave two seconds for it."""
     head, rows = HeadModel.load(), []
     for names, generic in trained:
         for name in names:
@@ -411,16 +437,17 @@ def adaptation(data: Data, trained, seconds: tuple[float, ...] = (6, 8, 10, 15))
 
 
 def minutes_of_own_speech(data: Data, generic: SpeechModels) -> tuple[float, dict[str, dict[str, float]]]:
-    """(minutes learned from, figures on the held-out sentences) of the speaker of many sentences, whom `generic` has not seen: as they come, and
-    adapted to others of their sentences."""
+    """(minutes learned from, figures on the held-out sentences) of the speaker of many sentences, whom `generic` has
+    not seen: as they come, and adapted to others of their sentences."""
     head, index = HeadModel.load(), data.of(many(data))
     known = [data.clips[i] for k, i in enumerate(index) if not held_out(k)][
         :80
     ]  # some four minutes, as a patient user may record
     whole = SpeechExample(
-        known[0].speaker, torch.cat([e.features[:1] for e in known], 1),
+        known[0].speaker,
+        torch.cat([e.features[:1] for e in known], 1),
         *(torch.cat([getattr(e, k) for e in known]) for k in ("expression", "landmarks", "speaking")),
-    )  # fmt: skip
+    )
     template = template_of(known)
     pairs = {"unseen": own(generic, known, template), "adapted": adapt_example(whole, generic=generic)[0]}
     out = {}
@@ -430,17 +457,40 @@ def minutes_of_own_speech(data: Data, generic: SpeechModels) -> tuple[float, dic
     return len(whole) / 1500, out
 
 
-# --- tables ------------------------------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("opening", "width", "lips", "jaw", "x opening", "x width", "x jaw", "error", "less", "all 478", "expression less", "amplitude", "apart",
-           "closed", "falsely", "quiet")  # fmt: skip
+COLUMNS = (
+    "opening",
+    "width",
+    "lips",
+    "jaw",
+    "x opening",
+    "x width",
+    "x jaw",
+    "error",
+    "less",
+    "all 478",
+    "expression less",
+    "amplitude",
+    "apart",
+    "closed",
+    "falsely",
+    "quiet",
+)
 
 
 def cell(key: str, value: float) -> str:
     if value != value:
         return "-"
-    return f"{value:.2f}" if key in ("error", "all 478", "amplitude", "apart", "quiet") else f"{value:.1f}" if key in ("less", "expression less") \
-        else f"{value:.0f}" if key in ("closed", "falsely") else f"{value:.3f}"  # fmt: skip
+    return (
+        f"{value:.2f}"
+        if key in ("error", "all 478", "amplitude", "apart", "quiet")
+        else f"{value:.1f}"
+        if key in ("less", "expression less")
+        else f"{value:.0f}"
+        if key in ("closed", "falsely")
+        else f"{value:.3f}"
+    )
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
@@ -541,8 +591,18 @@ def main() -> int:
         *table({n: unseen(s) for n, s in results.items()}),
         "",
     )
-    say("Of them HDTF's three", "", *table({n: mean([s.speakers[k] for k in HDTF if k in s.speakers]) for n, s in results.items()
-                                            if any(k in s.speakers for k in HDTF)}), "")  # fmt: skip
+    say(
+        "Of them HDTF's three",
+        "",
+        *table(
+            {
+                n: mean([s.speakers[k] for k in HDTF if k in s.speakers])
+                for n, s in results.items()
+                if any(k in s.speakers for k in HDTF)
+            }
+        ),
+        "",
+    )
     say(f"Held-out sentences of {grid}", "", *table({n: s.many for n, s in results.items()}), "")
     if results["truth"].due:
         say("| row | closure recall on p, b, m | closed elsewhere | due |", "|---|---|---|---|")
@@ -575,7 +635,8 @@ def main() -> int:
         minutes, rows = minutes_of_own_speech(data, alone)
         say(
             "",
-            f"Held-out sentences of {grid} by weights that have not seen them, and adapted to {minutes:.1f} minutes of their speech",
+            f"Held-out sentences of {grid} by weights that have not seen them, and adapted to {minutes:.1f} minutes "
+            "of their speech",
             "",
         )
         say(*table(rows))

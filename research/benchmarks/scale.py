@@ -1,12 +1,14 @@
-"""How time and memory grow: `python -m research.benchmarks.scale` measures and draws docs/scale.png (matplotlib comes with the dev extra).
+"""How time and memory grow: `python -m research.benchmarks.scale` measures and draws docs/scale.png (matplotlib comes
+with the dev extra).
 
-    python -m research.benchmarks.scale              measure what benchmarks/scale.json lacks (all of it: some minutes), draw
-    python -m research.benchmarks.scale --fresh      forget it first
+    python -m research.benchmarks.scale              measure what benchmarks/scale.json lacks (all of it: some minutes),
+    draw python -m research.benchmarks.scale --fresh      forget it first
 
-Gaussians (at 512 px) and resolution (with 35,000 Gaussians): processor time, on one thread, of a rendering, of a training iteration (the draft's) and of a
-spoken frame (deform, rasterise, compose, with the generator), and the peak memory of a process that trains or speaks. Clip length: what
-training holds of its frames, all seen once, beside the budget `HeadConfig.preload_bytes`; and what a loaded avatar holds of its
-driving track. Every point is a process of its own, so that one's memory is not another's.
+Gaussians (at 512 px) and resolution (with 35,000 Gaussians): processor time, on one thread, of a rendering, of a
+training iteration (the draft's) and of a spoken frame (deform, rasterise, compose, with the generator), and the peak
+memory of a process that trains or speaks. Clip length: what training holds of its frames, all seen once, beside the
+budget `HeadConfig.preload_bytes`; and what a loaded avatar holds of its driving track. Every point is a process of its
+own, so that one's memory is not another's.
 """
 
 import argparse

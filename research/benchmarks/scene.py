@@ -1,7 +1,8 @@
-"""Something to measure that is on every machine: the head model itself, drawn, as a clip, as a training state and as an avatar.
+"""Something to measure that is on every machine: the head model itself, drawn, as a clip, as a training state and as an
+avatar.
 
-n Gaussians lie on the model's surface, so they shrink as they become more, as a real cloud's do. Nothing here has learned anything: what is measured
-costs the same whatever it shows.
+n Gaussians lie on the model's surface, so they shrink as they become more, as a real cloud's do. Nothing here has
+learned anything: what is measured costs the same whatever it shows.
 """
 
 from dataclasses import replace
@@ -62,9 +63,14 @@ def drawn_clip(size: int = 512, frames: int = 8) -> SimpleNamespace:
         points.append(camera.with_pose(poses[k]).project(landmarks[k])[0])
     track = FaceTrack(Motion(expression, landmarks, poses), identity, camera, torch.stack(points), torch.ones(frames))
     return SimpleNamespace(
-        train=range(frames), track=track, width=size, height=size, image=lambda k: images[k], head_mask=lambda k: masks[k],
+        train=range(frames),
+        track=track,
+        width=size,
+        height=size,
+        image=lambda k: images[k],
+        head_mask=lambda k: masks[k],
         depths=lambda: {0: depths[0]},
-    )  # fmt: skip
+    )
 
 
 def drawn_cloud(n: int, clip: SimpleNamespace, config: HeadConfig) -> tuple[Gaussians, Deformation]:
@@ -130,10 +136,18 @@ def drawn_avatar(n: int, size: int, config: HeadConfig, encoder: str = "embedded
     landmarks = clip.track.motion.landmarks.mean(0)
     speech = SpeechModels(*models, encoder, torch.zeros(64), landmarks, landmarks.expand(20, 478, 3))
     return Avatar(
-        cloud, deformation.eval().requires_grad_(False), clip.track.camera, clip.track.motion, Images.encode(frames, ".jpg"),
-        Images.encode([clip.head_mask(k) for k in clip.train], ".png"), frames[0], model.mouth_expression, model.mouth_landmark_weight,
-        generator, speech=speech,
-    )  # fmt: skip
+        cloud,
+        deformation.eval().requires_grad_(False),
+        clip.track.camera,
+        clip.track.motion,
+        Images.encode(frames, ".jpg"),
+        Images.encode([clip.head_mask(k) for k in clip.train], ".png"),
+        frames[0],
+        model.mouth_expression,
+        model.mouth_landmark_weight,
+        generator,
+        speech=speech,
+    )
 
 
 def speechlike(seconds: float) -> np.ndarray:

@@ -3,9 +3,10 @@
     python -m research.benchmarks.sheets AVATAR --cache CORPUS --audio speech/*.wav -o sheets
 
 CORPUS is what `hicode pretrain` made: its synthetic speakers, whose phones are known, teach a linear recogniser of lip
-shapes (`speech.phones.CLASSES`) on the features that the avatar hears. So any recording gets its sounds written beneath,
-in any language; `python -m research.benchmarks.sheets --cache CORPUS` alone says how well it recognises synthetic speakers that it has
-not seen. A sheet shows three seconds, those with the most p, b, m: every frame's mouth, its shape, its gap in the picture.
+shapes (`speech.phones.CLASSES`) on the features that the avatar hears. So any recording gets its sounds written
+beneath, in any language; `python -m research.benchmarks.sheets --cache CORPUS` alone says how well it recognises
+synthetic speakers that it has not seen. A sheet shows three seconds, those with the most p, b, m: every frame's mouth,
+its shape, its gap in the picture.
 """
 
 import argparse
@@ -24,8 +25,24 @@ from research.pretrain.corpus import load_synthetic
 from research.pretrain.phones import BILABIAL, CLASSES
 
 SHEET_S, COLUMNS, TILE = 3.0, 15, 120
-SHORT = {"silence": ".", "bilabial": "PBM", "labiodental": "FV", "dental": "TH", "alveolar": "TDN", "sibilant": "SZ", "postalveolar": "SH", "velar": "KG",
-         "r": "R", "rounded_close": "U W", "rounded_open": "O", "open": "A", "mid": "E", "spread": "I", "neutral": "@", "other": "H"}  # fmt: skip
+SHORT = {
+    "silence": ".",
+    "bilabial": "PBM",
+    "labiodental": "FV",
+    "dental": "TH",
+    "alveolar": "TDN",
+    "sibilant": "SZ",
+    "postalveolar": "SH",
+    "velar": "KG",
+    "r": "R",
+    "rounded_close": "U W",
+    "rounded_open": "O",
+    "open": "A",
+    "mid": "E",
+    "spread": "I",
+    "neutral": "@",
+    "other": "H",
+}
 
 
 class Shapes:
@@ -60,7 +77,8 @@ def recogniser(cache: Path) -> Shapes:
     items = load_synthetic(cache)
     if not items:
         raise SystemExit(
-            f"{cache} has no synthetic speakers. Make them: hicode pretrain FOLDER --cache {cache}, with espeakng-loader installed."
+            f"{cache} has no synthetic speakers. Make them: hicode pretrain FOLDER --cache {cache}, with "
+            "espeakng-loader installed."
         )
     number = [int(s.example.speaker.split("-")[1]) for s in items]
     shapes = Shapes(*zip(*((s.example.features[0], s.classes) for s, n in zip(items, number) if n % 5)))
@@ -69,8 +87,10 @@ def recogniser(cache: Path) -> Shapes:
     lips = said == BILABIAL
     near = F.max_pool1d((found == BILABIAL).float()[None, None], 3, 1, 1)[0, 0] > 0
     print(
-        f"unseen synthetic speakers: {100 * (said == found).double().mean():.0f} % of frames right in {len(CLASSES)} shapes, p b m found within a "
-        f"frame {100 * near[lips].double().mean():.0f} %, p b m where there is none {100 * (found == BILABIAL)[~lips].double().mean():.1f} %"
+        f"unseen synthetic speakers: {100 * (said == found).double().mean():.0f} % of frames right in {len(CLASSES)} "
+        "shapes, p b m found within a "
+        f"frame {100 * near[lips].double().mean():.0f} %, p b m where there is none "
+        f"{100 * (found == BILABIAL)[~lips].double().mean():.1f} %"
     )
     return shapes
 
@@ -114,7 +134,8 @@ def sheet(avatar, audio: Path, shapes: Shapes, out: Path) -> None:
         np.nanmin(gaps[max(0, i - 1) : i + 2]) < 0.02 for i in np.flatnonzero(found[first : first + length] == BILABIAL)
     ]
     print(
-        f"{audio.stem}: {first / 25:.1f} s on, p b m {len(shut)} frames, lips closed within a frame in {100 * np.mean(shut) if shut else float('nan'):.0f} %, "
+        f"{audio.stem}: {first / 25:.1f} s on, p b m {len(shut)} frames, lips closed within a frame in "
+        f"{100 * np.mean(shut) if shut else float('nan'):.0f} %, "
         f"closed elsewhere {100 * np.nanmean(gaps[found[first : first + length] > BILABIAL] < 0.02):.0f} %, "
         f"gap median {100 * np.nanmedian(gaps):.1f}, 90 % {100 * np.nanquantile(gaps, 0.9):.1f} % of the eye distance"
     )

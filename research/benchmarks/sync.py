@@ -1,9 +1,10 @@
-"""How well the sync measure tells right from wrong, on speakers that it has not seen: `python -m research.benchmarks.sync
---cache CORPUS`.
+"""How well the sync measure tells right from wrong, on speakers that it has not seen: `python -m
+research.benchmarks.sync --cache CORPUS`.
 
-    python -m research.benchmarks.sync --cache corpus                            ground truth and shuffled sound (about a minute)
-    python -m research.benchmarks.sync --cache corpus --data ../shared/data      and reversed sound, noise, log-mel, energy (some minutes)
-    python -m research.benchmarks.sync --cache corpus --markdown table.md        and write the table
+    python -m research.benchmarks.sync --cache corpus                            ground truth and shuffled sound (about
+    a minute) python -m research.benchmarks.sync --cache corpus --data ../shared/data      and reversed sound, noise,
+    log-mel, energy (some minutes) python -m research.benchmarks.sync --cache corpus --markdown table.md        and
+    write the table
 
 Protocol. Each speaker in turn is left out: the measure is refitted on all others, offsets included. Windows are two
 seconds of mouth and of sound. The offset of a clip comes from its other half (for a speaker of many short clips: from
@@ -93,7 +94,8 @@ def load_corpus(folder: Path, skip: tuple[str, ...], most: int) -> Corpus:
     paths = sorted((folder / "examples").glob("*.safetensors"))
     if not paths:
         raise SystemExit(
-            f"{folder / 'examples'} holds no examples. Make them: hicode pretrain FOLDER -o WEIGHTS.safetensors --cache {folder}"
+            f"{folder / 'examples'} holds no examples. Make them: hicode pretrain FOLDER -o WEIGHTS.safetensors "
+            f"--cache {folder}"
         )
     corpus: Corpus = {}
     for path in (paths[i] for i in np.random.default_rng(0).permutation(len(paths))):

@@ -89,7 +89,7 @@ Tracker = Callable[[Path], Points]
 
 
 def video_tracker() -> Tracker:
-    """Landmarks of videos. Videos above 25 fps are tracked at their rate and interpolated, which keeps motion smooth."""
+    """Landmarks of videos. Above 25 fps they are tracked at the video's rate and interpolated, so motion is smooth."""
     from hicode.media.video import probe, read_video
     from hicode.tracking.landmarks import FaceLandmarker, TrackConfig, track_faces
 
@@ -134,8 +134,8 @@ def build(
     """Make or complete the corpus in `cache`.
 
     With an anchor, each speaker's offset is estimated by a sync model of the other speakers (`fit_sync`), and
-    `cache/sync.safetensors` is a sync model of the speakers that no evaluation clip shows. Without an anchor, `parts.sync`
-    estimates the offsets. Raises InputError if fewer than two speakers remain.
+    `cache/sync.safetensors` is a sync model of the speakers that no evaluation clip shows. Without an anchor,
+    `parts.sync` estimates the offsets. Raises InputError if fewer than two speakers remain.
     """
     return _Builder(sources, Path(cache), config, parts.encoder or create_encoder(), parts).build()
 
@@ -201,7 +201,8 @@ class _Builder:
         )
         if len(learners) < 2:
             raise InputError(
-                f"There is speech of {len(learners)} usable speaker{'s' * (len(learners) != 1)}, at least two are needed.{why}"
+                f"There is speech of {len(learners)} usable speaker{'s' * (len(learners) != 1)}, at least two are "
+                f"needed.{why}"
             )
         if self.anchor is not None and self.anchor not in learners:
             raise InputError(
@@ -214,7 +215,7 @@ class _Builder:
     def _file(self, kind: str, source: Source, clip: str) -> Path:
         return self.cache / kind / f"{source.speaker}~{clip}.safetensors"
 
-    # --- landmarks -----------------------------------------------------------------------------------------------------------------------
+    # --- landmarks
 
     def _track(self, step: Step) -> None:
         clips = self._clips()
@@ -256,14 +257,16 @@ class _Builder:
         return None if share > self.config.found else f"a face in only {100 * share:.0f} % of its frames"
 
     def _points(self, source: Source, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Landmarks "t 478 3" on the canvas, and where there is a face. The picture's centre, and so the camera's axis, is the canvas's."""
+        """Landmarks "t 478 3" on the canvas, and the frames with a face. The image centre is at the centre of the
+        canvas.
+        """
         tensors, config = load_tensors(self._file("points", source, name), POINTS, 1)
         points, found = tensors["points"].double().numpy(), tensors["found"].numpy()
         scale = CANVAS / max(config["width"], config["height"])
         shift = [CANVAS / 2 - scale * config["width"] / 2, CANVAS / 2 - scale * config["height"] / 2, 0]
         return scale * points + shift, found & np.isfinite(points).all((1, 2))
 
-    # --- head motion ---------------------------------------------------------------------------------------------------------------------
+    # --- head motion
 
     def _fit(self, step: Step) -> None:
         done, total = 0, sum(len(s.clips) for s in self.sources)
@@ -318,7 +321,7 @@ class _Builder:
         )
         return person, sha256_of(file)[:16]
 
-    # --- offsets -------------------------------------------------------------------------------------------------------------------------
+    # --- offsets
 
     def _offsets(self, step: Step) -> None:
         """self.offsets[speaker, clip]; clips whose offset cannot be believed are left out."""
@@ -387,12 +390,14 @@ class _Builder:
         return out
 
     def _together(self) -> dict[tuple[str, str], SyncResult]:
-        """One offset a speaker, from models of the other speakers; those who may not be learned from are only judged."""
-        pairs = {s: tuple(map(torch.cat, zip(*clips.values()))) for s, clips in self._pairs().items()}
+        """One offset per speaker, from models of the other speakers. Speakers who may not be learned from are only
+        tested.
+        """
+        pairs = {s: tuple(map(torch.cat, zip(*clips.values(), strict=True))) for s, clips in self._pairs().items()}
         learners, found = [s for s in self.sources if s.learn], {}
         while True:  # whoever is not in sync with the others must not be among those who judge them
             _, results = self._fit_sync(pairs, learners)
-            results = dict(zip((s.speaker for s in learners), results))
+            results = dict(zip((s.speaker for s in learners), results, strict=True))
             bad = [s for s in learners if not self._believed(s, results[s.speaker])]
             found |= results
             learners = [s for s in learners if s not in bad]
@@ -415,13 +420,13 @@ class _Builder:
         """Each clip's own offset; where it is too short for one, that of all the speaker's clips together."""
         model, out = self._sync_model(), {}
         for speaker, clips in self._pairs().items():
-            joined = estimate_offset(*map(torch.cat, zip(*clips.values())), model)
+            joined = estimate_offset(*map(torch.cat, zip(*clips.values(), strict=True)), model)
             for name, pair in clips.items():
                 own = estimate_offset(*pair, model)
                 out[speaker, name] = own if own.reliable or not joined.reliable else joined
         return out
 
-    # --- examples ------------------------------------------------------------------------------------------------------------------------
+    # --- examples
 
     def _examples(self, step: Step) -> None:
         self.taken, clips = [], self._clips()
@@ -472,4 +477,7 @@ class _Builder:
 
 def _disagreement(result: SyncResult) -> str:
     needed = max(RELIABLE_MARGIN, CHANCE_MARGIN / max(result.frames, 1) ** 0.5)
-    return f"sound and mouth do not agree (sync margin {result.margin:.2f}, {needed:.2f} is needed at {result.frames / 25:.1f} s)"
+    return (
+        f"sound and mouth do not agree (sync margin {result.margin:.2f}, {needed:.2f} is needed at "
+        f"{result.frames / 25:.1f} s)"
+    )

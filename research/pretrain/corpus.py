@@ -105,7 +105,7 @@ def encode_variants(
     return torch.stack(out)
 
 
-# ----------------------------------------------------------------------------------------------------- synthetic speakers
+# ------------------------------------------------------------------------------------------------ synthetic speakers
 
 
 def synthesise(
@@ -173,7 +173,7 @@ def load_synthetic(cache: Path | str) -> list[SyntheticExample]:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------------------------- reading
 
 
 def load_corpus(cache: Path | str) -> list[Taken]:
@@ -205,7 +205,7 @@ def _example(cache: Path | str, taken: Taken) -> SpeechExample:
     return SpeechExample(config["speaker"], **tensors | {"features": tensors["features"].float()})
 
 
-# --------------------------------------------------------------------------------------------------- what files are made of
+# -------------------------------------------------------------------------------------------- what files are made of
 
 
 def encoder_key(encoder: AudioEncoder) -> list:

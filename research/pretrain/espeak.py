@@ -1,11 +1,12 @@
 """Speech from text with the times of its phones, by espeak-ng (GPL-3; the optional package `espeakng-loader`).
 
-The library is loaded in a child process only: this file run as a program. Text goes in through a pipe, sound and phones come back through
-another, so nothing of it is ever part of the program that uses it. It synthesises a minute of speech in a third of a second.
+The library is loaded in a child process only, which runs this file as a program. Text goes in through a pipe; sound and
+phones come back through another. So the library is never part of hicode's process. A minute of speech takes .3 s.
 
-Requests are lines of JSON; an answer is the length of a header (4 bytes), the header in JSON, and 16-bit samples.
+Requests are lines of JSON. An answer is the length of a header (4 bytes), the header in JSON, and 16-bit samples.
 """
 
+import contextlib
 import json
 import struct
 import subprocess
@@ -23,17 +24,18 @@ from hicode.errors import InputError
 from research.pretrain.phones import STOPS, Phone, letters_of
 
 PACKAGE = "espeakng-loader"
-# Timbres of espeak-ng's own: any language speaks with any of them. Whispers and effects are left out.
+# Voices of espeak-ng, for any language. Whispers and effects are left out.
 VARIANTS = (
-    "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt2", "klatt3", "klatt4",
-    "Alex", "Alicia", "Andrea", "Andy", "Annie", "Diogo", "Gene", "Hugo", "Lee", "Marco", "Michael", "Mike", "aunty", "belinda",
-    "grandma", "grandpa", "linda", "steph", "edward", "max", "paul", "quincy", "rob", "shelby", "travis", "victor",
+    "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt2", "klatt3",
+    "klatt4", "Alex", "Alicia", "Andrea", "Andy", "Annie", "Diogo", "Gene", "Hugo", "Lee", "Marco", "Michael", "Mike",
+    "aunty", "belinda", "grandma", "grandpa", "linda", "steph", "edward", "max", "paul", "quincy", "rob", "shelby",
+    "travis", "victor",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """Sound "n" at 16 kHz in [-1, 1], and its phones in order, without holes from the first to the last; pauses are phones without letters."""
+    """Sound "n" at 16 kHz in [-1, 1], and its phones in order, without gaps. A pause is a phone without letters."""
 
     samples: Float32[np.ndarray, "n"]
     phones: tuple[Phone, ...]
@@ -42,10 +44,12 @@ class Utterance:
 
     @property
     def language(self) -> str:
+        """Of the voice."""
         return self.voice.split("+")[0]
 
 
 def installed() -> bool:
+    """Whether the package is installed."""
     from importlib.util import find_spec
 
     return find_spec("espeakng_loader") is not None
@@ -53,7 +57,7 @@ def installed() -> bool:
 
 @cache
 def sentences() -> dict[str, tuple[str, ...]]:
-    """What there is to say, by language: the sentences that ship with the package."""
+    """The sentences of sentences.txt, by language."""
     out: dict[str, tuple[str, ...]] = {}
     for line in files("research.pretrain").joinpath("sentences.txt").read_text(encoding="utf-8").splitlines():
         if line and line[0] != "#":
@@ -63,12 +67,16 @@ def sentences() -> dict[str, tuple[str, ...]]:
 
 
 class Espeak:
-    """A running synthesiser: `with Espeak() as espeak: espeak.say(...)`. InputError where the package is not installed."""
+    """A running synthesiser: `with Espeak() as espeak: espeak.say(...)`.
+
+    Raises InputError if the package is not installed.
+    """
 
     def __init__(self):
         if not installed():
             raise InputError(
-                f"Speech cannot be synthesised: the package {PACKAGE} is not installed. Install it: pip install 'hicode[corpus]'."
+                f"Speech cannot be synthesised: the package {PACKAGE} is not installed. Install it: pip install "
+                "'hicode[corpus]'."
             )
         # -P: the folder of this file must not be searched for modules.
         self._child = subprocess.Popen(
@@ -82,21 +90,23 @@ class Espeak:
         self.close()
 
     def close(self) -> None:
+        """End the child process."""
         for pipe in (self._child.stdin, self._child.stdout):
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                pass
         self._child.wait()
 
     def say(self, text: str, voice: str = "en-us", words_per_minute: int = 165, pitch: int = 50) -> Utterance:
-        """`voice`: a language, or language+variant (see VARIANTS). Pitch 0 … 99. InputError where there is nothing to say, no such voice, a
-        setting out of range, or the synthesiser died."""
+        """Say a text. `voice` is a language, or language+variant (VARIANTS); `pitch` is 0 … 99.
+
+        Raises InputError if there is nothing to say, no such voice, a setting out of range, or the synthesiser stopped.
+        """
         if not text.strip() or "\0" in text:
             raise InputError(f"The text {text[:40]!r} cannot be spoken. Give at least one word.")
         if not 80 <= words_per_minute <= 450 or not 0 <= pitch <= 99:
             raise InputError(
-                f"A voice at {words_per_minute} words a minute and pitch {pitch} does not exist. Stay in 80 … 450 and 0 … 99."
+                f"A voice at {words_per_minute} words a minute and pitch {pitch} does not exist. Stay in 80 … 450 and "
+                "0 … 99."
             )
         request = {"text": text, "voice": voice, "rate": int(words_per_minute), "pitch": int(pitch)}
         try:
@@ -107,11 +117,13 @@ class Espeak:
             pcm = np.frombuffer(self._read(2 * answer["samples"]), "<i2")
         except (OSError, ValueError, EOFError) as error:
             raise InputError(
-                f"The speech synthesiser stopped while saying {text[:40]!r} as {voice}. Start a new one, or leave the sentence out."
+                f"The speech synthesiser stopped while saying {text[:40]!r} as {voice}. Start a new one, or leave the "
+                "sentence out."
             ) from error
         if answer["error"]:
             raise InputError(
-                f"{answer['error']} Choose another voice: en-us, en (British), de, fr, cmn or another of espeak-ng's languages, + a variant (m1 … f5)."
+                f"{answer['error']} Choose another voice: en-us, en (British), de, fr, cmn or another of espeak-ng's "
+                "languages, + a variant (m1 … f5)."
             )
         return _utterance(pcm, answer, voice, text)
 
@@ -129,7 +141,7 @@ def _utterance(pcm: np.ndarray, answer: dict, voice: str, text: str) -> Utteranc
         (at / rate, ipa) for at, ipa in answer["phones"] if not ipa.startswith("(")
     ]  # "(en)": from here on in another language
     phones = []
-    for (start, ipa), end in zip(events, [*(at for at, _ in events[1:]), len(pcm) / rate]):
+    for (start, ipa), end in zip(events, [*(at for at, _ in events[1:]), len(pcm) / rate], strict=True):
         # An empty event in the very place of a sound is no pause: the sound goes on through it.
         if not ipa and phones and phones[-1].start_s >= start - 1e-4 and phones[-1].ipa:
             phones[-1] = Phone(start, end, phones[-1].ipa)
@@ -144,7 +156,7 @@ _GAP_S = (
 
 
 def _without_gaps(phones: list[Phone]) -> tuple[Phone, ...]:
-    """Short silences become part of the stop that they precede, else of the sound that they follow; at the ends they stay."""
+    """Merge each short silence into the stop after it, or else into the sound before it. Silence at the ends stays."""
     out: list[Phone] = []
     start = None  # where the gap before this phone began
     for k, phone in enumerate(phones):
@@ -166,9 +178,9 @@ _SILENT = 0.03  # of the utterance's RMS
 
 
 def _with_closures(phones: tuple[Phone, ...], samples: np.ndarray) -> tuple[Phone, ...]:
-    """espeak-ng reports p, t, k at their burst; the silence in which they are held lies in the sound before. Here it is theirs.
+    """Move the closed phase of p, t, k from the sound before to the stop. espeak-ng reports them at their burst.
 
-    So every stop is closed for about the first 60 % of its time and open for the rest, whether voiced or not.
+    Then every stop is closed for about the first 60 % of its time and open for the rest, whether voiced or not.
     """
     level = float(np.sqrt((samples.astype(np.float64) ** 2).mean())) if len(samples) else 0.0
     out = list(phones)
@@ -186,7 +198,7 @@ def _with_closures(phones: tuple[Phone, ...], samples: np.ndarray) -> tuple[Phon
     return tuple(out)
 
 
-# --- the child ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- child process
 
 _PHONEME, _END = 7, 0
 _RETRIEVAL, _PHONEME_EVENTS, _IPA = 1, 1, 2

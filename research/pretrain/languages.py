@@ -1,7 +1,7 @@
-"""Closure and opening by language: how surely any model closes the lips on p, b, m of a language, and opens them on its open vowels.
+"""Closure and opening by language: how often a model closes the lips on p, b, m and opens them on open vowels.
 
-Phones are known where speech is synthesised (`research.pretrain.espeak`), so this needs no camera and no alignment. t frames; *gap* is `lips.opening`:
-between the inner lips over the outer-eye distance.
+Phones of synthesised speech are known (`research.pretrain.espeak`), so no camera and no alignment is needed. t frames.
+*Gap* is `lips.opening`: the distance of the inner lips over the outer-eye distance.
 """
 
 from collections.abc import Callable
@@ -58,24 +58,27 @@ def closure_rates(
 ) -> dict[str, LanguageRates]:
     """Rates of each language over recordings: a gap track, its phones, and the language of each.
 
-    InputError where the lists differ in length. Run it on the truth too (`SyntheticExample.example.landmarks`): its row is what can be reached.
+    Run it on the truth too (`SyntheticExample.example.landmarks`), for the best possible row. Raises InputError if the
+    lists differ in length.
     """
     if not len(gaps) == len(phones) == len(languages):
         raise InputError(
-            f"There are {len(gaps)} gap tracks, {len(phones)} of phones and {len(languages)} languages. Give one of each a recording."
+            f"There are {len(gaps)} gap tracks, {len(phones)} of phones and {len(languages)} languages. Give one of "
+            "each a recording."
         )
     out = {}
     for language in dict.fromkeys(languages):
         hits = due = unknown = 0
         false_frames = free_frames = 0
         vowels, least, rests = [], [], []
-        for gap, spoken, _ in (r for r in zip(gaps, phones, languages) if r[2] == language):
+        for gap, spoken, _ in (r for r in zip(gaps, phones, languages, strict=True) if r[2] == language):
             gap = np.asarray(gap, np.float64)
             kinds = frame_classes(spoken, len(gap), fps)
             wanted = closures_due(spoken, len(gap), fps)
             counted = closure(gap, wanted, closed)
             hits, due, unknown = hits + counted.hits, due + counted.due, unknown + counted.unknown
-            # Lips may be closed in a pause and near any p, b, m, however short: false closures are counted in the rest of speech.
+            # Lips may be closed in a pause and near any p, b, m, however short. False closures are counted in the rest
+            # of the speech.
             near = np.convolve((kinds == BILABIAL) | (kinds == 0), np.ones(5), "same") > 0
             free = np.isfinite(gap) & ~near
             false_frames, free_frames = false_frames + int((gap[free] < closed).sum()), free_frames + int(free.sum())
@@ -98,10 +101,10 @@ def measure_languages(
     seed: int = 1000,
     languages: tuple[str, ...] = (),
 ) -> dict[str, LanguageRates]:
-    """Rates of any model on `per_language` sentences of each language, each by a voice of its own in a faint room.
+    """Rates of a model on `per_language` sentences of each language, each with its own voice in a quiet room.
 
-    `gap_of`: the model's lip gap over the outer-eye distance for a sound at 16 kHz, a frame each 640 samples (`landmark_gap` of its landmarks).
-    The sentences are those that `training.synthetic.corpus` also draws from; the seed's voices, paces and rooms are not. InputError where
+    `gap_of` returns the model's gap for a sound at 16 kHz, one value per 640 samples (`landmark_gap` of its landmarks).
+    The sentences are those of `synthetic.corpus`; voices, speeds and rooms are those of this seed. Raises InputError if
     espeakng-loader is not installed.
     """
     from research.pretrain.espeak import Espeak, sentences
@@ -122,8 +125,10 @@ def measure_languages(
 
 
 def landmark_gap(landmarks: Float[Tensor, "t 478 3"]) -> Float[np.ndarray, "t"]:
-    """Height between the inner lips over the outer-eye distance: of landmarks in the head frame, which no picture has foreshortened. In the frontal
-    plane, since lips that touch lie at different depths."""
+    """Height between the inner lips over the outer-eye distance, in the frontal plane of the head frame.
+
+    Depth does not count: lips that touch lie at different depths.
+    """
     gap = lip_gap(landmarks).clamp(min=0)
     return (gap / (landmarks[:, LEFT_EYE_OUTER] - landmarks[:, RIGHT_EYE_OUTER]).norm(dim=-1)).numpy()
 

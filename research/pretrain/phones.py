@@ -1,8 +1,8 @@
-"""Phones of any language as lip shapes: which of sixteen classes a sound's letters belong to, and for what share of its time.
+"""Phones of any language as lip shapes: the classes of a phone, and the share of its time for each.
 
-A *phone* is what espeak-ng calls a sound, in IPA: often one letter with marks, but also a diphthong (aɪ), an affricate (tʃ), a syllable's rest
-(Mandarin's onɡ). Lips tell few sounds apart: p, b, m look alike, so do k, ŋ, x. Classes hold what looks alike in every language; what the tongue,
-the voice or the nose does drops out, so one table serves all.
+A phone is what espeak-ng reports, in IPA: often one letter with marks, but also a diphthong (aɪ), an affricate (tʃ) or
+the rest of a syllable (Mandarin's onɡ). A class holds sounds with equal lips in every language: p, b, m or k, ŋ, x.
+Tongue, voice and nose are ignored, so one table serves all languages.
 """
 
 import unicodedata
@@ -20,8 +20,8 @@ CLASSES = (
 SILENCE, BILABIAL, NEUTRAL = CLASSES.index("silence"), CLASSES.index("bilabial"), CLASSES.index("neutral")
 VOWELS = tuple(CLASSES.index(c) for c in ("rounded_close", "rounded_open", "open", "mid", "spread", "neutral"))
 
-# Lips of [β, ɸ] come near each other and do not meet (Spanish b between vowels, Japanese fu): nearer to v than to b. Palatals stand with the
-# velars, uvulars and pharyngeals: sounds made behind the lips. ɯ is u without its rounding.
+# Lips of [β, ɸ] come near each other but do not meet (Spanish b between vowels, Japanese fu): nearer to v than to b.
+# Palatals are with the velars, uvulars and pharyngeals: sounds made behind the lips. ɯ is u without its rounding.
 _LETTERS = {
     "bilabial": "p b m ɓ ʙ",
     "labiodental": "f v ɱ ʋ ⱱ β ɸ",
@@ -48,8 +48,8 @@ _CLASS_OF |= {
     "ʷ": CLASSES.index("rounded_close"),
 }
 _SHORT = set("ʰʱʲʷ")
-# Stress, length, syllable breaks, tones, ties, rhoticity and the like: seen on no lip. Combining marks (nasal, voiceless, dental, …) are
-# recognised by their Unicode class.
+# Stress, length, syllable breaks, tones, ties, rhoticity: not visible on the lips. Combining marks (nasal, voiceless,
+# dental, …) are recognised by their Unicode class.
 _IGNORED = set("ˈˌːˑ.‿|‖˥˦˧˨˩↗↘ꜛꜜ'’ʼˠˤⁿˡᵝ˞~^-_;:!?,\"") | set("0123456789¹²³⁴⁵⁶⁷⁸⁹")
 _LONG = {"ː": 2.0, "ˑ": 1.5}
 STOPS = frozenset("pbtdʈɖcɟkɡgqɢʔɓɗɠ")  # begin with a silence, or nearly one
@@ -80,9 +80,10 @@ def unknown_letters(ipa: str) -> list[str]:
 
 
 def lip_shapes(ipa: str) -> tuple[tuple[int, float], ...]:
-    """(class, share of the phone's time) in order; shares sum to one. A pause, and a phone of nothing but marks, is silence.
+    """(class, share of the phone's time) in order; shares sum to one. A pause, or a phone of marks alone, is silence.
 
-    An affricate has the shape of its second half from its beginning; an aspiration or a glide by mark has half a letter's time.
+    An affricate has the shape of its second half from its start. An aspiration or a glide by mark has half a letter's
+    time.
     """
     # ç must not lose its cedilla, which is a combining mark once decomposed.
     letters, weights = [], []
@@ -99,7 +100,7 @@ def lip_shapes(ipa: str) -> tuple[tuple[int, float], ...]:
     if not letters:
         return ((SILENCE, 1.0),)
     total = sum(weights)
-    return tuple((_CLASS_OF.get(c, NEUTRAL), w / total) for c, w in zip(letters, weights))
+    return tuple((_CLASS_OF.get(c, NEUTRAL), w / total) for c, w in zip(letters, weights, strict=True))
 
 
 def shapes_in_time(phones: tuple[Phone, ...], end_s: float) -> list[tuple[float, float, int]]:
@@ -121,7 +122,8 @@ def shapes_in_time(phones: tuple[Phone, ...], end_s: float) -> list[tuple[float,
     for phone in phones:
         if phone.start_s < at - 1e-6 or phone.end_s < phone.start_s:
             raise InputError(
-                f"The phone {phone.ipa!r} at {phone.start_s:.3f} s begins before the one before it ends ({at:.3f} s). Sort the phones."
+                f"The phone {phone.ipa!r} at {phone.start_s:.3f} s begins before the one before it ends ({at:.3f} s). "
+                "Sort the phones."
             )
         add(at, phone.start_s, SILENCE)
         at = max(at, phone.start_s)

@@ -49,7 +49,8 @@ class PretrainConfig:
     seed: int = 0
     """Of everything random."""
     sources: Path | None = None
-    """A manifest of speakers, patterns and terms (docs/weights.md). If not given: sources.toml in the folder, if any."""
+    """A manifest of speakers, patterns and terms (docs/weights.md). If not given: sources.toml in the folder, if any.
+    """
     sync_out: Path | None = None
     """Also write the sync model here. The manifest must name an anchor."""
     voice_activity_out: Path | None = None
@@ -90,7 +91,8 @@ def _check(sources: Sources, out: Path, cache: Path, config: PretrainConfig) -> 
         raise InputError(f"{out} does not end in .safetensors, as weights do. Choose such a name with -o.")
     if config.sync_out is not None and sources.anchor is None:
         raise InputError(
-            "A sync model is learned only from a manifest that names an anchor. Name one there, or leave --sync-out out."
+            "A sync model is learned only from a manifest that names an anchor. Name one there, or leave --sync-out "
+            "out."
         )
     for file in filter(None, (out, config.sync_out, config.voice_activity_out, cache / "corpus.json")):
         check_writable(file)

@@ -50,7 +50,8 @@ def markdown(report: dict, built: Built) -> str:
     hashes = ", ".join(f"`{name}` {digest}" for name, digest in report["sha256"].items())
     lines = ["# Generic speech weights", ""]
     lines += [
-        f"{hashes}. Seed {made['seed']}, {report['seconds']:.0f} s in all ({made['machine']}), hicode {made['version']} "
+        f"{hashes}. Seed {made['seed']}, {report['seconds']:.0f} s in all ({made['machine']}), hicode "
+        f"{made['version']} "
         f"{made['commit'] or ''}, {made['made']}.",
         "",
         *([report["note"], ""] if report["note"] else []),

@@ -1,18 +1,18 @@
-"""Whom speech models learn from: a manifest, or any folder of videos.
+"""The speakers of pre-training: a manifest, or any folder of videos.
 
-A manifest is TOML; patterns are relative to the folders it is used with:
+A manifest is TOML. Patterns are relative to the folders it is used with:
 
-    anchor = "grid-s1"                    # optional: this speaker is in sync, the others' offsets are measured against it
+    anchor = "grid-s1"                    # optional: a speaker in sync; offsets of the others are measured against it
 
     [[source]]
     speaker = "jane"
     pattern = "jane/*.mp4"
     terms = "CC BY 4.0"
-    evaluated = false                     # speaks in an evaluation clip: kept out of the sync model
-    learn = true                          # whether the terms let weights be learned from it
+    evaluated = false                     # is in an evaluation clip: not used for the sync model
+    learn = true                          # the terms allow learning weights from it
     test_part = false                     # the last 1/11 of each clip is never learned from
 
-Without one, every video directly in a folder is a speaker of its own, and every sub-folder is one speaker with several clips.
+Without a manifest, each video directly in a folder is one speaker, each sub-folder is one speaker with several clips.
 """
 
 import tomllib
@@ -79,8 +79,11 @@ class Sources:
 
 
 def find_sources(folders: Sequence[Path | str], manifest: Path | str | None = None) -> Sources:
-    """The speakers in folders: by a manifest (given, or sources.toml in a folder given alone), else by the rule of folders. InputError where a
-    folder is not there or the manifest does not make sense."""
+    """The speakers in folders, by a manifest (given, or sources.toml in the only folder), or else one per video or
+    sub-folder.
+
+    Raises InputError if a folder does not exist or the manifest is wrong.
+    """
     folders = [Path(f) for f in folders]
     for folder in folders:
         if not folder.is_dir():
@@ -158,7 +161,8 @@ def by_folder(folders: Sequence[Path]) -> Sources:
             found += [(folder, sub.name, videos)] if videos else []
     if not found:
         raise InputError(
-            f"No video in {', '.join(map(str, folders))}. Give folders of videos ({', '.join(VIDEO_SUFFIXES[:6])}, ...)."
+            f"No video in {', '.join(map(str, folders))}. Give folders of videos ({', '.join(VIDEO_SUFFIXES[:6])}, "
+            "...)."
         )
     names = [name for _, name, _ in found]
     speakers: dict[str, Source] = {}

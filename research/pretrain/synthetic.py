@@ -1,9 +1,9 @@
-"""A corpus without a camera: synthetic speakers whose phones are known, and sounds that are no speech, over mouths that rest.
+"""A corpus without a camera: synthetic speakers with known phones, and sounds without speech over resting mouths.
 
-t frames at 25 fps, n samples at 16 kHz. A *speaker* is a timbre of espeak-ng, a face drawn from the 3DMM's population and a style of articulation;
-they say sentences of one language (`speech/sentences.txt`) at their own pace and pitch, in a faint room. What their mouths do is `speech/visemes.py`'s
-opinion, calibrated on real speakers; what they say is certain, in fifteen languages. Real speakers teach the look of speech, these teach
-closures, other languages, and silence in noise.
+t frames at 25 fps, n samples at 16 kHz. A speaker has a voice of espeak-ng, a face drawn from the 3DMM's population and
+a style of articulation. They say sentences of one language (`sentences.txt`), at their own speed and pitch, in a quiet
+room. The motion of the mouths follows the rules of `visemes.py`, calibrated on real speakers. Real speakers teach how
+speech looks; these teach closures, fifteen languages, and silence in noise.
 """
 
 import math
@@ -56,13 +56,13 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class SyntheticExample:
-    """A recording of a synthetic speaker with what is known of it.
+    """A recording of a synthetic speaker with its labels.
 
-    example   as of a real speaker; `speaking` is false throughout a negative, so that a speaker's template stays that of their speech
-    samples   "n"    the sound
-    classes   "t"    the lip shape (index into phones.CLASSES) in the middle of each frame; silence throughout a negative
-    phones           in this recording's time; none in a negative
-    language  as in sentences.txt, or of a negative what it is (one of NEGATIVES)
+    example   as of a real speaker. In a negative `speaking` is false: a speaker's template is of speech only
+    samples   "n"  the sound
+    classes   "t"  lip shape (index in phones.CLASSES) in the middle of each frame; silence in a negative
+    phones    with times in this recording; none in a negative
+    language  as in sentences.txt; of a negative its kind (one of NEGATIVES)
     """
 
     example: SpeechExample
@@ -73,6 +73,7 @@ class SyntheticExample:
 
     @property
     def negative(self) -> bool:
+        """Whether it is a sound without speech."""
         return self.language in NEGATIVES
 
 
@@ -90,6 +91,7 @@ class Speaker:
 
     @staticmethod
     def sample(name: str, language: str, rng: np.random.Generator, spread: float = 0.7) -> "Speaker":
+        """A random speaker. `spread`: standard deviation of the identity's coefficients."""
         accent = str(rng.choice(_ACCENTS.get(language, (language,))))
         return Speaker(
             name,
@@ -107,8 +109,10 @@ class Speaker:
 
 
 def _lips_that_meet(identity: Float[Tensor, "80"]) -> Float[Tensor, "80"]:
-    """The nearest identity whose inner lips lie at rest as the mean head's do. In the population a lip may stand 4 mm behind the other, since
-    it varies them each for itself; people's lips meet."""
+    """The nearest identity whose inner lips rest as those of the mean head.
+
+    The population varies each lip by itself, so one may be 4 mm behind the other. Lips of people meet.
+    """
     head = HeadModel.load()
     moved = head.landmarks(head.identity_basis)
     apart = (moved[:, UPPER] - moved[:, LOWER]).flatten(1)  # "80 9" by a deviation of each component
@@ -121,10 +125,10 @@ Encode = Callable[[Float32[np.ndarray, "n"], int], Float[Tensor, "v s d"]]
 def corpus(
     encode: Encode, config: CorpusConfig = CorpusConfig(), progress: Callable[[float], None] | None = None
 ) -> list[SyntheticExample]:
-    """Speakers who speak, and who hear noise and keep their mouths shut.
+    """Examples of speakers who speak, and of negatives with closed mouths. The same seed gives the same corpus.
 
-    `encode(samples, frames)` gives the features "v 2*frames d" of a sound in as many variants as training should see. The same seed gives the same
-    corpus. InputError where espeakng-loader is not installed, or a language has no sentences.
+    `encode(samples, frames)` returns the features "v 2*frames d" of a sound in v variants. Raises InputError if
+    espeakng-loader is not installed, or if a language has no sentences.
     """
     texts = sentences()
     languages = config.languages or tuple(texts)
@@ -163,8 +167,10 @@ def _language(k: int, config: CorpusConfig, languages: tuple[str, ...]) -> str:
 
 
 def recorded(utterance: Utterance, rng: np.random.Generator) -> tuple[Float32[np.ndarray, "n"], tuple[Phone, ...]]:
-    """An utterance as a microphone hears it, and its phones in that time: silence or a breath before, silence after, a room's noise below it all,
-    at some level. A whole number of frames."""
+    """An utterance as recorded by a microphone, and its phones with times in it. A whole number of frames.
+
+    Silence or a breath comes before, silence after, room noise below all, at a random level.
+    """
     level = speech_level(utterance.samples)
     before_s, after_s = rng.uniform(0.3, 0.7, 2)
     before = np.zeros(round(before_s * SAMPLE_RATE_HZ), np.float32)
@@ -220,7 +226,7 @@ def _example(
     return SpeechExample(speaker.name, features, expression, landmarks, speaking)
 
 
-# --- sounds that are no speech -----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------- sounds without speech
 
 
 def negative(kind: str, n: int, rng: np.random.Generator) -> Float32[np.ndarray, "n"]:

@@ -1,12 +1,12 @@
-"""Phones → facial motion: targets of named facial actions, blended by dominance (Cohen & Massaro 1993), with lips that truly meet.
+"""Phones → facial motion: targets of facial actions, blended by dominance (Cohen & Massaro 1993); lips that meet.
 
-t frames at 25 fps, frame i being the moment (i + 0.5) / 25 s. Each shape (`phones.CLASSES`) wants values of eight *channels*, symmetric groups of the
-3DMM's actions, and is dominant to a degree; its dominance falls off exponentially before and after its sound, more slowly before: lips go ahead of the
-sound. A frame is the mean of what the shapes want, weighted by dominance.
+t frames at 25 fps; frame i is the moment (i + 0.5) / 25 s. Each lip shape (`phones.CLASSES`) has target values of eight
+*channels*, symmetric groups of the 3DMM's actions, and a dominance. Dominance falls exponentially before and after the
+sound; more slowly before, as lips move ahead of the sound. A frame is the mean of the targets, weighted by dominance.
 
-A mean never quite closes a mouth. So the gap between the inner lips, linear in the expression, is then *commanded* near p, b, m, f, v and in
-pauses: `mouthClose`, which is the jaw's opening of the lips reversed, takes away what is too much. This holds for any identity, whatever the
-gap at its rest.
+A mean never quite closes a mouth. So near p, b, m, f, v and in pauses the gap between the inner lips, which is linear
+in the expression, is set to its target: `mouthClose` (the inverse of the jaw's opening of the lips) removes the excess.
+This holds for any identity, whatever its gap at rest.
 """
 
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ class Shape:
     gap_dm: float | None = None
 
 
-# Gaps of the inner lips, head units (dm): lips that touch; the lower lip at the upper teeth; lips drawn together for u and r.
+# Gaps of the inner lips in dm: lips that touch; the lower lip at the upper teeth; lips drawn together for u and r.
 CLOSED_GAP, TEETH_GAP, ROUND_GAP = 0.006, 0.020, 0.050
 
 SHAPES: dict[str, Shape] = {
@@ -84,8 +84,9 @@ assert tuple(SHAPES) == CLASSES
 _FREE = 0.06
 _SHARPNESS = 1.3  # of the fall-off: 1 is Cohen and Massaro's, 2 a Gaussian
 _JAW_SLOWNESS = 1.4  # the jaw is heavier than the lips: its time constants are longer
-# What the lips' blend is later than the sounds' own times; the jaw's is not. On 36 sentences of GRID's s1, phones laid into the corpus's word times, width
-# correlates best with the tracked one's at this much (.38, .34 without), the jaw without it (.74, .72 with it); opening hardly minds (.70).
+# Delay of the lips' blend against the sounds; the jaw has none. On 36 sentences of GRID's s1 with phones from word
+# times, width correlates best with the tracked one at this delay (.38, .34 without), the jaw without it (.74, .72 with
+# it). The opening hardly depends on it (.70).
 _LAG_S = 0.030
 _INNER = 0.25  # of a sound's time, at either end, that already belongs to the transition
 
@@ -134,8 +135,11 @@ class Style:
 
 
 class _Lips:
-    """The inner lips as linear functions of the expression, and the actions that command them. `up`, `ahead`: how much higher and farther forward
-    the upper lip is than the lower one by a unit of each action, dm, "64"."""
+    """The inner lips as linear functions of the expression, and the actions that control them.
+
+    up, ahead  "64"  how much higher and farther forward the upper lip is than the lower one, per unit of each action,
+               dm
+    """
 
     def __init__(self, head: HeadModel):
         self.names = head.expression_names
@@ -164,14 +168,14 @@ class _Lips:
             expression[:, k] = (expression[:, k] - strength * amount / self.ahead[k]).clip(0, 1)
 
 
-# The fit's own weights (`face.fit.FitConfig`), without its robustness and its coherence in time: visemes are clean and smooth.
+# The weights of the fit (`tracking.fit.FitConfig`), without robustness and temporal smoothness: visemes are smooth.
 _FIT = FitConfig()
 _GAP_ROWS = 30.0  # weight of the lips' gap, of one landmark coordinate's: what was closed stays closed
 _PENALTY, _ITERATIONS = 40.0, 80  # of the alternating method; more change no intensity by .005
 
 
 class _Tracker:
-    """The quadratic form of what a fit to the mean head's landmarks sees of the mouth's m actions, and the prior that it adds."""
+    """The quadratic form of the fit to the mean head's landmarks in the mouth's m actions, and of its prior."""
 
     def __init__(self, head: HeadModel):
         self.mouth = head.mouth_expression
@@ -197,11 +201,12 @@ def _tracker() -> _Tracker:
 
 
 def as_tracked(expression: Float[Tensor, "t 64"]) -> Float[Tensor, "t 64"]:
-    """The expression that tracking would report of this motion: the same face, said with the actions that the fit prefers.
+    """The expression that tracking would report of this motion.
 
-    Many mixtures of 64 actions make one mouth. A rig closes a mouth by `mouthClose` against an open jaw; the fit, which wants few and small
-    intensities, says so less, and avatars have learned from fits. Minimises the fit's objective over the mouth's actions within their range, by
-    alternating directions (Boyd et al. 2011). Landmarks move by fractions of a millimetre, the lips' gap by hundredths.
+    Many mixtures of 64 actions give one mouth. A rig closes a mouth by `mouthClose` against an open jaw; the fit
+    prefers few and small actions, and avatars learn from fits. This minimises the fit's objective over the mouth's
+    actions within their range, by ADMM (Boyd et al. 2011). Landmarks move by fractions of a millimetre, the gap by
+    hundredths.
     """
     tracker = _tracker()
     aim = expression[:, tracker.mouth] @ tracker.seen - tracker.sparse
@@ -229,10 +234,10 @@ def rest_gap(landmarks: Float[Tensor, "478 3"]) -> float:
 def viseme_expression(
     phones: tuple[Phone, ...], frames: int, style: Style = Style(), rest_gap_dm: float | None = None, fps: float = 25.0
 ) -> Float[Tensor, "t 64"]:
-    """Expression of a mouth that says `phones`, in the 3DMM's actions (0 rest, 1 the full action).
+    """Expression of a mouth that says `phones`, in the 3DMM's actions (0 rest, 1 full). No phones: a mouth at rest.
 
-    `rest_gap_dm`: `rest_gap` of the head that will wear it; the mean head's where not given. At every p, b, m longer than _SHORTEST_HOLD_S / 2
-    a frame has its lips together; before, after and in pauses they rest closed. No phones: a mouth at rest.
+    `rest_gap_dm` is `rest_gap` of the head; the mean head's if not given. Each p, b, m longer than _SHORTEST_HOLD_S / 2
+    has a frame with closed lips. Before, after and in pauses the lips rest closed.
     """
     lips = _lips()
     rest = lips.rest_up if rest_gap_dm is None else rest_gap_dm
@@ -268,7 +273,9 @@ def viseme_expression(
 
 
 def _activity(shapes: list[tuple[float, float, int]], time: np.ndarray) -> np.ndarray:
-    """1 in speech, 0 in pauses that rest the mouth, smooth between: the mouth leaves rest before the sound and returns after it."""
+    """1 in speech, 0 in pauses with a resting mouth, smooth between: the mouth opens before the sound and rests after
+    it.
+    """
     out = np.ones(len(time))
     for k, (start, end, kind) in enumerate(shapes):
         if kind != SILENCE or (end - start < _SHORTEST_REST_S and 0 < k < len(shapes) - 1):

@@ -2,7 +2,8 @@
 
 n samples at 16 kHz, s = n / 320 rows of 20 ms. Labels "s": 1 speech, 0 none, -1 unknown (not used). A logistic
 regression with equal weight of both classes, on speech as it is, in noise, over a telephone, and on sounds without
-speech. It is seeded and takes seconds once the features are made. `learn_voice_activity` is a step of `hicode pretrain`.
+speech. It is seeded and takes seconds once the features are made. `learn_voice_activity` is a step of `hicode
+pretrain`.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ def rows_by_phones(phones: tuple[Phone, ...], rows: int) -> Int[np.ndarray, "s"]
     for phone in phones:
         labels[int(phone.start_s * 50) : int(np.ceil(phone.end_s * 50))] = 1
     edges = np.flatnonzero(np.diff(np.concatenate([[1], labels, [1]])))
-    for begin, end in zip(edges[::2], edges[1::2]):
+    for begin, end in zip(edges[::2], edges[1::2], strict=True):
         if begin > 0 and end < rows and end - begin < 12:
             labels[begin:end] = 1
     unknown = _near(labels == 1, 6) & (labels == 0)
@@ -218,7 +219,7 @@ def other_sounds(score: VoiceActivity, encoder: AudioEncoder, seed: int, seconds
     return {k: round(float((score(encoder.encode(s)) > 0).float().mean()), 4) for k, s in samples.items()}
 
 
-# ------------------------------------------------------------------------------------------------ a step of pre-training
+# ---------------------------------------------------------------------------------------------- step of pre-training
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
-"""A cell of a table: one clip, one configuration, one seed; trained, measured, and kept under the hash of all that it depends on.
+"""A cell of a table: one clip, one configuration, one seed; trained, measured, and kept under the hash of all that it
+depends on.
 
     OUT/clips/NAME-HASH.clip            a video, prepared once for all its cells
-    OUT/clips/NAME-HASH.speech.safetensors   its speech models: they have no part in what a table varies, so one pair serves all its cells
+    OUT/clips/NAME-HASH.speech.safetensors   its speech models: they have no part in what a table varies, so one pair
+                                             serves all its cells
     OUT/work/KEY/                       a cell being trained: its run, from whose checkpoint a killed one goes on
-    OUT/cells/KEY.json                  a finished cell: figures, configuration, provenance; written last, whole or not at all
+    OUT/cells/KEY.json                  a finished cell: figures, configuration, provenance; written last, whole or not
+                                        at all
     OUT/cells/KEY.frames/MODE/000000.png    its test frames, lossless, for `--check`
 
-KEY is a hash of the clip's content, the configuration, the seed, the package's sources and the pretrained parts. The same cell is thus never
-computed twice, and one whose code has changed always is.
+KEY is a hash of the clip's content, the configuration, the seed, the package's sources and the pretrained parts. The
+same cell is thus never computed twice, and one whose code has changed always is.
 """
 
 import hashlib
@@ -60,7 +63,9 @@ class Source:
 
 
 def find_sources(place: Path | str) -> list[Source]:
-    """The clips of a folder by name: videos and prepared clips directly inside it; or the one that `place` itself is. InputError where there is none."""
+    """The clips of a folder by name: videos and prepared clips directly inside it; or the one that `place` itself is.
+    InputError where there is none.
+    """
     place = Path(place)
     if not place.exists():
         raise InputError(f"{place} does not exist. Give a folder of videos or prepared clips.")
@@ -236,14 +241,17 @@ def _begin(out: str, code: str, threads: int | None) -> None:
         )
     if code_version() != code:
         raise InputError(
-            "The package's sources here differ from those that the sweep began with. Run the same version everywhere, and again."
+            "The package's sources here differ from those that the sweep began with. Run the same version everywhere, "
+            "and again."
         )
     if threads:
         torch.set_num_threads(threads)
 
 
 class _Recorder:
-    """An avatar that keeps frames it is asked for while it is measured: the frames that were scored are those that are kept."""
+    """An avatar that keeps frames it is asked for while it is measured: the frames that were scored are those that are
+    kept.
+    """
 
     def __init__(self, avatar, kept: set[int]):
         self._avatar, self._kept = avatar, kept
@@ -283,7 +291,9 @@ def _keep(place: Path, frames: dict[str, dict[int, np.ndarray]]) -> None:
 
 
 def _speak_for(avatar, other: Clip, name: str) -> dict | None:
-    """The avatar speaking another person's sound, which has no true frames: sync and steadiness only, beside those of the other's own video."""
+    """The avatar speaking another person's sound, which has no true frames: sync and steadiness only, beside those of
+    the other's own video.
+    """
     from hicode.evaluation.lips import detect, jitter
     from hicode.session.config import SpeakConfig
     from hicode.session.speak import synthesize
@@ -323,7 +333,7 @@ def _sync(features, points: np.ndarray) -> dict:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------- checking
+# ------------------------------------------------------------------------------------------------------------- checking
 
 
 @dataclass(frozen=True)
@@ -342,8 +352,9 @@ class Difference:
 def check_cell(file: Path) -> tuple[int, list[Difference]]:
     """Score a cell's saved frames anew: (how many figures were compared, those that differ by more than TOLERANCES).
 
-    Each kept frame's figures against the stored ones of that frame; where every test frame was kept also the means that the tables show. FileFormatError
-    where frames or clip are missing. Cross-identity rows and timings keep no frames and are not compared.
+    Each kept frame's figures against the stored ones of that frame; where every test frame was kept also the means that
+    the tables show. FileFormatError where frames or clip are missing. Cross-identity rows and timings keep no frames
+    and are not compared.
     """
     from hicode.evaluation.images import REGIONS, Truth, mean_of_frames
     from hicode.evaluation.lips import detect, lip_distances
@@ -395,7 +406,7 @@ def check_cell(file: Path) -> tuple[int, list[Difference]]:
     return compared, wrong
 
 
-# ----------------------------------------------------------------------------------------------------------------- hashes
+# --------------------------------------------------------------------------------------------------------------- hashes
 
 
 def digest(value) -> str:

@@ -3,9 +3,9 @@
     python -m research.reproduce.docs            write docs/results.md
     python -m research.reproduce.docs --check    only say which tables are out of date; exit status 1 if one is
 
-A section `<!-- table: NAME -->` … `<!-- end -->` of the page gets the table of `docs/results/NAME.json`. A file is either
-what `hicode reproduce` writes (table1.json, table2.json), or a `hicode-results` file: columns and rows of any other
-measurement (`save_results`).
+A section `<!-- table: NAME -->` … `<!-- end -->` of the page gets the table of `docs/results/NAME.json`. A file is
+either what `hicode reproduce` writes (table1.json, table2.json), or a `hicode-results` file: columns and rows of any
+other measurement (`save_results`).
 """
 
 import re

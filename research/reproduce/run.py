@@ -276,7 +276,7 @@ def _exclusive(out: Path) -> Iterator[None]:
     """Refuse a second sweep into the same folder: both would train the same cells."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
+        lock = open(out / ".lock", "w")  # noqa: SIM115 - held until the sweep ends
     except OSError as error:
         raise OutputError(f"Cannot write {out}: {error.strerror or error}. Choose another place with -o.") from error
     with lock:

@@ -1,6 +1,7 @@
 """Tasks for the tests of sweeps: light, importable by workers, and they say what they did.
 
-An argument is (folder, name, behaviour). A task appends a line to `folder/begun`, and leaves `folder/name.done` unless it is there.
+An argument is (folder, name, behaviour). A task appends a line to `folder/begun`, and leaves `folder/name.done` unless
+it is there.
 """
 
 import os

@@ -70,7 +70,7 @@ def loudness(seed: int, frames: int) -> np.ndarray:
 
 
 class Stage:
-    """Videos (tones under a video's name) and what a tracker would see in them; `looks` are the ones it was asked for."""
+    """Videos (tones under a video's name) and their landmarks; `looks` are the videos that were tracked."""
 
     def __init__(self, folder: Path):
         self.folder, self.looks, self.later, self.head = folder, [], {}, HeadModel.load()
@@ -242,7 +242,8 @@ def test_a_speakers_clips_are_fitted_under_one_head_and_others_under_theirs(corp
 
     heads = {name: said("motion", "corpus-motion", name)[1]["person"] for name in ("ann~one", "ann~two", "dan~dan")}
     assert heads["ann~one"] == heads["ann~two"] != heads["dan~dan"]
-    # Canonical landmarks lie where the identity puts them in depth, which no picture says: the tip of ann's nose is her head's in both clips.
+    # Canonical landmarks lie where the identity puts them in depth, which no picture says: the tip of ann's nose is her
+    # head's in both clips.
     identity = said("heads", "corpus-head", "ann")[0]["identity"].float()
     head = HeadModel.load()
     tip = head.landmarks(head.vertices(identity, torch.zeros(64)))[4, 2]
@@ -374,7 +375,8 @@ def test_what_cannot_be_used_is_left_out_and_named(alone, judge, tmp_path):
     alone.film("moment.mp4", 7, frames=12)
     alone.film("dubbed.mp4", 8, mouth=9)
     (alone.folder / "text.mp4").write_text("not a video")
-    soundfile.write(open(alone.film("silent.mp4", 7), "wb"), np.zeros(64000), 16000, format="WAV")
+    with open(alone.film("silent.mp4", 7), "wb") as file:
+        soundfile.write(file, np.zeros(64000), 16000, format="WAV")
     built = made(alone, tmp_path / "c", sync=judge)
     reasons = {left.speaker: left.reason for left in built.left_out}
     assert {t.speaker for t in built.taken} == {"ann", "dan"} and len(reasons) == 5
@@ -411,7 +413,7 @@ def test_a_speaker_out_of_step_with_the_anchored_others_is_left_out(stage, copy)
 
 def test_one_speaker_is_not_enough(alone, judge, tmp_path):
     alone.film("dan.mp4", 5, later=None)
-    with pytest.raises(InputError, match="1 usable speaker, at least two are needed.*dan, dan: No face"):
+    with pytest.raises(InputError, match=r"1 usable speaker, at least two are needed.*dan, dan: No face"):
         made(alone, tmp_path / "c", sync=judge)
 
 

@@ -110,7 +110,9 @@ def reaching(monkeypatch):
 
 
 def test_a_killed_worker_loses_nothing_and_a_failure_is_not_tried_again(reaching, tmp_path):
-    """On two Ray workers: one is killed amid its task, which another then does; a task whose input is bad is begun once."""
+    """On two Ray workers: one is killed amid its task, which another then does; a task whose input is bad is begun
+    once.
+    """
     from threading import Thread
 
     def kill():
@@ -138,14 +140,17 @@ def test_a_killed_worker_loses_nothing_and_a_failure_is_not_tried_again(reaching
 
 @pytest.mark.parametrize("ray", [None, "local"])
 def test_a_killed_driver_loses_no_finished_task(ray, request, tmp_path):
-    """The driver is killed without warning amid the third of four tasks; called again, only what was not finished is begun once more."""
+    """The driver is killed without warning amid the third of four tasks; called again, only what was not finished is
+    begun once more.
+    """
     if ray:
         request.getfixturevalue("reaching")
     script = (
         f"import sys; sys.path[:0] = {SEARCHED!r}\n"
         "from research.tests import sweep_work; from research.reproduce.sweep import SweepConfig, Task, execute\n"
         f"names = [('a', '0'), ('b', '0'), ('c', 'waits to be killed'), ('d', '0')]\n"
-        f"execute([Task(n, sweep_work.work, ({str(tmp_path)!r}, n, how)) for n, how in names], config=SweepConfig({ray!r}, 1))"
+        f"execute([Task(n, sweep_work.work, ({str(tmp_path)!r}, n, how)) for n, how in names], "
+        f"config=SweepConfig({ray!r}, 1))"
     )
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "begun").exists() and "c" in begun(tmp_path))
@@ -231,7 +236,9 @@ def test_a_difference_within_the_spread_counts_for_nothing():
 
 
 def test_the_papers_figures_are_those_of_the_paper():
-    """Against what the paper says in words: its gains over GaussianTalker on HDTF, .019 SSIM; LMD is .255 better (.155 in print, a known slip)."""
+    """Against what the paper says in words: its gains over GaussianTalker on HDTF, .019 SSIM; LMD is .255 better (.155
+    in print, a known slip).
+    """
     hdtf = PAPER_TABLE1["HDTF"]
     assert hdtf["HiCoDe"]["SSIM"] - hdtf["GaussianTalker"]["SSIM"] == pytest.approx(0.019)
     assert hdtf["GaussianTalker"]["LMD"] - hdtf["HiCoDe"]["LMD"] == pytest.approx(0.255)
@@ -319,12 +326,24 @@ def clips(clip, tmp_path_factory):
     write_json(
         path / "clip.json",
         {
-            "schema": SCHEMA, "version": VERSION, "complete": True, "fps": 25.0, "frame_count": FRAMES, "width": SIZE, "height": SIZE,
-            "train": [0, FRAMES - 2], "test": [FRAMES - 2, FRAMES], "source": {"name": "drawn.mp4", "sha256": "abc"}, "crop_box": [0, 0, SIZE],
-            "audio_offset_frames": 0.0, "has_audio": True, "report": {}, "video": "drawn.mp4",
+            "schema": SCHEMA,
+            "version": VERSION,
+            "complete": True,
+            "fps": 25.0,
+            "frame_count": FRAMES,
+            "width": SIZE,
+            "height": SIZE,
+            "train": [0, FRAMES - 2],
+            "test": [FRAMES - 2, FRAMES],
+            "source": {"name": "drawn.mp4", "sha256": "abc"},
+            "crop_box": [0, 0, SIZE],
+            "audio_offset_frames": 0.0,
+            "has_audio": True,
+            "report": {},
+            "video": "drawn.mp4",
             "steps": {"faces": {"seconds": 1.0, "settings": {"start": 0.0}}},
         },
-    )  # fmt: skip
+    )
     return path.parent
 
 
@@ -389,7 +408,9 @@ def test_what_is_finished_is_not_made_again_and_what_is_missing_is(made, clips, 
 
 
 def same_figures(a, b, path=""):
-    """Equal but for times. 1e-6: on one machine with one number of threads a run repeats to the bit (figures are stored to six digits)."""
+    """Equal but for times. 1e-6: on one machine with one number of threads a run repeats to the bit (figures are stored
+    to six digits).
+    """
     if isinstance(a, dict):
         assert set(a) == set(b)
         for key in set(a) - {"FPS", "training"}:
@@ -497,7 +518,7 @@ def test_a_machine_with_other_sources_is_refused(tmp_path):
 def test_a_bad_clip_fails_alone_and_is_reported(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "bad.mp4").write_bytes(b"no video")
-    with pytest.raises(InputError, match="1 of 1 cells failed.*bad"):
+    with pytest.raises(InputError, match=r"1 of 1 cells failed.*bad"):
         reproduce("table2", tmp_path / "set", tmp_path / "out", tiny("full", seeds=1), progress=False)
     assert "Failed: bad, full, seed 0" in (tmp_path / "out" / "table2.md").read_text()
     assert json.loads((tmp_path / "out" / "table2.json").read_text())["finished"] == 0

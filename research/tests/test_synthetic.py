@@ -1,4 +1,6 @@
-"""Synthetic speech: phones and their shapes, times that agree with the sound, mouths that close where they must and rest where they should."""
+"""Synthetic speech: phones and their shapes, times that agree with the sound, mouths that close where they must and
+rest where they should.
+"""
 
 from itertools import pairwise
 
@@ -53,19 +55,34 @@ def no_features(samples, frames: int) -> torch.Tensor:
     return torch.zeros(1, 2 * frames, 1)
 
 
-# --- phones ------------------------------------------------------------------------------------------------------------------------------
+# --- phones -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "ipa, shapes",
     [
-        ("", ["silence"]), ("ˈ", ["silence"]), ("m̩", ["bilabial"]), ("ˈɑ̃", ["open"]), ("uː", ["rounded_close"]),
-        ("tʃ", ["postalveolar"]), ("dz", ["sibilant"]), ("tɕʰ", ["postalveolar", "other"]), ("pf", ["bilabial", "labiodental"]),
-        ("pʲ", ["bilabial", "spread"]), ("bʰ", ["bilabial", "other"]), ("ph", ["bilabial", "other"]), ("kʷ", ["velar", "rounded_close"]),
-        ("aɪ", ["open", "spread"]), ("ç", ["velar"]), ("ɑu˥˩", ["open", "rounded_close"]), ("onɡ", ["rounded_open", "alveolar", "velar"]),
-        ("ə5", ["neutral"]), ("s.", ["sibilant"]), ("β", ["labiodental"]),
+        ("", ["silence"]),
+        ("ˈ", ["silence"]),
+        ("m̩", ["bilabial"]),
+        ("ˈɑ̃", ["open"]),
+        ("uː", ["rounded_close"]),
+        ("tʃ", ["postalveolar"]),
+        ("dz", ["sibilant"]),
+        ("tɕʰ", ["postalveolar", "other"]),
+        ("pf", ["bilabial", "labiodental"]),
+        ("pʲ", ["bilabial", "spread"]),
+        ("bʰ", ["bilabial", "other"]),
+        ("ph", ["bilabial", "other"]),
+        ("kʷ", ["velar", "rounded_close"]),
+        ("aɪ", ["open", "spread"]),
+        ("ç", ["velar"]),
+        ("ɑu˥˩", ["open", "rounded_close"]),
+        ("onɡ", ["rounded_open", "alveolar", "velar"]),
+        ("ə5", ["neutral"]),
+        ("s.", ["sibilant"]),
+        ("β", ["labiodental"]),
     ],
-)  # fmt: skip
+)
 def test_letters_marks_and_clusters_have_their_shapes(ipa, shapes):
     assert shape_names(ipa) == shapes
     assert sum(share for _, share in lip_shapes(ipa)) == pytest.approx(1)
@@ -92,7 +109,7 @@ def test_shapes_tile_time_without_a_hole_and_frames_read_their_middle():
         shapes_in_time(phones[::-1], 1.0)
 
 
-# --- motion ------------------------------------------------------------------------------------------------------------------------------
+# --- motion -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ipas", ["a p a b a m a", "u p u m o b o", "i m i p e", "a p f a m v a", "ə p l ʃ b s m w"])
@@ -199,7 +216,7 @@ def test_faces_of_sampled_speakers_have_lips_that_meet():
         assert speaker.identity.norm() > 3, "it is still somebody"
 
 
-# --- sounds that are no speech -----------------------------------------------------------------------------------------------------------
+# --- sounds that are no speech ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", NEGATIVES)
@@ -220,7 +237,7 @@ def test_negatives_are_seeded_and_differ():
         assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
-# --- closure by language -----------------------------------------------------------------------------------------------------------------
+# --- closure by language ----------------------------------------------------------------------------------------------
 
 
 def test_closure_rates_count_by_language():
@@ -238,7 +255,7 @@ def test_closure_rates_count_by_language():
         closure_rates([shut], [phones], [])
 
 
-# --- espeak-ng ---------------------------------------------------------------------------------------------------------------------------
+# --- espeak-ng --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

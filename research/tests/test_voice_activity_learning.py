@@ -25,7 +25,7 @@ from hicode.speech.encoder import create_encoder
 from hicode.speech.loudness import speech_level
 from hicode.speech.voice_activity import VoiceActivity
 
-# --- labels and learning -----------------------------------------------------------------------------------------------------------------
+# --- labels and learning ----------------------------------------------------------------------------------------------
 
 
 def test_rows_by_level_know_speech_from_silence_and_admit_the_rest():
@@ -58,7 +58,9 @@ def test_a_telephone_keeps_300_to_3400_hz():
 
 
 def test_the_score_is_learned_from_synthetic_voices():
-    """By log-mel features and seconds of sound, to be quick: other voices and other noises, told apart by each row alone. Guessing gets half."""
+    """By log-mel features and seconds of sound, to be quick: other voices and other noises, told apart by each row
+    alone. Guessing gets half.
+    """
     if not espeak.installed():  # asked without loading it into this process
         pytest.skip(f"{espeak.PACKAGE} is not installed: pip install 'hicode[corpus]'")
     encoder = create_encoder("logmel")
@@ -78,7 +80,9 @@ def test_learning_without_speech_is_refused():
 
 
 def test_figures_are_of_speakers_left_out():
-    """Each speaker's speech shows in a feature of their own, so whoever has learned from them knows it all, and whoever has not knows nothing."""
+    """Each speaker's speech shows in a feature of their own, so whoever has learned from them knows it all, and whoever
+    has not knows nothing.
+    """
     speaker, speech = (v.flatten() for v in torch.meshgrid(torch.arange(3), torch.arange(40) % 2, indexing="ij"))
     features = torch.nn.functional.one_hot(speaker, 3) * (2.0 * speech[:, None] - 1)
     rows = Rows(features, speech, speaker, torch.zeros(120, dtype=torch.long))
@@ -91,7 +95,7 @@ def test_figures_are_of_speakers_left_out():
     assert cross_validate(rows, ["ann"] * 3, "embedded", VoiceActivityTraining()) == [], "nobody is left to learn from"
 
 
-# --- the shipped weights -----------------------------------------------------------------------------------------------------------------
+# --- the shipped weights ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,9 @@ def shipped():
 
 @pytest.mark.parametrize("kind", NEGATIVES)
 def test_no_other_sound_is_taken_for_speech(shipped, kind):
-    """Sounds drawn by another seed than training's. The first and last frames, which hear silence beside the sound, included."""
+    """Sounds drawn by another seed than training's. The first and last frames, which hear silence beside the sound,
+    included.
+    """
     scores = shipped(negative(kind, 32000, np.random.default_rng(100)))
     assert (scores < -1).mean() > 0.9  # -1: from where on the gate begins to close
 

@@ -1,15 +1,15 @@
-"""Make src/hicode/face/landmark_map.safetensors: where MediaPipe's 478 landmarks sit on the head model's surface.
+"""Make src/hicode/tracking/landmark_map.safetensors: places of MediaPipe's 478 landmarks on the head model's surface.
 
-    python tools/landmark_map.py VIDEO... [--refine ROUNDS]
+    python research/tools/landmark_map.py VIDEO... [--refine ROUNDS]
 
-1. The mean MediaPipe face at rest (closed mouth, open eyes) over all clips, one Procrustes mean.
-2. Non-rigid registration of the identity model to it: the closest visible skin point of each landmark, then similarity and identity by
-   ridge regression, repeated. Lip landmarks keep to their own lip, known by what the jaw moves.
-3. Irises: the centre is the eyeball's foremost point, the ring sits at the radius of a human iris.
-4. Refinement: every clip is fitted (hicode.tracking.fit); where a landmark is seen on the fitted surface, averaged over frames and then over
-   people, is where it belongs. So a bias of the map that all people share goes away.
+1. The mean MediaPipe face at rest (closed mouth, open eyes) over all clips, a Procrustes mean.
+2. Non-rigid registration of the identity model to it: the closest visible skin point of each landmark, then similarity
+   and identity by ridge regression, repeated. Lip landmarks stay on their lip, which is known by the jaw's motion.
+3. Irises: the centre is the foremost point of the eyeball; the ring has the radius of a human iris.
+4. Refinement: every clip is fitted (hicode.tracking.fit). The place of a landmark is where it is seen on the fitted
+   surface, averaged over frames, then over people. This removes a bias of the map that all people share.
 
-The map is derived data of our own: triangle ids and barycentric weights, no picture and no face of anyone.
+The map is derived data: triangle ids and barycentric weights. It holds no image and no person's face.
 """
 
 import argparse
@@ -91,7 +91,7 @@ LOWER_LIP += [95, 88, 178, 87, 14, 317, 402, 318, 324]
 
 
 def rest_face(clips: dict[str, np.ndarray]) -> torch.Tensor:
-    """ "478 3": the Procrustes mean of the frames with closed mouth and open eyes, each person counted once; y up, z out, frontal."""
+    """Procrustes mean "478 3" of the frames with closed mouth and open eyes, equal weight per person; y up, z out."""
     people = []
     for points in clips.values():
         between_eyes = np.linalg.norm(points[:, 33] - points[:, 263], axis=1)
@@ -107,6 +107,7 @@ def rest_face(clips: dict[str, np.ndarray]) -> torch.Tensor:
 
 
 def procrustes_mean(shapes: np.ndarray) -> np.ndarray:
+    """Mean shape of shapes "n k 3", each moved, turned and scaled to it."""
     shapes = torch.tensor(shapes, dtype=torch.float64)
     mean = shapes[0]
     for _ in range(5):
@@ -132,7 +133,9 @@ def visible_triangles(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray
 
 
 def register(arrays: dict, names: tuple[str, ...], target: torch.Tensor, rounds: int = 40):
-    """(triangles "478", barycentric "478 3", root-mean-square distance in mm) of the face-mesh landmarks; irises are left for `place_irises`."""
+    """(triangles "478", barycentric "478 3", RMS distance in mm) of the face-mesh landmarks; no irises
+    (`place_irises`).
+    """
     mean, basis = arrays["mean"].double().numpy(), arrays["identity_basis"].double().numpy()
     triangles, part = arrays["triangles"].numpy(), arrays["triangle_part"].numpy()
     jaw = np.linalg.norm(arrays["expression_basis"][names.index("jawOpen")].numpy(), axis=1)[triangles].mean(1)
@@ -183,6 +186,7 @@ def register(arrays: dict, names: tuple[str, ...], target: torch.Tensor, rounds:
 
 
 def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cross product in the plane."""
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
@@ -219,7 +223,7 @@ def refine(
     found: torch.Tensor,
     bary: torch.Tensor,
 ) -> float:
-    """Move each landmark on the mean head by the median over people of its offset, back onto the surface; the median move in mm."""
+    """Move each landmark on the mean head by its median offset over people, along the surface; the median move, mm."""
     model = head.assemble(arrays, names, found, bary)
     config = FitConfig(identity_steps=8, offset_rounds=2)
     offsets = []
@@ -228,7 +232,8 @@ def refine(
         offset, _ = person_offsets(points[frames], *(int(x) for x in sizes[name]), model, config)
         offsets.append(offset)
         print(
-            f"  {name}: offsets {100 * np.linalg.norm(offset[:468], axis=1).mean():.2f} mm, lips {100 * np.linalg.norm(offset[LIPS], axis=1).mean():.2f} mm",
+            f"  {name}: offsets {100 * np.linalg.norm(offset[:468], axis=1).mean():.2f} mm, lips "
+            f"{100 * np.linalg.norm(offset[LIPS], axis=1).mean():.2f} mm",
             flush=True,
         )
     move = np.median(offsets, 0)
@@ -255,13 +260,14 @@ def refine(
 
 
 def samples(vertices: np.ndarray, triangles: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(triangle, barycentric, point) of points on the named triangles, dense enough that the nearest is off by less than 0.2 mm."""
+    """(triangle, barycentric, point) of dense points on these triangles: the nearest is within 0.2 mm of any point."""
     grid = np.array([(a, b, 8 - a - b) for a in range(9) for b in range(9 - a)]) / 8
     points = np.einsum("gb,fbc->fgc", grid, vertices[triangles[of]]).reshape(-1, 3)
     return np.repeat(of, len(grid)), np.tile(grid, (len(of), 1)), points
 
 
 def main() -> None:
+    """Make the map from the clips named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "clips", nargs="+", type=Path, help="videos, or .npz of landmarks (NAME: t 478 3 px; NAME/size: width, height)"
@@ -289,7 +295,10 @@ def main() -> None:
     found, bary, distance = register(arrays, names, target)
     place_irises(arrays, found, bary, target)
     print(f"{len(clips)} clips; mean distance of the mean face to the surface {distance:.2f} mm rms")
-    origin = f"registration to the mean MediaPipe face of {len(clips)} people, {options.refine} rounds of refinement by fitting"
+    origin = (
+        f"registration to the mean MediaPipe face of {len(clips)} people, {options.refine} rounds of refinement by "
+        "fitting"
+    )
     for round_ in range(options.refine):
         moved = refine(arrays, names, clips, sizes, found, bary)
         print(

@@ -1,4 +1,5 @@
-"""The command line. Each command is a function. Its options are the function's parameters and the fields of its configs.
+"""The command line. Each command is a function. Its options are the function's parameters and the fields of its
+configs.
 
 Exit status: 0 done; 2 something the user can mend, said in one line on standard error; 130 interrupted. A traceback is
 a defect of hicode. Only the modules of the chosen command are imported, so `hicode --help` is instant.
@@ -181,8 +182,8 @@ def _evaluate(argv: list[str]) -> Callable:
         config: Annotated[CompareConfig, NoPrefix] = CompareConfig(),
         device: Device = "auto",
     ) -> None:
-        """Measure an avatar on the part of its clip that it has not seen, or any video against a reference: a table, and on request JSON and a
-        page with pictures.
+        """Measure an avatar on the part of its clip that it has not seen, or any video against a reference: a table,
+        and on request JSON and a page with pictures.
 
         hicode evaluate AVATAR CLIP, or hicode evaluate --video A --reference B.
 
@@ -194,8 +195,9 @@ def _evaluate(argv: list[str]) -> Callable:
             json: File for the figures.
             html: File for the page.
             syncnet: SyncNet's own weights, syncnet_v2.model, if you have them: adds AVConf.
-            alignment: When p, b and m are spoken (lines of start, end, phone in seconds; or GRID's .align): adds lip closure.
-            region: What of the avatar is rendered and measured: the whole head, or the face alone, as `hicode speak` shows it; figures of the
+            alignment: When p, b and m are spoken (lines of start, end, phone in seconds; or GRID's .align): adds lip
+            closure. region: What of the avatar is rendered and measured: the whole head, or the face alone, as `hicode
+            speak` shows it; figures of the
                 two do not compare.
             device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
@@ -217,11 +219,13 @@ def _evaluate(argv: list[str]) -> Callable:
             return
         if avatar is None or clip is None:
             raise InputError(
-                "Nothing to measure. Give an AVATAR and its CLIP, or --video A --reference B. See hicode evaluate --help."
+                "Nothing to measure. Give an AVATAR and its CLIP, or --video A --reference B. See hicode evaluate "
+                "--help."
             )
         if config != CompareConfig(vgg=config.vgg):
             raise InputError(
-                "--resize, --resample and --max-left-out are for two videos. Leave them out, or give --video and --reference."
+                "--resize, --resample and --max-left-out are for two videos. Leave them out, or give --video and "
+                "--reference."
             )
         evaluate(
             avatar,
