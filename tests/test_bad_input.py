@@ -12,12 +12,12 @@ import pytest
 import soundfile
 import torch
 
-import hicode.preparation.prepare
 from helpers.clips import write_clip
 from helpers.terminal import the_one_line
 from helpers.videos import portrait, speech_like, swaying, write_video
 from hicode import assets, cli, runtime
 from hicode.files import save_tensors
+from hicode.preparation import crop, pipeline, steps
 
 REMEDIES = (
     "Give", "Check", "Name", "Copy", "copy", "Export", "export", "Film", "Trim", "Choose", "Make", "Free", "Use",
@@ -202,21 +202,19 @@ def test_a_disk_that_is_too_full_is_found_before_the_work(shelf, tmp_path, capfd
     assert "MB free" in the_one_line(capfd) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("writer", ["write_png", "write_json", "save_tensors"])
-def test_a_disk_that_fills_up_is_said_and_nothing_stays(shelf, tmp_path, capfd, monkeypatch, writer):
+@pytest.mark.parametrize("module, writer", [(crop, "write_png"), (steps, "write_json"), (pipeline, "save_tensors")])
+def test_a_disk_that_fills_up_is_said_and_nothing_stays(shelf, tmp_path, capfd, monkeypatch, module, writer):
     def full(file, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
-    monkeypatch.setattr(hicode.preparation.prepare, writer, full)
+    monkeypatch.setattr(module, writer, full)
     assert run("prepare {s}/face.mp4 -o {o} --size 128", shelf, tmp_path / "out") == 2
     line = the_one_line(capfd)
     assert "No space left" in line and "Free some space" in line and not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_command_says_how_to_go_on(shelf, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(
-        hicode.preparation.prepare, "_write_frames", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(pipeline._Preparation, "write_frames", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run("prepare {s}/face.mp4 -o {o}", shelf, tmp_path / "out") == 130
     assert f"to go on: hicode prepare {shelf}/face.mp4 -o {tmp_path}/out" in capfd.readouterr().err
     assert (tmp_path / "out" / "clip.json").exists()

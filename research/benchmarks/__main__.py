@@ -164,8 +164,8 @@ def composition() -> Timed:
 
 def prepare() -> Timed:
     """The first two seconds of a real clip (../shared/data/hdtf): ms a frame, all steps."""
-    from hicode.preparation.prepare import PrepareConfig
-    from hicode.preparation.prepare import prepare as make
+    from hicode.preparation.pipeline import PrepareConfig
+    from hicode.preparation.pipeline import prepare as make
 
     clips = sorted(CLIPS.glob("*.mp4"))
     if not clips:

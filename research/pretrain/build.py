@@ -24,7 +24,7 @@ from hicode.preparation.clip import shift_audio
 from hicode.progress import progress_bar
 from hicode.speech.encoder import AudioEncoder, create_encoder, match_frames
 from hicode.speech.sync import CHANCE_MARGIN, RELIABLE_MARGIN, SyncModel, SyncResult, estimate_offset, fit_sync
-from hicode.tracking.fit import FitConfig, Person, fit_person, fit_track
+from hicode.tracking.fit import FitConfig, Observations, Person, fit_person, fit_track
 from hicode.tracking.head_model import HeadModel
 from hicode.training.adaptation import speaking_frames
 from research.pretrain.corpus import (
@@ -91,14 +91,15 @@ Tracker = Callable[[Path], Points]
 def video_tracker() -> Tracker:
     """Landmarks of videos. Above 25 fps they are tracked at the video's rate and interpolated, so motion is smooth."""
     from hicode.media.video import probe, read_video
-    from hicode.tracking.landmarks import FaceLandmarker, TrackConfig, track_faces
+    from hicode.tracking.face_tracker import LandmarkConfig, track_faces
+    from hicode.tracking.landmarks import FaceLandmarker
 
     landmarker = FaceLandmarker()
 
     def points_of(path: Path) -> Points:
         info = probe(path)
         fps = min(info.fps, 30.0) if info.fps > 25.5 else 25.0
-        track = track_faces(read_video(path, fps=fps, max_size=CANVAS), landmarker, config=TrackConfig(crops=2))
+        track = track_faces(read_video(path, fps=fps, max_size=CANVAS), landmarker, config=LandmarkConfig(crops=2))
         scale = min(1.0, CANVAS / max(info.width, info.height))
         at = np.arange(int(len(track) * 25 / fps)) * fps / 25
         points = np.stack([np.interp(at, np.arange(len(track)), c) for c in track.points_px.flatten(1).T.numpy()], 1)
@@ -282,9 +283,8 @@ class _Builder:
                     else:
                         points, found = self._points(source, name)
                         train = range(source.learned_frames(len(points)) or len(points))
-                        fitted = fit_track(
-                            points, found, CANVAS, CANVAS, self.head, train, config=self.config.fit, person=person
-                        )
+                        observed = Observations(points, found, CANVAS, CANVAS)
+                        fitted = fit_track(observed, self.head, train, self.config.fit, person)
                         save_tensors(file, fitted.motion.tensors(), MOTION, 1, made_of)
                         step.made += 1
                     done += 1

@@ -29,7 +29,7 @@ from hicode import assets
 from hicode.errors import InputError
 from hicode.files import read_json, sha256_of, write_json
 from hicode.preparation.clip import Clip, read_png, write_png
-from hicode.preparation.prepare import PrepareConfig, prepare
+from hicode.preparation.pipeline import PrepareConfig, prepare
 from hicode.provenance import plain, provenance
 from hicode.training.avatar import PARTS, learn_speech, train
 from hicode.training.stages import HeadConfig, Preset

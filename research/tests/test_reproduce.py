@@ -335,13 +335,14 @@ def clips(clip, tmp_path_factory):
             "height": SIZE,
             "train": [0, FRAMES - 2],
             "test": [FRAMES - 2, FRAMES],
-            "source": {"name": "drawn.mp4", "sha256": "abc"},
+            "source": {"name": "drawn.mp4", "path": "/drawn.mp4", "sha256": "abc"},
             "crop_box": [0, 0, SIZE],
+            "start_s": 0.0,
             "audio_offset_frames": 0.0,
             "has_audio": True,
             "report": {},
             "video": "drawn.mp4",
-            "steps": {"faces": {"seconds": 1.0, "settings": {"start": 0.0}}},
+            "steps": {"faces": {"seconds": 1.0}},
         },
     )
     return path.parent

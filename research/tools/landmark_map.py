@@ -17,14 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
+from torch import Tensor
 
 from hicode import assets
-from hicode.geometry import similarity
-from hicode.motion import LEFT_EYE_RING, LEFT_IRIS, LIPS, RIGHT_EYE_RING, RIGHT_IRIS
+from hicode.geometry import similarity, skew
+from hicode.motion import LEFT_EYE_RING, LEFT_IRIS, LIPS, N_LANDMARKS, RIGHT_EYE_RING, RIGHT_IRIS
+from hicode.render.mesh import rasterize_mesh
 from hicode.tracking import head_model as head
-from hicode.tracking.depth import rasterize_mesh
-from hicode.tracking.fit import FitConfig, person_offsets
+from hicode.tracking.fit import FitConfig
+from hicode.tracking.fit.identity import CHUNK, fit_frames_of_person, identity_step
+from hicode.tracking.fit.problem import Problem, State, linearise
+from hicode.tracking.head_model import HeadModel
 
 IRIS_RADIUS = 0.0585  # dm; human irises vary little
 # Rings of lip landmarks, corners left out: outer edge to inner edge. Upper and lower lip part ways at the mouth's line.
@@ -225,7 +230,7 @@ def refine(
 ) -> float:
     """Move each landmark on the mean head by its median offset over people, along the surface; the median move, mm."""
     model = head.assemble(arrays, names, found, bary)
-    config = FitConfig(identity_steps=8, offset_rounds=2)
+    config = FitConfig(identity_steps=8)
     offsets = []
     for name, points in clips.items():
         frames = np.linspace(0, len(points) * 10 // 11 - 1, 20).astype(int)
@@ -259,6 +264,40 @@ def refine(
     return float(np.median(np.linalg.norm(move, axis=1)) * 100)
 
 
+def person_offsets(
+    points_px: Float[np.ndarray, "t 478 3"],
+    width: int,
+    height: int,
+    model: HeadModel,
+    config: FitConfig = FitConfig(),
+    rounds: int = 2,
+) -> tuple[Float[np.ndarray, "478 3"], Float[Tensor, "80"]]:
+    """(constant offset (dm, head frame) of each landmark from where the model has it, identity) of one person."""
+    problem, state = fit_frames_of_person(points_px, width, height, model, config)
+    frames = np.arange(len(points_px))
+    for _ in range(rounds):
+        _update_offset(problem, state, frames)
+        for _ in range(2):
+            identity_step(problem, state, frames, damping=1e-3, shape=False)
+    return state.offset, torch.from_numpy(state.identity).float()
+
+
+def _update_offset(problem: Problem, state: State, frames: Int[np.ndarray, "n"]) -> None:
+    """Set the constant offset of each landmark that the frames agree on, without its similarity part (pose)."""
+    A, g = np.zeros((N_LANDMARKS, 3, 3)), np.zeros((N_LANDMARKS, 3))
+    for start in range(0, len(frames), CHUNK):
+        linear = linearise(problem, state, frames[start : start + CHUNK])
+        image = linear.by_shape[:, :, :2].astype(np.float64)
+        A += np.einsum("tlij,tlik->ljk", image, image)
+        g += np.einsum("tlij,tli->lj", image, linear.residual[:, :, :2])
+    ridge = 0.05 * np.trace(A, axis1=1, axis2=2)[:, None, None] / 3 * np.eye(3)
+    offset = state.offset - np.linalg.solve(A + ridge, g[..., None])[..., 0]
+    rest = problem.basis.rest
+    shifts, turns = np.broadcast_to(np.eye(3), (N_LANDMARKS, 3, 3)), skew(torch.from_numpy(rest)).numpy()
+    modes = np.concatenate([shifts, turns, rest[..., None]], -1).reshape(-1, 7)
+    state.offset = offset - (modes @ np.linalg.lstsq(modes, offset.reshape(-1), rcond=None)[0]).reshape(-1, 3)
+
+
 def samples(vertices: np.ndarray, triangles: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(triangle, barycentric, point) of dense points on these triangles: the nearest is within 0.2 mm of any point."""
     grid = np.array([(a, b, 8 - a - b) for a in range(9) for b in range(9 - a)]) / 8
@@ -283,7 +322,8 @@ def main() -> None:
                     clips[name], sizes[name] = stored[name].astype(float), tuple(stored[name + "/size"])
             continue
         from hicode.media.video import probe, read_video
-        from hicode.tracking.landmarks import FaceLandmarker, track_faces
+        from hicode.tracking.face_tracker import track_faces
+        from hicode.tracking.landmarks import FaceLandmarker
 
         info = probe(path)
         tracked = track_faces(read_video(path), FaceLandmarker())

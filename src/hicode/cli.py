@@ -20,7 +20,7 @@ import tyro
 from hicode import __version__
 from hicode.arguments import option, parse
 from hicode.errors import HicodeError, InputError
-from hicode.runtime import Device, share_cores
+from hicode.runtime import Device, share_cores, tune_allocator
 
 Out = Annotated[Path, tyro.conf.arg(aliases=("-o",))]
 Video = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="VIDEO")]]
@@ -41,7 +41,7 @@ def _demo(argv: list[str]) -> Callable:
 
 
 def _prepare(argv: list[str]) -> Callable:
-    from hicode.preparation.prepare import PrepareConfig, prepare
+    from hicode.preparation.pipeline import PrepareConfig, prepare
 
     def run(video: Video, out: Out, config: Annotated[PrepareConfig, NoPrefix] = PrepareConfig()) -> None:
         """Make a clip from a video: frames, landmarks, head track, masks, speech features, and a capture report.
@@ -133,7 +133,7 @@ def _speak(argv: list[str]) -> Callable:
 
 
 def _make(argv: list[str]) -> Callable:
-    from hicode.preparation.prepare import PrepareConfig
+    from hicode.preparation.pipeline import PrepareConfig
     from hicode.training.stages import DEFAULT_PRESET
 
     def run(
@@ -333,6 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     share_cores()
+    tune_allocator()
     try:
         return _run(argv)
     except HicodeError as error:

@@ -10,7 +10,7 @@ import tyro
 
 from hicode.audio import SAMPLE_RATE_HZ
 from hicode.errors import OutputError
-from hicode.preparation.prepare import PrepareConfig, prepare
+from hicode.preparation.pipeline import PrepareConfig, prepare
 from hicode.runtime import Device
 
 DEMO_SECONDS = 12.0

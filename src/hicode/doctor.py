@@ -1,4 +1,4 @@
-"""Is this machine ready? Each finding says what was looked at, what was found, and what would help."""
+"""Is this machine ready? Each finding names the thing, its state, and what would help."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ class Finding:
 
 
 def doctor() -> None:
-    """Look at Python, packages, processor, memory, disk, codecs and pretrained parts, and say what is missing.
+    """Check Python, packages, processor, memory, disk, codecs and pretrained parts, and say what is missing.
 
     Exit status 2 if something is, so that hicode cannot work.
     """
@@ -61,7 +61,7 @@ def examine() -> list[Finding]:
     for check in checks:
         try:
             findings.append(check())
-        except Exception as error:  # noqa: BLE001 - a broken installation can fail in any way: that is the finding
+        except Exception as error:  # a broken installation can fail in any way: that is the finding
             findings.append(
                 Finding(
                     check.__name__.strip("_"),

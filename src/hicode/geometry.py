@@ -1,7 +1,7 @@
 """Rotations and rigid transforms.
 
-Transforms read right to left: `p_camera = T_camera_head @ p_head`. Quaternions are wxyz and need not be normalised. Everything here is
-batched over leading dimensions, differentiable, and keeps its input's float type.
+Transforms read right to left: `p_camera = T_camera_head @ p_head`. Quaternions are wxyz and need not be normalised.
+Everything here is batched over leading dimensions, differentiable, and keeps its input's float type.
 """
 
 from typing import TypeVar
@@ -14,11 +14,16 @@ from torch import Tensor
 Numeric = TypeVar("Numeric", Tensor, np.ndarray, float)
 
 
+def skew(vector: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
+    """The matrix of the cross product: `skew(a) @ b = a x b`."""
+    x, y, z = vector.unbind(-1)
+    o = torch.zeros_like(x)
+    return torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).reshape(*vector.shape[:-1], 3, 3)
+
+
 def rotation_from_axis_angle(axis_angle: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
     """Rodrigues' formula, smooth through zero (gradients included)."""
-    x, y, z = axis_angle.unbind(-1)
-    o = torch.zeros_like(x)
-    skew = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).reshape(*axis_angle.shape[:-1], 3, 3)
+    cross = skew(axis_angle)
     angle2 = (axis_angle * axis_angle).sum(-1)[..., None, None]
     small = angle2 < 1e-8
     safe2 = torch.where(small, torch.ones_like(angle2), angle2)  # keeps sqrt's gradient finite in the branch not taken
@@ -26,7 +31,16 @@ def rotation_from_axis_angle(axis_angle: Float[Tensor, "*b 3"]) -> Float[Tensor,
     first = torch.where(small, 1 - angle2 / 6, angle.sin() / angle)
     second = torch.where(small, 0.5 - angle2 / 24, (1 - angle.cos()) / safe2)
     eye = torch.eye(3, dtype=axis_angle.dtype, device=axis_angle.device)
-    return eye + first * skew + second * (skew @ skew)
+    return eye + first * cross + second * (cross @ cross)
+
+
+def right_jacobian(axis_angle: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
+    """J with exp(r + d) ≈ exp(r) exp(J d) for a small d (Sola et al. 2018, Eq. 143)."""
+    cross = skew(axis_angle)
+    angle = axis_angle.norm(dim=-1).clamp_min(1e-6)[..., None, None]
+    first = (1 - angle.cos()) / angle**2
+    second = (1 - angle.sin() / angle) / angle**2
+    return torch.eye(3, dtype=axis_angle.dtype) - first * cross + second * (cross @ cross)
 
 
 def axis_angle_from_rotation(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3"]:
@@ -51,7 +65,7 @@ def rotation_from_quat(quat: Float[Tensor, "*b 4"]) -> Float[Tensor, "*b 3 3"]:
 
 
 def quat_from_rotation(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 4"]:
-    """Unit wxyz quaternion of a rotation, stable for every angle: the largest of the four candidate components is divided by."""
+    """Unit wxyz quaternion of a rotation, stable for every angle: the divisor is the largest of four components."""
     m = rotation
     t0, t1, t2 = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
     four_squared = torch.stack([1 + t0 + t1 + t2, 1 + t0 - t1 - t2, 1 - t0 + t1 - t2, 1 - t0 - t1 + t2], -1)

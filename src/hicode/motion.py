@@ -30,6 +30,19 @@ LEFT_EYE_RING = np.array([263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384,
 RIGHT_IRIS, LEFT_IRIS = np.arange(468, 473), np.arange(473, 478)
 UPPER_LIP_INNER, LOWER_LIP_INNER = 13, 14
 MOUTH_CORNERS_INNER = (78, 308)
+FOREHEAD_TOP, CHIN, NOSE_TIP, PHILTRUM = 10, 152, 1, 164
+IRISES = np.arange(468, N_LANDMARKS)
+# The lower half of the face oval, ear to ear along jaw and chin, from the subject's right to the left.
+JAW = np.array([234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 288, 361, 323, 454])
+JAW_CORNERS = (132, 361)  # at the height of the mouth
+# The outline of the face above the mouth. Inside it, all but EYE_REGIONS (eyes and brows) moves with the skull.
+RIGID_FACE = np.array([
+    10, 109, 67, 103, 54, 127, 234, 93, 50, 205, 98, 97, 2, 326, 327, 425, 280, 323, 454, 356, 284, 332, 297, 338,
+])  # fmt: skip
+EYE_REGIONS = (
+    np.array([70, 63, 105, 66, 107, 133, 155, 145, 163, 33, 130, 46]),
+    np.array([300, 293, 334, 296, 336, 362, 382, 374, 390, 263, 359, 276]),
+)
 
 
 @dataclass(frozen=True)

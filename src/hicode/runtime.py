@@ -16,10 +16,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def tune_allocator() -> bool:
-    """Keep freed memory for the next tensor instead of handing it back to the kernel; True where it took effect (glibc).
+    """Keep freed memory for the next tensor instead of returning it to the kernel; True where it took effect (glibc).
 
-    torch frees and takes tensors of megabytes all the time; by default glibc maps each anew and the kernel zeroes its pages: up to half of
-    an element-wise operation's time (measured: a landmark fit fell from 136 s to 5 s).
+    It acts on the whole process and cannot be undone, so the command line calls it and the library does not. torch
+    frees and takes tensors of megabytes all the time. By default glibc maps each anew and the kernel zeroes its pages:
+    up to half of an element-wise operation's time (measured: a landmark fit fell from 136 s to 5 s).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -37,9 +38,10 @@ def tune_allocator() -> bool:
 
 
 def share_cores() -> None:
-    """Let OpenMP's waiting threads sleep instead of spin, unless the user's environment says otherwise. Call before torch is imported.
+    """Let OpenMP's waiting threads sleep instead of spin, unless the user's environment says otherwise.
 
-    A spinning thread takes the core that another process, or our own kernels' threads, would work on: with two cores and other work on them a
+    It sets an environment variable before torch is imported, so the command line calls it and the library does not. A
+    spinning thread takes the core that another process, or this package's kernels, could use: on two busy cores a
     training iteration took 436 ms spinning and 151 ms sleeping.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -53,7 +55,7 @@ def cores() -> int:
 def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
     """Where training and synthesis run. Raises InputError where CUDA is asked for and torch or gsplat cannot give it.
 
-    `auto` is the CPU even where there is a GPU: gsplat compiles itself for minutes at its first use, which nobody should meet unasked.
+    `auto` is the CPU even where there is a GPU: gsplat compiles itself for minutes at its first use.
     """
     if device != "cuda":
         return "cpu"
@@ -69,9 +71,9 @@ def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
 
 
 def available_memory() -> float:
-    """Bytes that this process may still take: what the machine has to give, and no more than its control groups (containers, systemd) allow.
+    """Bytes that this process may still allocate: what is free, and what its control groups (containers) allow.
 
-    Infinite where that cannot be read: beside Linux only psutil can tell, which is used where it happens to be installed.
+    Infinite where that cannot be read. On systems other than Linux it takes psutil, if that is installed.
     """
     if not sys.platform.startswith("linux"):
         try:
@@ -89,7 +91,10 @@ def available_memory() -> float:
 
 
 def _room_in_groups(own: Path, root: Path) -> float:
-    """Limit less use, the least over this process's control group and those around it (version 2, then 1). A file cache counts as free."""
+    """Limit minus use, the least over this process's control group and its parents (version 2, then 1).
+
+    A file cache counts as free.
+    """
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:

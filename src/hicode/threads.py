@@ -1,7 +1,8 @@
 """Threads: one small pool of Python threads that all compiled kernels share, and pools for work in whole frames.
 
-Kernels that hold no lock take pieces of work from a counter until none is left, so a core that is busy elsewhere costs little. Numba's own parallel
-loops are not used: they bring a second OpenMP runtime, whose waiting threads and torch's spin against each other.
+Kernels that hold no lock take pieces of work from a counter until none is left, so a busy core costs little. Numba's
+parallel loops are not used: they bring a second OpenMP runtime, whose waiting threads and torch's spin against each
+other.
 """
 
 import os
@@ -31,7 +32,10 @@ def take(typing, counter):
 
 
 def run_on_threads(kernel, pieces: int, *arguments) -> None:
-    """Run `kernel(counter, *arguments)`, compiled with nogil, on as many threads as torch uses; each takes pieces from the counter until none is left."""
+    """Run `kernel(counter, *arguments)`, compiled with nogil, on as many threads as torch uses.
+
+    Each takes pieces from the counter until none is left.
+    """
     global _pool
     helpers = min(torch.get_num_threads(), pieces) - 1
     counter = np.zeros(1, np.int64)

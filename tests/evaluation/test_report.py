@@ -95,7 +95,7 @@ def write_clip(path, sound=True, test=None, sha256="abc"):
             "schema": SCHEMA, "version": VERSION, "complete": True, "fps": 25.0, "frame_count": FRAMES,
             "width": SIZE, "height": SIZE,
             "train": [0, TRAIN], "test": test or [TRAIN, FRAMES],
-            "source": {"name": "drawn.mp4", "sha256": sha256}, "crop_box": [0, 0, SIZE],
+            "source": {"name": "drawn.mp4", "path": "/drawn.mp4", "sha256": sha256}, "crop_box": [0, 0, SIZE], "start_s": 0.0,
             "audio_offset_frames": 0.0, "has_audio": sound, "report": {}, "steps": {"fit": {"seconds": 2.5}}, "video": "drawn.mp4",
         },
     )  # fmt: skip

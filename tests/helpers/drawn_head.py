@@ -15,7 +15,7 @@ from hicode.files import save_tensors
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.motion import FaceTrack, Motion
 from hicode.preparation.clip import save_track, write_png
-from hicode.tracking.depth import rasterize_mesh
+from hicode.render.mesh import rasterize_mesh
 from hicode.tracking.head_model import HeadModel
 from hicode.training import head as training
 from hicode.training.density import DensityConfig
@@ -117,6 +117,6 @@ def clip_on_disk(path: Path, drawn, seconds: int = 2) -> Path:
         2,
     )
     config = json.loads((path / "clip.json").read_text())
-    config |= {"steps": {"faces": {"settings": {"start": 0.0}}}, "test": [t - 3, t]}
+    config["test"] = [t - 3, t]
     (path / "clip.json").write_text(json.dumps(config))
     return path

@@ -3,15 +3,20 @@
 """
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-import hicode.preparation.prepare as prepare_module
 from helpers.videos import portrait, speech_like, swaying, write_video
 from hicode.errors import InputError, OutputError
+from hicode.media.video import read_video
+from hicode.preparation import pipeline
 from hicode.preparation.clip import Clip
-from hicode.preparation.prepare import PrepareConfig, crop_square, follow_people, head_box, prepare
+from hicode.preparation.crop import crop_square, follow_people, head_box
+from hicode.preparation.pipeline import PrepareConfig, prepare
+from hicode.tracking.models import TrackingModels
 
 FPS = 25
 
@@ -46,7 +51,7 @@ def test_the_crop_holds_hair_and_chin_and_lies_inside_the_video(width, height):
     size = 0.2 * min(width, height)
     reach = [width / 2 - 0.6 * size, height / 2 - 0.5 * size, width / 2 + 0.6 * size, height / 2 + 0.6 * size]
     x, y, side = head_box(width, height, reach, size)
-    assert 0 <= x and x + side <= width and 0 <= y and y + side <= height
+    assert x >= 0 and x + side <= width and y >= 0 and y + side <= height
     assert x <= reach[0] - 0.4 * size and x + side >= reach[2] + 0.4 * size
     assert y <= reach[1] - 0.6 * size and y + side >= reach[3] + 0.25 * size
     assert side < 3 * size, "the face must stay large in the crop"
@@ -101,7 +106,7 @@ def test_a_clip_has_all_its_parts(prepared):
 
 def test_the_crop_holds_the_larger_face(prepared):
     clip, _, _ = prepared
-    x0, y0, side = clip.crop_box
+    x0, _, side = clip.crop_box
     assert x0 + side / 2 < 240, "the larger face is on the left"
     assert clip.report["other_faces"] == 1
     inside = clip.track.landmarks_px.numpy()
@@ -109,10 +114,12 @@ def test_the_crop_holds_the_larger_face(prepared):
 
 
 def test_the_crop_does_not_jitter(prepared):
-    """One box for all frames: the background of the crop stands as still as the video's."""
-    clip, _, _ = prepared
+    """One box for all frames, though the face sways: each is exactly that square of the source's frame."""
+    clip, video, _ = prepared
     x0, y0, side = clip.crop_box
-    assert all(isinstance(v, int) for v in (x0, y0, side))
+    assert 2 * clip.width >= side, "frames are decoded at their own size, so pixels can be compared"
+    for t, frame in enumerate(read_video(video, FPS)):
+        assert np.array_equal(clip.image(t), crop_square(frame, x0, y0, side, clip.width)), t
 
 
 def test_the_masks_are_about_the_head(prepared):
@@ -136,32 +143,68 @@ def test_the_report_says_what_was_found(prepared):
 def test_a_rerun_does_nothing(prepared, monkeypatch):
     clip, video, config = prepared
     before = (clip.path / "clip.json").read_bytes()
-    monkeypatch.setattr(prepare_module, "read_video", None)
-    monkeypatch.setattr(prepare_module, "_find_landmarks", None)
+    monkeypatch.setattr(pipeline, "read_video", None)
+    monkeypatch.setattr(pipeline._Preparation, "find_landmarks", None)
     prepare(video, clip.path, config, progress=False)
     assert (clip.path / "clip.json").read_bytes() == before
 
 
 def test_another_setting_repeats_only_what_depends_on_it(prepared, monkeypatch):
     clip, video, config = prepared
-    for name in ("_find_faces", "_write_frames", "_find_landmarks", "_fit", "_segment"):
-        monkeypatch.setattr(prepare_module, name, None)
+    for name in ("find_faces", "write_frames", "find_landmarks", "fit", "segment"):
+        monkeypatch.setattr(pipeline._Preparation, name, None)
     again = prepare(video, clip.path, PrepareConfig(size=256, encoder="logmel"), progress=False)
     assert len(again.speech_features("logmel")) == 104
     prepare(video, clip.path, config, progress=False)
+
+
+def test_a_changed_constant_of_tracking_repeats_its_step_and_those_after_it(prepared, monkeypatch):
+    """The masks' settings are part of the masks' record; landmarks and fit come before and are kept."""
+    clip, video, config = prepared
+    for name in ("find_faces", "write_frames", "find_landmarks", "fit"):
+        monkeypatch.setattr(pipeline._Preparation, name, None)
+    softer = replace(config, track=replace(config.track, masks=replace(config.track.masks, person=40)))
+
+    def segment(self, count):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline._Preparation, "segment", segment)
+    shutil.copytree(clip.path, clip.path.with_name("other"))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(video, clip.path.with_name("other"), softer, progress=False)
+
+
+def test_models_that_are_given_are_used_and_none_is_loaded_twice(prepared, tmp_path):
+    """A detector that finds nobody is believed, and the head model is not asked for."""
+    _, video, config = prepared
+
+    class Nobody:
+        def detect(self, image):
+            return []
+
+    models = TrackingModels(landmarker=Nobody())
+    with pytest.raises(InputError, match="No face"):
+        prepare(video, tmp_path / "c", config, progress=False, models=models)
+    assert "head" not in vars(models) and models.segmenter is models.segmenter
+
+
+def test_where_the_clip_begins_is_told(prepared):
+    clip, video, _ = prepared
+    assert (clip.start_s, clip.first_frame, clip.video) == (0.0, 0, video.resolve())
+    assert clip.prepare_seconds > 0
 
 
 def test_a_killed_run_goes_on_after_its_last_step(prepared, tmp_path, monkeypatch):
     """Interrupted in the fit; the second run neither decodes nor looks for landmarks again: the same track."""
     clip, video, config = prepared
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline._Preparation, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(video, tmp_path / "c", config, progress=False)
     state = json.loads((tmp_path / "c" / "clip.json").read_text())
     assert not state["complete"] and set(state["steps"]) == {"faces", "crop", "landmarks"}
-    monkeypatch.setattr(prepare_module, "read_video", None)
-    monkeypatch.setattr(prepare_module, "_find_landmarks", None)
+    monkeypatch.setattr(pipeline, "read_video", None)
+    monkeypatch.setattr(pipeline._Preparation, "find_landmarks", None)
     again = prepare(video, tmp_path / "c", config, progress=False)
     assert np.array_equal(again.image(7), clip.image(7))
     # The same arithmetic on the same landmarks; threads may sum in another order.
@@ -191,6 +234,6 @@ def test_an_hdtf_clip_keeps_its_pixels(markey, tmp_path):
     from hicode.media.video import read_video
 
     clip = prepare(markey, tmp_path / "c", PrepareConfig(duration=2.4), progress=False)
-    for t, frame in zip(range(3), read_video(markey)):
+    for t, frame in zip(range(3), read_video(markey), strict=False):
         assert np.array_equal(clip.image(t), frame)
     assert clip.crop_box == (0, 0, 512) and clip.report["fit_error_px"] < 5

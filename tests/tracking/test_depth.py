@@ -7,7 +7,8 @@ import torch
 from hicode.camera import Camera
 from hicode.geometry import rigid
 from hicode.motion import FaceTrack, Motion
-from hicode.tracking.depth import head_depth, rasterize_mesh
+from hicode.render.mesh import rasterize_mesh
+from hicode.tracking.depth import head_depth
 from hicode.tracking.head_model import HeadModel
 
 

@@ -7,24 +7,25 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.speaking_head import true_track
 from hicode.camera import Camera
 from hicode.errors import InputError
-from hicode.geometry import rigid, rotation_from_axis_angle
-from hicode.motion import FACE_OVAL, LIPS, FaceTrack, Motion
-from hicode.tracking import fit
+from hicode.motion import FACE_OVAL, LIPS, FaceTrack
 from hicode.tracking.fit import (
     FitConfig,
     Flow,
+    Observations,
     fit_person,
     fit_report,
     fit_track,
-    person_offsets,
     refit_expressions,
     track_flow,
 )
+from hicode.tracking.fit import flow as flow_module
+from hicode.tracking.fit import problem as objective
 from hicode.tracking.head_model import HeadModel
 
-FAST = FitConfig(identity_frames=16, identity_steps=6, offset_rounds=0, frame_steps=6)
+FAST = FitConfig(identity_frames=16, identity_steps=6, frame_steps=6)
 
 
 @pytest.fixture(scope="module")
@@ -32,32 +33,9 @@ def model() -> HeadModel:
     return HeadModel.load()
 
 
-def true_track(
-    model: HeadModel, frames: int = 30, focal: float = 1400.0, seed: int = 0
-) -> tuple[FaceTrack, np.ndarray]:
-    """A head that nods, turns and speaks, and its landmarks "t 478 3" as MediaPipe would give them without error."""
-    rng = np.random.default_rng(seed)
-    time = torch.arange(frames) / 25
-    identity = torch.from_numpy(rng.normal(0, 0.4, 80)).float()
-    expression = torch.zeros(frames, 64)
-    for name, rate, size in (
-        ("jawOpen", 3.0, 0.3),
-        ("mouthFunnel", 2.0, 0.3),
-        ("browInnerUp", 0.7, 0.4),
-        ("mouthSmileLeft", 1.0, 0.3),
-    ):
-        expression[:, model.expression_names.index(name)] = size * (0.5 - 0.5 * torch.cos(2 * np.pi * rate * time))
-    turn = torch.stack([0.05 * torch.sin(5 * time), 0.2 * torch.sin(3 * time), 0.04 * torch.cos(4 * time)], 1)
-    shift = torch.stack([0.2 * torch.sin(2 * time), 0.1 * torch.cos(3 * time), 8 + 0.1 * torch.sin(time)], 1)
-    flip = torch.tensor([1.0, -1.0, -1.0])
-    poses = rigid(flip[:, None] * rotation_from_axis_angle(turn), shift)
-    camera = Camera.pinhole(focal, 512, 512)
-    shape = model.landmarks(model.vertices(identity, expression))
-    pixels, depth = Camera(camera.K.expand(frames, 3, 3), poses, 512, 512).project(shape)
-    points = torch.cat([pixels, ((depth - shift[:, 2:]) * focal / shift[:, 2:])[..., None]], -1)
-    return FaceTrack(
-        Motion(expression, shape, poses), identity, camera, pixels, torch.ones(frames)
-    ), points.double().numpy()
+def seen(points: np.ndarray, found: np.ndarray | None = None, flow: Flow | None = None) -> Observations:
+    """Landmarks of 512 px frames, all with a face if nothing else is said."""
+    return Observations(points, np.ones(len(points), bool) if found is None else found, 512, 512, flow)
 
 
 def turn_error_deg(a: FaceTrack, b: FaceTrack) -> np.ndarray:
@@ -68,58 +46,61 @@ def turn_error_deg(a: FaceTrack, b: FaceTrack) -> np.ndarray:
 def test_the_jacobian_is_the_finite_difference_of_the_residuals(model):
     """Huber and weights are constants of a step, so at small residuals (weight 1) the derivative is exact."""
     _, points = true_track(model, 3)
-    problem = fit._Problem.of(points, np.ones(3, bool), 512, 512, model, replace(FitConfig(), huber=1e6))
-    state = fit._initial_state(problem, 1200.0)
+    problem = objective.Problem.of(seen(points), model, replace(FitConfig(), huber=1e6))
+    state = objective.initial_state(problem, 1200.0)
     rng = np.random.default_rng(1)
     state.q[:, 6:] = rng.uniform(0, 0.3, (3, 64))
-    state.slip = rng.normal(0, 0.01, (3, 6))
+    state.bias = rng.normal(0, 0.01, (3, 6))
     state.identity = rng.normal(0, 0.3, 80)
     frames = np.arange(3)
-    at = fit._linearise(problem, state, frames)
+    at = objective.linearise(problem, state, frames)
     step = 1e-5
     for d in (0, 1, 2, 3, 4, 5, 6, 30, 69):
         unit = np.zeros_like(state.q)
         unit[:, d] = step
-        low, high = (fit._linearise(problem, replace(state, q=state.q + s * unit), frames).residual for s in (-1, 1))
+        low, high = (
+            objective.linearise(problem, replace(state, q=state.q + s * unit), frames).residual for s in (-1, 1)
+        )
         numeric = ((high - low) / (2 * step)).reshape(3, -1)
         np.testing.assert_allclose(
             at.by_frame[:, :, d], numeric, atol=2e-3 * max(1, np.abs(numeric).max())
         )  # float32 Jacobian
     low, high = (
-        fit._linearise(problem, replace(state, focal=state.focal * np.exp(s * step)), frames).residual for s in (-1, 1)
+        objective.linearise(problem, replace(state, focal=state.focal * np.exp(s * step)), frames).residual
+        for s in (-1, 1)
     )
     np.testing.assert_allclose(at.by_focal, (high - low) / (2 * step), atol=1e-3 * np.abs(at.by_focal).max())
 
 
 def test_a_person_fitted_once_serves_a_clip_as_if_it_were_fitted_with_it(model):
     _, points = true_track(model, 16)
-    seen = np.ones(16, bool)
     person = fit_person(points, 512, 512, model, FAST)
     known, own = (
-        fit_track(points[:8], seen[:8], 512, 512, model, config=FAST, person=person),
-        fit_track(points, seen, 512, 512, model, config=FAST),
+        fit_track(seen(points[:8]), model, config=FAST, person=person),
+        fit_track(seen(points), model, config=FAST),
     )
     np.testing.assert_array_equal(known.identity, np.float32(person.identity))
     assert float(known.camera.K[0, 0]) == pytest.approx(person.focal_px)
-    # The clip's own fit starts its frames from where the identity's fit left them, so both end near each other, not in the same place.
+    # The clip's own fit starts its frames from the identity's fit, so both end near each other, not in the same place.
     assert (known.motion.landmarks - own.motion.landmarks[:8]).norm(dim=-1).mean() < 0.01  # dm: 1 mm
 
 
 def test_the_flow_jacobian_is_the_finite_difference_of_the_projection():
     rng = np.random.default_rng(0)
     x, q = rng.normal(0, 0.5, (2, 7, 3)), np.array([[0.1, -0.3, 0.2, 30, -20, -5.2], [0.4, 0.1, -0.1, 0, 5, -5.0]])
-    _, jacobian = fit._project_with_jacobian(x, q, 1300.0)
+    _, jacobian = flow_module.project_with_jacobian(x, q, 1300.0)
     for d in range(6):
         unit = np.eye(6)[d] * 1e-6
         numeric = (
-            fit._project_with_jacobian(x, q + unit, 1300.0)[0] - fit._project_with_jacobian(x, q - unit, 1300.0)[0]
+            flow_module.project_with_jacobian(x, q + unit, 1300.0)[0]
+            - flow_module.project_with_jacobian(x, q - unit, 1300.0)[0]
         ) / 2e-6
         np.testing.assert_allclose(jacobian[..., d], numeric, rtol=1e-5, atol=1e-4)
 
 
 def test_a_synthetic_clip_is_explained_to_a_fraction_of_a_pixel(model):
     truth, points = true_track(model)
-    track = fit_track(points, np.ones(30, bool), 512, 512, model, config=FAST)
+    track = fit_track(seen(points), model, config=FAST)
     report = fit_report(track, model)
     assert report.error_px < 0.5 and report.lips_px < 0.5  # the priors pull a little
     assert turn_error_deg(track, truth).max() < 1.0  # identity, focal length and pose trade off against each other
@@ -133,7 +114,7 @@ def test_a_synthetic_clip_is_explained_to_a_fraction_of_a_pixel(model):
 def test_canonical_landmarks_reproject_to_the_measured_pixels_of_a_clean_clip(model):
     """Under pose and slip exactly; without the slip, which is small on a clean clip, nearly."""
     _, points = true_track(model)
-    track = fit_track(points, np.ones(30, bool), 512, 512, model, config=FAST)
+    track = fit_track(seen(points), model, config=FAST)
     camera = Camera(track.camera.K.expand(30, 3, 3), track.motion.T_camera_head, 512, 512)
     pixels, _ = camera.project(track.motion.landmarks)
     assert (pixels - track.landmarks_px).norm(dim=-1).mean() < 0.5
@@ -141,7 +122,7 @@ def test_canonical_landmarks_reproject_to_the_measured_pixels_of_a_clean_clip(mo
 
 
 def test_under_other_poses_the_face_stays_where_it_is_seen_and_its_outline_goes_with_the_skull(model):
-    """Poses 1 mm aside, 1.7 px, and 4 mm further away than the landmarks say for some frames, as a skull's are against its face."""
+    """For some frames the rigid head's pose is 1 mm (1.7 px) aside and 4 mm further away than the landmarks say."""
     truth, points = true_track(model)
     poses = truth.motion.T_camera_head.clone()
     poses[10:20, 0, 3] += 0.01
@@ -149,7 +130,7 @@ def test_under_other_poses_the_face_stays_where_it_is_seen_and_its_outline_goes_
     shaken = points + 0.6 * np.random.default_rng(0).normal(
         size=(30, 1, 3)
     )  # what the landmark network adds and the first track had taken out
-    track = refit_expressions(truth, poses, shaken, np.ones(30, bool), model, range(24), FAST)
+    track = refit_expressions(truth, poses, seen(shaken), model, range(24), FAST)
     torch.testing.assert_close(track.motion.T_camera_head, poses, atol=1e-5, rtol=0)
     camera = replace(track.camera, T_camera_head=poses, K=track.camera.K.expand(30, 3, 3))
     off = (camera.project(track.motion.landmarks)[0] - truth.landmarks_px).norm(dim=-1)
@@ -186,9 +167,8 @@ def test_flow_takes_the_landmark_networks_jitter_out_of_the_pose(model):
         )[0][:, 0]
         return float((origin - expected).diff(dim=0).norm(dim=1).mean())
 
-    found = np.ones(40, bool)
-    without = wobble(fit_track(noisy, found, 512, 512, model, config=replace(FAST, pose_smooth=0.0, slip=1e-3)))
-    with_flow = wobble(fit_track(noisy, found, 512, 512, model, config=FAST, flow=flow))
+    without = wobble(fit_track(seen(noisy), model, config=replace(FAST, pose_smooth=0.0, landmark_bias=1e-3)))
+    with_flow = wobble(fit_track(seen(noisy, flow=flow), model, config=FAST))
     assert without > 1.0 and with_flow < 0.35 * without, (without, with_flow)
 
 
@@ -197,10 +177,7 @@ def test_test_frames_reach_neither_identity_nor_training_poses(model):
     other = points.copy()
     other[24:, :, :2] += np.random.default_rng(0).normal(0, 5, (6, 478, 2)) + 30
     flow = Flow(points[:-1, :40, :2], points[1:, :40, :2], np.ones((29, 40), bool))
-    a, b = (
-        fit_track(p, np.ones(30, bool), 512, 512, model, train=slice(0, 24), config=FAST, flow=flow)
-        for p in (points, other)
-    )
+    a, b = (fit_track(seen(p, flow=flow), model, train=range(24), config=FAST) for p in (points, other))
     assert torch.equal(a.identity, b.identity) and torch.equal(a.camera.K, b.camera.K)
     for key in ("expression", "landmarks", "T_camera_head"):
         assert torch.equal(getattr(a.motion, key)[:24], getattr(b.motion, key)[:24]), key
@@ -212,7 +189,7 @@ def test_frames_without_a_face_are_interpolated_and_marked(model):
     found = np.ones(30, bool)
     found[[0, 10, 11, 12, 29]] = False
     points[~found] = np.nan
-    track = fit_track(points, found, 512, 512, model, config=FAST)
+    track = fit_track(seen(points, found), model, config=FAST)
     assert track.confidence.tolist() == found.astype(float).tolist()
     assert torch.isfinite(track.landmarks_px).all() and torch.isfinite(track.motion.landmarks).all()
     assert (track.landmarks_px - truth.landmarks_px).norm(dim=-1)[~found].mean() < 6  # the head moves some 3 px a frame
@@ -221,9 +198,8 @@ def test_frames_without_a_face_are_interpolated_and_marked(model):
 
 def test_windows_change_nothing_but_memory(model):
     _, points = true_track(model)
-    found = np.ones(30, bool)
-    whole = fit_track(points, found, 512, 512, model, config=replace(FAST, frame_steps=10))
-    cut = fit_track(points, found, 512, 512, model, config=replace(FAST, frame_steps=10, window=8))
+    whole = fit_track(seen(points), model, config=replace(FAST, frame_steps=10))
+    cut = fit_track(seen(points), model, config=replace(FAST, frame_steps=10, window=8))
     assert turn_error_deg(whole, cut).max() < 0.05
     assert (whole.motion.expression - cut.motion.expression).abs().max() < 0.05
 
@@ -232,18 +208,11 @@ def test_a_real_jump_of_the_head_survives(model):
     """Dropped frames make clips jump: smoothing must not smear that."""
     _, points = true_track(model)
     points[15:, :, 0] += 8.0
-    track = fit_track(points, np.ones(30, bool), 512, 512, model, config=FAST)
+    track = fit_track(seen(points), model, config=FAST)
     camera = Camera(track.camera.K.expand(30, 3, 3), track.motion.T_camera_head, 512, 512)
     modelled = camera.project(model.landmarks(model.vertices(track.identity, track.motion.expression)))[0]
     error = (modelled - track.landmarks_px).norm(dim=-1).mean(1)
     assert error[13:17].max() < 2.0
-
-
-def test_a_constant_offset_of_a_landmark_is_found(model):
-    _, points = true_track(model)
-    points[:, 50, 1] += 4.0  # px down: 4 / 175 dm at this size
-    offset, _ = person_offsets(points, 512, 512, model, replace(FAST, offset_rounds=2))
-    assert -0.03 < offset[50, 1] < -0.01 and np.abs(np.delete(offset, 50, 0)).mean() < 0.004
 
 
 def test_a_clip_almost_without_a_face_is_refused(model):
@@ -251,7 +220,7 @@ def test_a_clip_almost_without_a_face_is_refused(model):
     found = np.zeros(6, bool)
     found[2] = True
     with pytest.raises(InputError, match="1 of 5 training frames"):
-        fit_track(points, found, 512, 512, model, train=range(5))
+        fit_track(seen(points, found), model, train=range(5))
 
 
 def test_optical_flow_follows_a_moving_face_to_a_tenth_of_a_pixel(model):
@@ -261,10 +230,17 @@ def test_optical_flow_follows_a_moving_face_to_a_tenth_of_a_pixel(model):
     texture = np.repeat(cv2.normalize(texture, None, 0, 255, cv2.NORM_MINMAX)[..., None], 3, 2)
     step = np.array([3.3, -1.7])
     frames = [
-        cv2.warpAffine(texture, np.array([[1, 0, step[0] * t], [0, 1, step[1] * t]]), (512, 512), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
-        .clip(0, 255).astype(np.uint8)
+        cv2.warpAffine(
+            texture,
+            np.array([[1, 0, step[0] * t], [0, 1, step[1] * t]]),
+            (512, 512),
+            flags=cv2.INTER_CUBIC,
+            borderMode=cv2.BORDER_REFLECT,
+        )
+        .clip(0, 255)
+        .astype(np.uint8)
         for t in range(4)
-    ]  # fmt: skip
+    ]
     points = np.stack([points[0] + [*(step * t), 0] for t in range(4)])
     flow = track_flow(iter(frames), points, np.array([True, True, True, False]))
     assert flow.valid[:2].sum(1).min() > 30 and not flow.valid[2].any()
@@ -275,12 +251,13 @@ def test_optical_flow_follows_a_moving_face_to_a_tenth_of_a_pixel(model):
 @pytest.mark.clip
 def test_a_real_clip_is_fitted_to_two_pixels(model, markey):
     from hicode.media.video import read_video
-    from hicode.tracking.landmarks import FaceLandmarker, track_faces
+    from hicode.tracking.face_tracker import track_faces
+    from hicode.tracking.landmarks import FaceLandmarker
 
-    frames = [frame for frame, _ in zip(read_video(markey), range(40))]
+    frames = [frame for frame, _ in zip(read_video(markey), range(40), strict=False)]
     found = track_faces(frames, FaceLandmarker())
     flow = track_flow(frames, found.points_px, found.found)
-    track = fit_track(found.points_px, found.found, 512, 512, model, train=slice(0, 32), flow=flow)
+    track = fit_track(Observations(found.points_px, found.found, 512, 512, flow), model, train=range(32))
     report = fit_report(track, model)
     assert report.error_px < 2.5 and report.lips_px < 2.5 and report.lip_gap_correlation > 0.95
     assert 600 < report.focal_px < 4000 and report.identity_rms < 1.5

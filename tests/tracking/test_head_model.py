@@ -103,7 +103,7 @@ def test_iris_landmarks_sit_on_the_eyeballs_and_follow_the_gaze(model):
 
 
 def test_speech_drives_the_mouth_and_jaw_only(model):
-    driven = {n for n, speech in zip(model.expression_names, model.mouth_expression) if speech}
+    driven = {n for n, speech in zip(model.expression_names, model.mouth_expression, strict=True) if speech}
     assert {"jawOpen", "mouthClose", "mouthPucker", "tongueOut", "mouth-eversion"} <= driven
     assert not any(n.startswith(("eye", "brow")) for n in driven)
     weight = model.mouth_landmark_weight

@@ -1,40 +1,44 @@
 """Landmarks on a drawn head whose skin does not move: what the network makes up is taken back, and only that."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.tracked_head import FRAMES, KEYS, PX_PER_DM, TRAIN, drawn_head, swings, tracked
-from hicode.motion import LIPS
-from hicode.tracking import landmark_drift as skin
-from hicode.tracking.landmark_drift import IRISES, SkinConfig, follow_skin, solve_keyframes
-from hicode.tracking.rigid_pose import Skull
+from hicode.motion import FACE_OVAL, IRISES, LIPS
+from hicode.tracking import keyframes
+from hicode.tracking.landmark_drift import DriftConfig, correct_landmark_drift, solve_keyframes
+from hicode.tracking.rigid_pose import RigidPoints
 
-CONFIG = SkinConfig(structure_frames=12, outline_mm=1e-6)  # the drawn head's landmarks lie anywhere: none is an outline
+CONFIG = DriftConfig(
+    structure_frames=12, outline_mm=1e-6
+)  # the drawn head's landmarks lie anywhere: none is an outline
 
 
 @pytest.fixture
 def follow(monkeypatch):
-    """`follow_skin` where the network's landmarks stand `slide` "t 3" (dm, head frame) beside their skin."""
+    """`correct_landmark_drift` where the network's landmarks are `slide` "t 3" (dm, head frame) off the skin."""
     poses, drawn = drawn_head()
-    monkeypatch.setattr(skin, "head_depth", lambda model, track, t, mask: drawn[t][1])
+    monkeypatch.setattr(keyframes, "head_depth", lambda model, track, t, mask: drawn[t][1])
 
     def run(slide, images=None, confidence=None, config=CONFIG):
         track = tracked(poses, poses, confidence=confidence)
         landmarks = track.motion.landmarks + slide[:, None]
         track = replace(track, motion=replace(track.motion, landmarks=landmarks))
-        rigid = Skull(torch.zeros(len(KEYS), 3), torch.zeros(len(KEYS)), KEYS)
+        rigid = RigidPoints(torch.zeros(len(KEYS), 3), torch.zeros(len(KEYS)), KEYS)
         pictures = images or [d[0] for d in drawn]
         mask = lambda t: np.isfinite(drawn[t][1]).astype(np.uint8) * 255
-        return follow_skin(lambda t: pictures[t], mask, track, rigid, None, TRAIN, config), track
+        frames = SimpleNamespace(image=lambda t: pictures[t], head_mask=mask)
+        return correct_landmark_drift(frames, track, rigid, None, TRAIN, config), track
 
     return run
 
 
 def wandering_px(track):
-    """How far the landmarks move over the head, px: mean distance from where each usually is (the front's, whose depth is across no ray)."""
+    """Mean distance (px) of the front's landmarks from their mean places on the head."""
     x = track.motion.landmarks
     front = track.motion.landmarks.mean(0)[:, 2] > 0.6
     return float((x - x.mean(0))[:, front, :2].norm(dim=-1).mean()) * PX_PER_DM
@@ -67,7 +71,7 @@ def test_lips_lids_and_irises_go_with_the_skin_about_them(follow):
 def test_corrections_fade_at_the_outline(follow):
     (found, _), track = follow(swings(), config=replace(CONFIG, outline_mm=40.0))
     moved = (found.motion.landmarks - track.motion.landmarks).norm(dim=-1).mean(0)
-    assert float(moved[torch.from_numpy(skin.FACE_OVAL)].max()) == 0 and float(moved.max()) > 0.005
+    assert float(moved[torch.from_numpy(FACE_OVAL)].max()) == 0 and float(moved.max()) > 0.005
 
 
 def test_no_training_landmark_depends_on_a_test_frame(follow):
@@ -102,7 +106,7 @@ def test_eliminating_frames_gives_the_whole_systems_solution():
     e[rng.random((s, k, n)) < 0.3] = np.nan
     for j, row in enumerate(rows):
         e[row, j] = np.nan  # a keyframe is not matched to itself
-    config = SkinConfig(rounds=1)
+    config = DriftConfig(rounds=1)
     found = solve_keyframes(e, rows, 1.0, config)
     for i in range(n):
         A, b = config.network * np.eye(s), np.zeros((s, 3))
@@ -120,8 +124,9 @@ def test_eliminating_frames_gives_the_whole_systems_solution():
 def test_a_head_without_rigid_points_keeps_its_landmarks(monkeypatch):
     poses, drawn = drawn_head()
     track = tracked(poses, poses)
-    nothing = Skull(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0, dtype=torch.long))
-    found, report = follow_skin(
-        lambda t: drawn[t][0], lambda t: np.isfinite(drawn[t][1]).astype(np.uint8), track, nothing, None, TRAIN, CONFIG
+    nothing = RigidPoints(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    pictures = SimpleNamespace(
+        image=lambda t: drawn[t][0], head_mask=lambda t: np.isfinite(drawn[t][1]).astype(np.uint8)
     )
+    found, report = correct_landmark_drift(pictures, track, nothing, None, TRAIN, CONFIG)
     assert torch.equal(found.motion.landmarks, track.motion.landmarks) and report.matches == 0

@@ -1,4 +1,4 @@
-"""Person and head masks: the filter against its definition, the head's cut on drawn figures, the network on real pictures."""
+"""Person and head masks: the filter against its definition, drawn figures, the network on real pictures."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import pytest
 
 from hicode import assets
 from hicode.errors import AssetError
-from hicode.motion import FACE_OVAL
-from hicode.tracking.masks import JAW, Segmenter, _guided, head_mask, refine_edge
+from hicode.motion import FACE_OVAL, JAW
+from hicode.tracking.masks import MaskConfig, Segmenter, _guided, head_mask, refine_edge
 
 LANDMARKS = np.load(Path(__file__).parents[1] / "golden" / "mediapipe_landmarks.npz")["points_px"]
 SHAPE = (288, 360)
@@ -19,7 +19,7 @@ HEIGHT = float(CHIN[1] - BROW[1])
 
 
 def drawn_person(long_hair: bool) -> np.ndarray:
-    """A figure around the golden landmarks: skull, neck, shoulders; long hair hangs down to the shoulders on both sides."""
+    """A figure around the golden landmarks: skull, neck, shoulders; long hair hangs to the shoulders on both sides."""
     mask = np.zeros(SHAPE, np.uint8)
     x, y = LANDMARKS[:468, :2].mean(0)
     skull = (int(x), int(y - 0.1 * HEIGHT))
@@ -43,7 +43,7 @@ def drawn_person(long_hair: bool) -> np.ndarray:
 
 
 def test_the_guided_filter_is_its_definition():
-    """Least squares of the mask on the colours in every window, averaged: the slow way, at half size as the fast one."""
+    """Least squares of the mask on the colours in every window, averaged, at half size as the fast one."""
     rng = np.random.default_rng(0)
     guide = cv2.GaussianBlur(rng.uniform(0, 1, (32, 40, 3)).astype(np.float32), (0, 0), 1.5)
     mask = cv2.GaussianBlur(rng.uniform(0, 1, (32, 40)).astype(np.float32), (0, 0), 2)
@@ -78,7 +78,7 @@ def test_a_coarse_edge_moves_onto_the_pictures():
     frame = np.where(disc[..., None], (200, 150, 120), (40, 60, 90)).astype(np.uint8)
     frame = np.clip(frame + np.random.default_rng(0).normal(0, 4, frame.shape), 0, 255).astype(np.uint8)
     coarse = np.roll(cv2.GaussianBlur(disc.astype(np.float32), (0, 0), 3), 3, 1)
-    refined = refine_edge(coarse, frame, radius=10)
+    refined = refine_edge(coarse, frame, MaskConfig(edge_radius=10 / max(coarse.shape)))
     errors = [np.abs(mask - disc).mean() for mask in (coarse, refined)]
     assert errors[1] < 0.5 * errors[0], errors
 

@@ -1,7 +1,9 @@
 """The rigid head on a drawn one: an ellipsoid with a texture of its own, seen under known poses."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,10 +19,18 @@ from helpers.tracked_head import (
 from hicode.camera import Camera
 from hicode.geometry import axis_angle_from_rotation, rigid, rotation_from_axis_angle
 from hicode.motion import FaceTrack, Motion
-from hicode.tracking import rigid_pose as skull
-from hicode.tracking.rigid_pose import Skull, SkullConfig, align_skull, choose_keyframes, corrected_depth, face_origin
+from hicode.tracking import keyframes, rigid_pose
+from hicode.tracking.bundle import BundleConfig
+from hicode.tracking.keyframes import choose_keyframes
+from hicode.tracking.rigid_pose import (
+    RigidPoints,
+    RigidPoseConfig,
+    corrected_depth,
+    face_origin,
+    refine_rigid_pose,
+)
 
-CONFIG = SkullConfig(points=150, keyframes=6, structure_frames=12)
+CONFIG = RigidPoseConfig(points=150, keyframes=6, structure_frames=12)
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +41,24 @@ def scene():
 
 @pytest.fixture
 def aligned(scene, monkeypatch):
-    """Align with the drawn head's depth, `wrong` times as high as it is and `shift` dm behind, in place of the head model's; `fit` are the poses to
-    start from."""
+    """Align from the poses `fit` with the drawn head's depth in place of the head model's.
+
+    The depth is `wrong` times as high as it is, and `shift` dm behind.
+    """
     poses, images, depths = scene
 
     def depth_of(wrong, shift):
         return lambda model, track, t, mask: (4.5 + wrong * (depths[t] - 4.5) + shift).astype(np.float32)
 
-    monkeypatch.setattr(skull, "_rigid_region", lambda mask, depth, track, t: (mask > 0).astype(np.uint8) * 255)
+    monkeypatch.setattr(rigid_pose, "_rigid_region", lambda mask, depth, track, t: (mask > 0).astype(np.uint8) * 255)
 
     def run(fit, wrong=1.0, shift=0.0, images=images, confidence=None, config=CONFIG):
-        monkeypatch.setattr(skull, "head_depth", depth_of(wrong, shift))
+        monkeypatch.setattr(keyframes, "head_depth", depth_of(wrong, shift))
         track = tracked(poses, fit, confidence=confidence)
-        mask = lambda t: skull.cv2.erode(np.isfinite(depths[t]).astype(np.uint8) * 255, np.ones((7, 7), np.uint8))
-        return align_skull(lambda t: images[t], mask, track, None, TRAIN, config), track
+        mask = lambda t: cv2.erode(np.isfinite(depths[t]).astype(np.uint8) * 255, np.ones((7, 7), np.uint8))
+        pictures = SimpleNamespace(image=lambda t: images[t], head_mask=mask)
+        found = refine_rigid_pose(pictures, track, None, TRAIN, config)
+        return (found.poses, found.points, found.report), track
 
     return run
 
@@ -63,7 +77,7 @@ def apart_deg(a, b):
 
 
 def test_a_nod_that_the_landmarks_made_up_is_taken_back(scene, aligned):
-    """Test frames said to nod 1.2 degrees too far, as measured on a real clip: back to within what matches can tell, training frames unharmed."""
+    """Test frames that nod 1.2 degrees too far (as on a real clip) come back; training frames stay."""
     poses, *_ = scene
     test = list(range(TRAIN.stop, FRAMES))
     (found, _, report), _ = aligned(nodded(poses, 1.2, test))
@@ -74,13 +88,15 @@ def test_a_nod_that_the_landmarks_made_up_is_taken_back(scene, aligned):
 
 
 def test_wrong_depth_is_told_by_the_motion(scene, aligned):
-    """A head taken for flatter than it is: poses and depths are found together, and the depth map follows the points."""
+    """A head taken for too flat: poses and depths are found together, and the depth map follows the points."""
     poses, _, depths = scene
-    (found, rigid_points, _), track = aligned(poses, wrong=0.7, config=replace(CONFIG, depth_mm=40.0))
+    (found, rigid_points, _), track = aligned(
+        poses, wrong=0.7, config=replace(CONFIG, bundle=BundleConfig(depth_mm=40.0))
+    )
     assert apart_deg(found, poses).max() < 1.0
     flat = (4.5 + 0.7 * (depths[0] - 4.5)).astype(np.float32)
     mended = corrected_depth(flat, rigid_points, replace(track, motion=replace(track.motion, T_camera_head=found)), 0)
-    known = np.isfinite(depths[0]) & (skull.cv2.erode(np.isfinite(depths[0]).astype(np.uint8), np.ones((21, 21))) > 0)
+    known = np.isfinite(depths[0]) & (cv2.erode(np.isfinite(depths[0]).astype(np.uint8), np.ones((21, 21))) > 0)
     error = lambda z: np.abs((z - depths[0]) - np.median((z - depths[0])[known]))[
         known
     ].mean()  # distance and relief trade: relief is asked
@@ -109,7 +125,7 @@ def test_frames_that_show_nothing_to_hold_on_to_keep_their_pose(scene, aligned):
 
 
 def test_the_origin_goes_to_where_the_face_is(scene):
-    """Poses about another origin than the landmarks': found to rounding; gross errors of a tenth of them do no harm beyond a tenth of a mm."""
+    """Poses about another origin than the landmarks': found to rounding; with a tenth of outliers, to .2 mm."""
     poses, *_ = scene
     moved = torch.tensor([0.02, -0.01, 0.05])
     frames = np.arange(TRAIN.stop)
@@ -127,7 +143,7 @@ def test_the_origin_goes_to_where_the_face_is(scene):
 
 
 def test_a_face_that_lies_elsewhere_than_the_mesh_says_is_seen_where_it_was(scene, aligned, monkeypatch):
-    """A mesh 10 mm behind the head: the points' frame goes with it, and its turns would carry the landmarks 1.5 px beside where they were detected."""
+    """With a mesh 10 mm behind the head, the points' frame would carry the landmarks 1.5 px off in turns."""
     poses, *_ = scene
     off = lambda T, track: (
         (track.camera.with_pose(T).project(landmarks().expand(FRAMES, 478, 3))[0] - track.landmarks_px)
@@ -137,7 +153,7 @@ def test_a_face_that_lies_elsewhere_than_the_mesh_says_is_seen_where_it_was(scen
     )
     (found, points, report), track = aligned(poses, shift=0.1)
     assert off(found, track) < 0.6 and 4 < report.origin_mm < 10
-    monkeypatch.setattr(skull, "face_origin", lambda *_: np.zeros(3))
+    monkeypatch.setattr(rigid_pose, "face_origin", lambda *_: np.zeros(3))
     (kept, kept_points, _), _ = aligned(poses, shift=0.1)
     assert off(kept, track) > 1.2
     # it is another name for the same points: they are seen in the same places
@@ -160,10 +176,13 @@ def test_keyframes_are_spread_over_the_turns():
 def test_points_far_off_the_mesh_do_not_move_its_depth():
     depth = np.full((64, 64), 4.0, np.float32)
     track = FaceTrack(
-        Motion(torch.zeros(1, 64), torch.zeros(1, 478, 3), torch.eye(4)[None]), torch.zeros(80), Camera.pinhole(64.0, 64, 64),
-        torch.zeros(1, 478, 2), torch.ones(1),
-    )  # fmt: skip
-    at = lambda z: Skull(torch.tensor([[0.0, 0.0, z]]), torch.tensor([0.01]), torch.tensor([0]))
+        Motion(torch.zeros(1, 64), torch.zeros(1, 478, 3), torch.eye(4)[None]),
+        torch.zeros(80),
+        Camera.pinhole(64.0, 64, 64),
+        torch.zeros(1, 478, 2),
+        torch.ones(1),
+    )
+    at = lambda z: RigidPoints(torch.tensor([[0.0, 0.0, z]]), torch.tensor([0.01]), torch.tensor([0]))
     near, far = corrected_depth(depth, at(4.2), track, 0), corrected_depth(depth, at(5.0), track, 0)
     # One point's weight against the mesh's, all at its own pixel: 0.2 w / (w + 1 / 0.08^2)
     weight = 1 / (0.01**2 + 0.02**2)

@@ -280,8 +280,7 @@ class _Work:
 
     def closures(self, alignment: Path | str) -> list[tuple[int, int]]:
         """Closures due in the test part; the alignment's times are the video's, of which the clip may leave out a beginning."""
-        cut = self.clip.config.get("steps", {}).get("faces", {}).get("settings", {}).get("start", 0.0)
-        first = self.test[0] + round(cut * self.clip.fps)
+        first = self.test[0] + self.clip.first_frame
         return closures_due(alignment, first, len(self.test), self.clip.audio_offset_frames, self.clip.fps)
 
     @cached_property
@@ -459,8 +458,7 @@ def _median_ms(work: Callable[[int], object], looks: range) -> float:
 
 
 def _stage_seconds(clip: Clip, info: dict) -> dict[str, float]:
-    steps = clip.config.get("steps", {})
-    prepared = sum(step.get("seconds", 0.0) for step in steps.values() if isinstance(step, dict))
+    prepared = clip.prepare_seconds
     return ({"prepare": prepared} if prepared else {}) | dict(info.get("seconds", {}))
 
 

@@ -51,7 +51,7 @@ from hicode.media.video import probe, read_video
 from hicode.motion import N_LANDMARKS, mouth_box
 from hicode.perceptual import SMALLEST_SIDE_PX
 from hicode.preparation.clip import shift_audio
-from hicode.preparation.prepare import head_box
+from hicode.preparation.crop import head_box
 from hicode.progress import progress_bar
 from hicode.provenance import provenance
 from hicode.runtime import peak_memory_mb
@@ -316,7 +316,7 @@ class _Face:
 
 def _follow(pair: _Pair, report: Callable[[int, int], None]) -> _Face:
     """Landmarks and head masks of the reference, as `prepare` makes them: segmentation looks at a square about the head."""
-    from hicode.tracking.landmarks import track_faces
+    from hicode.tracking.face_tracker import track_faces
     from hicode.tracking.masks import Segmenter, head_mask
 
     t, width, height = pair.count, pair.reference.width, pair.reference.height

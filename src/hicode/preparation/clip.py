@@ -1,7 +1,7 @@
 """A prepared clip: a folder of frames, masks, track, depth, sound and speech features, read lazily.
 
-t frames at 25 fps, h x w px (square). The first 10/11 of them train, the last 1/11 (at least one second) test; nothing
-that learns, averages or stops early may look at the test part. Frame i owns the speech features 2i and 2i + 1 and the
+t frames at 25 fps, h x w px (square). The first 10/11 of them train, the last 1/11 (at least one second) test. Nothing
+that learns, averages or stops early may use the test part. Frame i owns the speech features 2i and 2i + 1 and the
 samples 640 i … 640 (i + 1).
 
     clip.json                     schema, source, split, the settings of every step, the capture report
@@ -35,7 +35,7 @@ SCHEMA, VERSION = "hicode-clip", 2
 CACHE_BYTES = 128 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """One frame of a clip. Masks are soft, 0 … 255."""
 
@@ -65,9 +65,8 @@ class Clip:
         self.train = range(*config["train"])
         self.test = range(*config["test"])
         self.source: dict = config["source"]
-        self.crop_box: tuple[float, float, float] = tuple(
-            config["crop_box"]
-        )  # x0, y0, size in px of the upright source
+        self.crop_box: tuple[int, int, int] = tuple(config["crop_box"])  # x0, y0, side in px of the upright source
+        self.start_s: float = config["start_s"]
         self.audio_offset_frames: float = config["audio_offset_frames"]
         self.report: dict = config["report"]
         self._pictures = _Pictures()
@@ -104,6 +103,26 @@ class Clip:
                 raise FileFormatError(f"{path} lacks {name}. The clip is damaged: run hicode prepare again.")
         return clip
 
+    @property
+    def first_frame(self) -> int:
+        """The source's frame, at 25 fps, that is frame 0 here."""
+        return round(self.start_s * self.fps)
+
+    @property
+    def video(self) -> Path:
+        """The source video, where it was when the clip was prepared."""
+        return Path(self.source["path"])
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether the source has a sound that is not silent."""
+        return self.config["has_audio"]
+
+    @property
+    def prepare_seconds(self) -> float:
+        """How long all steps of preparing took."""
+        return sum(step["seconds"] for step in self.config["steps"].values())
+
     def __len__(self) -> int:
         return self.frame_count
 
@@ -114,12 +133,15 @@ class Clip:
         return Frame(t, self.image(t), self.head_mask(t), self.person_mask(t), self.track.camera_at(t))
 
     def image(self, t: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Frame t, RGB."""
         return self._read("frames", t)
 
     def head_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
+        """The head in frame t: 0 … 255, soft."""
         return self._read("masks/head", t)
 
     def person_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
+        """The person in frame t: 0 … 255, soft."""
         return self._read("masks/person", t)
 
     def _read(self, kind: str, t: int) -> np.ndarray:
@@ -129,11 +151,13 @@ class Clip:
 
     @cached_property
     def track(self) -> FaceTrack:
+        """The head's track."""
         return load_track(self.path / "track.safetensors")
 
     def hear(self, encoder: str = "embedded") -> None:
-        """Give the track's motion the sound's features, the two rows of each frame side by side: for avatars that are moved by
-        them directly (Table 2's None). Raises InputError for a video without sound.
+        """Give the track's motion the sound's features, a frame's two rows next to each other.
+
+        For avatars that are moved by them directly (row None of Table 2). Raises InputError for a video without sound.
         """
         if self.track.motion.speech is not None:
             return
@@ -147,16 +171,19 @@ class Clip:
         )
 
     def depths(self) -> dict[int, Float32[np.ndarray, "h w"]]:
-        """Camera depth (dm) by frame, NaN outside the head: the first training frame, then those that turn farthest from it and from each other."""
+        """Camera depth (dm) by frame, NaN outside the head.
+
+        The first training frame, then those that turn farthest from it and from each other.
+        """
         tensors, _ = load_tensors(self.path / "depth.safetensors", "hicode-depth", 2)
-        return dict(zip(tensors["frames"].tolist(), tensors["depth"].numpy()))
+        return dict(zip(tensors["frames"].tolist(), tensors["depth"].numpy(), strict=True))
 
     def audio(self) -> Float32[np.ndarray, "n"] | None:
         """16 kHz mono, 640 samples a frame, moved by the measured offset so that it fits the picture; None for a video
         without sound.
         """
         file = self.path / "audio.wav"
-        if not self.config["has_audio"]:
+        if not self.has_audio:
             return None
         import soundfile
 
@@ -168,10 +195,11 @@ class Clip:
         return shift_audio(samples, self.audio_offset_frames, self.frame_count)
 
     def speech_features(self, encoder: str = "embedded", window: Window | None = None) -> Float[Tensor, "t d"] | None:
-        """Two rows a frame from the named encoder, made and stored on first use; None for a video without sound. `window`: the encoder's, where it
-        is to be another than its own (speech models from before); such features are not stored.
+        """Two rows a frame from the named encoder, made and stored on first use; None for a video without sound.
+
+        `window` replaces the encoder's own; such features are not stored.
         """
-        if not self.config["has_audio"]:
+        if not self.has_audio:
             return None
         usual = usual_window(encoder)
         window = window or usual
@@ -227,6 +255,7 @@ class _Pictures:
 
 
 def read_png(file: Path, grey: bool) -> UInt8[np.ndarray, "h w *c"]:
+    """A PNG file as grey or RGB. Raises FileFormatError where it is missing or damaged."""
     try:
         picture = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
     except (OSError, cv2.error):
@@ -237,7 +266,7 @@ def read_png(file: Path, grey: bool) -> UInt8[np.ndarray, "h w *c"]:
 
 
 def write_png(file: Path, picture: UInt8[np.ndarray, "h w *c"]) -> None:
-    """Lossless and quick (level 1); not atomic: whoever writes a series renames the folder when it is whole."""
+    """Write losslessly and fast (level 1). Not atomic: writers of a series rename the folder when it is whole."""
     stored = picture[..., ::-1] if picture.ndim == 3 else picture
     done, data = cv2.imencode(
         ".png",
@@ -249,20 +278,19 @@ def write_png(file: Path, picture: UInt8[np.ndarray, "h w *c"]) -> None:
 
 
 def shift_audio(samples: Float32[np.ndarray, "n"], offset_frames: float, frame_count: int) -> Float32[np.ndarray, "m"]:
-    """Sound that lags the picture by -offset (negative: the picture leads) moved onto it; cut or padded to 640 samples
-    a frame.
-    """
+    """Sound moved onto the picture, which trails it by `offset_frames` (negative: leads); 640 samples a frame."""
     start = round(-offset_frames * SAMPLES_PER_FRAME)
-    wanted = frame_count * SAMPLES_PER_FRAME
-    out = np.zeros(wanted, np.float32)
-    source = samples[max(start, 0) : max(start + wanted, 0)]
+    length = frame_count * SAMPLES_PER_FRAME
+    out = np.zeros(length, np.float32)
+    source = samples[max(start, 0) : max(start + length, 0)]
     at = max(-start, 0)
-    source = source[: wanted - at]
+    source = source[: length - at]
     out[at : at + len(source)] = source
     return out
 
 
 def save_track(path: Path, track: FaceTrack) -> None:
+    """Write a track as one safetensors file."""
     tensors = {
         **track.motion.tensors(),
         "identity": track.identity,
@@ -275,6 +303,7 @@ def save_track(path: Path, track: FaceTrack) -> None:
 
 
 def load_track(path: Path) -> FaceTrack:
+    """A track that `save_track` wrote. Raises FileFormatError where it is missing or damaged."""
     tensors, config = load_tensors(path, "hicode-track", 1)
     try:
         motion = Motion(tensors["expression"], tensors["landmarks"], tensors["T_camera_head"], config["fps"])

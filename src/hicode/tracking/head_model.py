@@ -1,14 +1,16 @@
-"""The open 3D morphable head: MakeHuman (CC0) as 80 identity and 64 expression dimensions, with MediaPipe's 478 landmarks on its surface.
+"""The open 3D morphable head: MakeHuman (CC0) with 80 identity and 64 expression dimensions and MediaPipe's landmarks.
 
-v vertices, f triangles. A head is `mean + identity @ identity_basis + expression @ expression_basis`, linear in both. The frame is MakeHuman's:
-x to the subject's left (right in the image), y up, z out of the face, in decimetres; its origin is the centroid of the 468 face-mesh landmarks
-on the mean head. Identity coefficients are standard deviations of a sampled population; expression coefficients are intensities of named
-facial actions: 0 is rest, 1 the full action.
+v vertices, f triangles. A head is `mean + identity @ identity_basis + expression @ expression_basis`, linear in both.
+The frame is MakeHuman's: x to the subject's left (right in the image), y up, z out of the face, in decimetres. Its
+origin is the centroid of the 468 face-mesh landmarks on the mean head. Identity coefficients are standard deviations of
+a sampled population; expression coefficients are intensities of named facial actions: 0 is rest, 1 the full action.
 
-A `HeadModel` is data, not code: any head with these arrays serves, so a loader of a user's own BFM or FLAME is one function that returns one.
+A `HeadModel` is data, not code: any head with these arrays serves, so a loader of BFM or FLAME is one function that
+returns one.
 
-Source: the `head_model` asset. 52 actions are ARKit's (`faceunits01`), with the jaw's and the eyes' motions among them; 12 units are MakeHuman's own
-mouth and nose shapes that lie farthest outside the span of those 52. Identity: PCA of 4000 heads sampled from the macro and detail targets.
+Source: the `head_model` asset. 52 actions are ARKit's (`faceunits01`), the jaw's and the eyes' motions among them; 12
+units are MakeHuman's own mouth and nose shapes that lie farthest outside the span of those 52. Identity is a PCA of
+4000 heads sampled from the macro and detail targets.
 """
 
 import gzip
@@ -26,7 +28,7 @@ from hicode import assets
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
 from hicode.geometry import smoothstep
-from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM
+from hicode.motion import EXPRESSION_DIM, IDENTITY_DIM, NOSE_TIP, PHILTRUM
 
 PARTS = ("skin", "left_eye", "right_eye", "upper_teeth", "lower_teeth", "tongue")
 
@@ -45,11 +47,12 @@ _GROUP_OF_PART = {
 }
 _COLLAR_Y, _SHOULDER_X = 5.75, 1.0  # dm: skin above the collar and between the shoulders belongs to the head
 
-# MakeHuman's units with the most energy outside the span of the 52 ARKit actions, in that order; "mouth-open" is left out (it leaves the
-# tongue behind when it lowers the teeth) and so are the neck's and the eyes', which landmarks hardly see.
+# MakeHuman's units with the most energy outside the span of the 52 ARKit actions, in that order. "mouth-open" is left
+# out (it lowers the teeth without the tongue), and so are the neck's and the eyes', which landmarks hardly see.
 _UNITS = (
-    "mouth-protusion", "mouth-part-later", "mouth-corner-puller", "mouth-pursing", "mouth-upward-retraction", "mouth-depression",
-    "mouth-depression-retraction", "mouth-retraction", "mouth-compression", "nose-depression", "mouth-elevation", "mouth-eversion",
+    "mouth-protusion", "mouth-part-later", "mouth-corner-puller", "mouth-pursing", "mouth-upward-retraction",
+    "mouth-depression", "mouth-depression-retraction", "mouth-retraction", "mouth-compression", "nose-depression",
+    "mouth-elevation", "mouth-eversion",
 )  # fmt: skip
 _SPEECH_DRIVEN = re.compile(r"jaw|mouth|cheekPuff|tongueOut")
 
@@ -60,7 +63,7 @@ _OPPOSITES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadModel:
     """Arrays of a linear head.
 
@@ -92,7 +95,7 @@ class HeadModel:
 
     @staticmethod
     def load() -> "HeadModel":
-        """The MakeHuman head, built once (seconds) into the cache. Raises AssetError where its data cannot be fetched."""
+        """The MakeHuman head, built once into the cache (seconds). Raises AssetError where it cannot be fetched."""
         return _load()
 
     def vertices(
@@ -114,6 +117,7 @@ class HeadModel:
         return torch.isin(self.triangle_part, torch.tensor([PARTS.index(n) for n in names]))
 
     def to(self, device: torch.device | str) -> "HeadModel":
+        """The same head on a device."""
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
@@ -155,7 +159,7 @@ def assemble(
         triangles=triangles,
         triangle_part=arrays["triangle_part"].long(),
         expression_names=expression_names,
-        # ARKit's actions are one-sided by definition (each has its opponent); the units correct them, so they may act both ways.
+        # ARKit's actions are one-sided (each has its opponent); the units correct them, so they may act both ways.
         expression_low=torch.where(unit, -0.6, 0.0),
         expression_high=torch.where(unit, 0.6, 1.0),
         landmark_triangles=landmark_triangles,
@@ -167,7 +171,7 @@ def assemble(
 
 def _mouth_weight(landmarks: Float[Tensor, "478 3"]) -> Float[Tensor, "478"]:
     """By height: 0 above the tip of the nose, 1 below the root of the upper lip, a cubic step between."""
-    nose_tip, below_nose = landmarks[1, 1], landmarks[164, 1]
+    nose_tip, below_nose = landmarks[NOSE_TIP, 1], landmarks[PHILTRUM, 1]
     return smoothstep((nose_tip - landmarks[:, 1]) / (nose_tip - below_nose))
 
 
@@ -175,9 +179,10 @@ def _mouth_weight(landmarks: Float[Tensor, "478 3"]) -> Float[Tensor, "478"]:
 
 
 def build(folder: Path, samples: int = 4000, seed: int = 0) -> tuple[dict[str, Tensor], dict]:
-    """(arrays, config) of the head from the `head_model` asset's folder: the base mesh cut at the collar, facial actions, identity PCA.
+    """(arrays, config) of the head from the `head_model` asset's folder.
 
-    Deterministic for a seed; about ten seconds, most of it reading. Vertices are still in MakeHuman's own origin: `assemble` moves it.
+    They are the base mesh cut at the collar, the facial actions and the identity PCA, deterministic for a seed; about
+    ten seconds, most of it reading. Vertices have MakeHuman's own origin: `assemble` moves it.
     """
     base, faces, groups = _read_obj(folder / "3dobjs" / "base.obj")
     chosen, triangles, parts = _cut_head(base, faces, groups)
@@ -257,8 +262,10 @@ def _cut_head(base: np.ndarray, faces: np.ndarray, groups: np.ndarray) -> tuple[
 def _sample_population(
     macro: tuple[str, ...], detail: tuple[str, ...], samples: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "samples k"]:
-    """Weights of the targets [base, *macro, *detail] for random adults: macro targets are products of the factors in their name
-    (race, gender, age, muscle, weight); detail targets are axes between opposites, the left and right of a face alike but for a little.
+    """Weights of the targets [base, *macro, *detail] for random adults.
+
+    Macro targets are products of the factors in their name (race, gender, age, muscle, weight). Detail targets are axes
+    between opposites; the left and the right of a face differ a little.
     """
 
     def between(x: np.ndarray, low: str, high: str) -> dict[str, np.ndarray]:
@@ -271,7 +278,7 @@ def _sample_population(
             f"max{what}": (2 * x - 1).clip(0),
         }
 
-    race = dict(zip(("african", "asian", "caucasian"), rng.dirichlet([0.6] * 3, samples).T))
+    race = dict(zip(("african", "asian", "caucasian"), rng.dirichlet([0.6] * 3, samples).T, strict=True))
     factors = race | between(rng.random(samples), "female", "male") | between(rng.random(samples), "young", "old")
     factors |= around(rng.random(samples), "muscle") | around(rng.normal(0.5, 0.25, samples).clip(0, 1), "weight")
     factors["universal"] = np.ones(samples)
@@ -302,11 +309,11 @@ def _sample_population(
 def _principal_heads(
     stack: Float[np.ndarray, "k v 3"], weights: Float[np.ndarray, "samples k"]
 ) -> tuple[Float[np.ndarray, "v 3"], Float[np.ndarray, "80 v 3"]]:
-    """Mean and principal components (scaled to one standard deviation) of the heads `weights @ stack`, each first brought to the base's
-    place and size by its face: a camera cannot tell those from the pose.
+    """Mean and principal components (scaled to one standard deviation) of the heads `weights @ stack`.
 
-    Every such head lies in the span of the k targets and three shifts, so the PCA is exact in k + 3 dimensions and takes seconds. Vertices of
-    the face count three times as much as the neck and the back of the head.
+    Each head is first moved and scaled until its face has the base's place and size: a camera cannot tell those from
+    the pose. Every such head lies in the span of the k targets and three shifts, so the PCA is exact in k + 3
+    dimensions and takes seconds. Vertices of the face count three times as much as the rest.
     """
     k, v, _ = stack.shape
     base = stack[0]

@@ -1,25 +1,37 @@
-"""Person and head masks: MediaPipe's selfie segmentation with edges drawn to the picture, and the head cut out of it by the landmarks.
+"""Person and head masks: MediaPipe's selfie segmentation, its edge aligned to the picture, and the head cut out of it.
 
-Masks are uint8 "h w", 0 … 255, soft at the edges. The head is the face, the ears and the hair; neck and torso stay out. What the landmarks
-cannot see (ears, hair, the outline) comes from the person mask; where the head ends inside the person comes from the landmarks.
+Masks are uint8 "h w", 0 … 255, soft at the edges. The head is the face, the ears and the hair; neck and torso stay out.
+The person mask gives what landmarks cannot see (ears, hair, the outline); landmarks give where the head ends inside it.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import nn
 
 from hicode import assets
-from hicode.motion import FACE_OVAL, LEFT_EYE_OUTER, RIGHT_EYE_OUTER
+from hicode.motion import FACE_OVAL, FOREHEAD_TOP, JAW, JAW_CORNERS, LEFT_EYE_OUTER, RIGHT_EYE_OUTER
 from hicode.tracking.tflite import TfliteGraph
 
-# The lower half of the face oval, ear to ear along the jaw and the chin, from the subject's right to the left.
-JAW = np.array([234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 288, 361, 323, 454])
-_JAW_CORNERS = (132, 361)  # at the height of the mouth
-_BROW, _CHIN = 10, 152
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Where edges run. Shares are of the face's height (forehead to chin) unless another unit is named."""
+
+    edge_radius: float = 0.015  # windows of the guided filter, as a share of the frame's longer side
+    edge_eps: float = 1e-4  # regularisation of the guided filter
+    edge_haze: float = 0.15  # alpha below this is background, above 1 - this the person
+    person: int = 20  # a pixel belongs to the person from this value of the soft mask on
+    mouth_margin: float = 0.05  # next to the jaw the head ends this far below the mouth's corners
+    cut_soft: float = 0.012  # softness of that cut, and of the jaw's edge
+    hair_drop: float = 0.03  # the lower half of the cut through hair begins this much further down ...
+    hair_soft: float = 0.06  # ... and is this soft: composition shows the frame through it
+    jaw_margin: float = 0.015  # how far below the jaw's landmarks the chin's edge lies
+    side_soft: float = 0.03  # softness of the oval's sides, as a share of its width
 
 
 class Segmenter(nn.Module):
@@ -29,17 +41,19 @@ class Segmenter(nn.Module):
         super().__init__()
         self.net = TfliteGraph(assets.path("person_mask"))
 
-    def person(self, frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
+    def person(self, frame: UInt8[np.ndarray, "h w 3"], config: MaskConfig = MaskConfig()) -> UInt8[np.ndarray, "h w"]:
         """The person's soft mask at the frame's size.
 
         The network sees the frame as 256x256; a guided filter (He et al. 2013) then moves its edge onto the picture's.
         """
-        return _at_full_size(self._small(frame)[0], frame)
+        return _at_full_size(self._small(frame)[0], frame, config)
 
-    def persons(self, frames: Iterable[UInt8[np.ndarray, "h w 3"]]) -> Iterator[UInt8[np.ndarray, "h w"]]:
-        """`person` over a video: each frame's answer is averaged with the last one's, moved along by optical flow.
+    def persons(
+        self, frames: Iterable[UInt8[np.ndarray, "h w 3"]], config: MaskConfig = MaskConfig()
+    ) -> Iterator[UInt8[np.ndarray, "h w"]]:
+        """`person` over a video: each mask is averaged with the one before, moved along by optical flow.
 
-        The network judges frames singly and its edge flickers: this takes 13-30 % of the change along the flow away.
+        The network sees frames singly and its edge flickers: the average removes 13-30 % of the change along the flow.
         """
         flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         h, w = self.net.input_size
@@ -48,48 +62,48 @@ class Segmenter(nn.Module):
         for frame in frames:
             mask, grey = self._small(frame)
             if last is not None:
-                come_from = here + flow.calc(grey, last[1], None)
-                mask = (
-                    mask + cv2.remap(last[0], come_from, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-                ) / 2
+                source = here + flow.calc(grey, last[1], None)
+                moved = cv2.remap(last[0], source, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+                mask = (mask + moved) / 2
             last = mask, grey
-            yield _at_full_size(mask, frame)
+            yield _at_full_size(mask, frame, config)
 
     @torch.inference_mode()
-    def _small(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The network's answer and the frame in grey, both in the network's size."""
+    def _small(self, frame: UInt8[np.ndarray, "h w 3"]) -> tuple[Float32[np.ndarray, "a b"], UInt8[np.ndarray, "a b"]]:
+        """The network's mask and the frame in grey, both in the network's size."""
         small = cv2.resize(frame, self.net.input_size[::-1], interpolation=cv2.INTER_AREA)
         (mask,) = self.net(torch.from_numpy(small).permute(2, 0, 1)[None].float() / 255).values()
         return mask[0, 0].numpy().copy(), cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
 
 
-def _at_full_size(mask: np.ndarray, frame: np.ndarray) -> np.ndarray:
+def _at_full_size(
+    mask: Float32[np.ndarray, "a b"], frame: UInt8[np.ndarray, "h w 3"], config: MaskConfig
+) -> UInt8[np.ndarray, "h w"]:
     h, w = frame.shape[:2]
-    return to_uint8(refine_edge(cv2.resize(mask, (w, h), interpolation=cv2.INTER_LINEAR), frame))
+    return to_uint8(refine_edge(cv2.resize(mask, (w, h), interpolation=cv2.INTER_LINEAR), frame, config))
 
 
 def to_uint8(mask: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    """[0, 1] to 0 … 255."""
     return (np.clip(mask, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def refine_edge(
-    mask: Float[np.ndarray, "h w"], frame: UInt8[np.ndarray, "h w 3"], radius: int = 0
+    mask: Float[np.ndarray, "h w"], frame: UInt8[np.ndarray, "h w 3"], config: MaskConfig = MaskConfig()
 ) -> Float[np.ndarray, "h w"]:
-    """The mask as a locally affine function of the picture's colour (guided filter), so that its edge follows hair and skin.
+    """The mask as a locally affine function of the picture's colour (guided filter): its edge follows hair and skin.
 
-    radius of the windows in px; 0 takes 1.5 % of the frame. Far from the edge the mask is unchanged.
+    Far from the edge the mask is unchanged.
     """
-    radius = radius or max(2, round(0.015 * max(mask.shape)))
-    guide = frame.astype(np.float32) / 255
-    alpha = _guided(mask, guide, radius, 1e-4)
-    alpha = np.clip((alpha - 0.15) / 0.7, 0, 1)  # the tails: haze of background in, holes in the hair
-    return alpha
+    radius = max(2, round(config.edge_radius * max(mask.shape)))
+    alpha = _guided(mask, frame.astype(np.float32) / 255, radius, config.edge_eps)
+    return np.clip((alpha - config.edge_haze) / (1 - 2 * config.edge_haze), 0, 1)
 
 
 def _guided(
     p: Float[np.ndarray, "h w"], guide: Float[np.ndarray, "h w 3"], radius: int, eps: float
 ) -> Float[np.ndarray, "h w"]:
-    """The guided filter with a colour guide: p ≈ a · colour + b in every window. The coefficients are found at half size."""
+    """The guided filter with a colour guide: p ≈ a · colour + b in every window, with a and b at half size."""
     h, w = p.shape
     half = (max(w // 2, 1), max(h // 2, 1))
     g = list(cv2.split(cv2.resize(guide, half, interpolation=cv2.INTER_AREA)))
@@ -115,27 +129,28 @@ def _guided(
     return cv2.transform(a * guide, np.ones((1, 3), np.float32)) + b
 
 
-def head_mask(person: UInt8[np.ndarray, "h w"], landmarks_px: Float[np.ndarray, "478 d"]) -> UInt8[np.ndarray, "h w"]:
-    """The head within a person mask: face, ears and hair, down to the jaw; beside the jaw down to a little below the mouth.
+def head_mask(
+    person: UInt8[np.ndarray, "h w"], landmarks_px: Float[np.ndarray, "478 d"], config: MaskConfig = MaskConfig()
+) -> UInt8[np.ndarray, "h w"]:
+    """The head within a person mask: face, ears and hair, down to the jaw; next to it, to a little below the mouth.
 
-    Hair that hangs further lies on the shoulders: it stays with the body, as the neck does, and moves by ten px against a head that turns. Its cut is level
-    and long drawn: half of it within 1 % of the face's height, the other half, below one half, where composition sees the frame through it, over 6 %.
-    What does not hang from above (shoulders, collar) stays out. "Level" and "below" are in the head's own upright.
+    Hair that hangs further lies on the shoulders. It stays with the body, as the neck does: it moves by ten px against
+    a head that turns. Its cut is level: half of it is sharp, the other half, further down, is soft, since composition
+    sees the frame through it. What does not hang from above (shoulders, collar) stays out. "Level" and "below" are in
+    the head's own upright frame.
     """
     head = _Upright(landmarks_px, person.shape)
-    hanging = _hanging(head.turn(person) > 20, head)
+    hanging = _hanging(head.turn(person) > config.person, head)
     rows = np.arange(hanging.shape[0], dtype=np.float32)[:, None] + 0.5
-    short = head.corner_y + 0.05 * head.height
-    soft = 0.012 * head.height
-    beside = np.where(
-        rows < short, _above(rows, short, soft), 0.5 * _above(rows, short + 0.03 * head.height, 0.06 * head.height)
-    )
+    short = head.corner_y + config.mouth_margin * head.height
+    soft = config.cut_soft * head.height
+    long = _above(rows, short + config.hair_drop * head.height, config.hair_soft * head.height)
+    outside = np.where(rows < short, _above(rows, short, soft), 0.5 * long)
     # The chin's own edge is in, and so is the wedge between jaw and ear.
-    below = _above(rows, np.maximum(head.jaw_y + 0.015 * head.height, short), soft)
-    inside = np.clip(
-        np.minimum(head.columns - head.left, head.right - head.columns) / (0.03 * (head.right - head.left)) + 0.5, 0, 1
-    )
-    keep = (inside * below + (1 - inside) * beside) * (hanging | (inside > 0))
+    below = _above(rows, np.maximum(head.jaw_y + config.jaw_margin * head.height, short), soft)
+    side = np.minimum(head.columns - head.left, head.right - head.columns)
+    inside = np.clip(side / (config.side_soft * (head.right - head.left)) + 0.5, 0, 1)
+    keep = (inside * below + (1 - inside) * outside) * (hanging | (inside > 0))
     keep = cv2.GaussianBlur(keep.astype(np.float32), (0, 0), max(0.004 * head.height, 0.5))
     mask = head.turn_back(keep) * (person.astype(np.float32) / 255)
     mask = np.maximum(mask, _oval(landmarks_px, person.shape))
@@ -148,7 +163,7 @@ def _above(rows: np.ndarray, level: np.ndarray | float, soft: float) -> np.ndarr
 
 
 class _Upright:
-    """The head's upright frame: the picture turned about the face's centre so that the line of the eyes is level, on a grid that holds it all."""
+    """The head's upright frame: the picture rotated until the eyes are level, on a grid that holds all of it."""
 
     def __init__(self, points: Float[np.ndarray, "478 d"], shape: tuple[int, int]):
         points = np.asarray(points, np.float64)[:, :2]
@@ -161,32 +176,37 @@ class _Upright:
         corners = np.array([[0, 0], [w, 0], [0, h], [w, h]]) @ turn.T
         low, high = corners.min(0), corners.max(0)
         self.size = tuple(int(np.ceil(n)) for n in high - low)
-        # Points are continuous, warps are by index: the half pixel is taken off before the turn and put back after it.
+        # Points are continuous, warps are by index: the half pixel is removed before the rotation and added after it.
         offset = turn @ [0.5, 0.5] - low - 0.5
         self.matrix = np.concatenate([turn, offset[:, None]], 1)
         oval = points @ turn.T - low
         self.columns = np.arange(self.size[0], dtype=np.float32) + 0.5
         self.left, self.right = oval[FACE_OVAL, 0].min(), oval[FACE_OVAL, 0].max()
-        self.brow_y, self.chin_y = oval[_BROW, 1], oval[JAW, 1].max()
+        self.brow_y, self.chin_y = oval[FOREHEAD_TOP, 1], oval[JAW, 1].max()
         self.eye_y = oval[[LEFT_EYE_OUTER, RIGHT_EYE_OUTER], 1].mean()
-        self.corner_y = oval[list(_JAW_CORNERS), 1].mean()
+        self.corner_y = oval[list(JAW_CORNERS), 1].mean()
         self.height = max(self.chin_y - self.brow_y, 1.0)
         jaw = oval[JAW][np.argsort(oval[JAW, 0])]
         self.jaw_y = np.interp(self.columns, jaw[:, 0], jaw[:, 1]).astype(np.float32)
 
     def turn(self, mask: np.ndarray) -> np.ndarray:
+        """A mask in the upright frame."""
         return cv2.warpAffine(mask, self.matrix, self.size, flags=cv2.INTER_LINEAR)
 
     def turn_back(self, mask: np.ndarray) -> np.ndarray:
+        """An upright mask in the picture."""
         h, w = self._shape
         return cv2.warpAffine(
             mask, self.matrix, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE
         )
 
 
-def _hanging(person: np.ndarray, head: _Upright) -> np.ndarray:
-    """What of an upright person mask hangs from above the eyes: from there each row keeps what touches the row above, one column
-    aside for three rows down, so that hair may spread and shoulders do not come in."""
+def _hanging(person: Bool[np.ndarray, "h w"], head: _Upright) -> Bool[np.ndarray, "h w"]:
+    """The part of an upright person mask that hangs from above the eyes.
+
+    Below them each row keeps what touches the row above. It may spread by one column every three rows, so that hair
+    may spread and shoulders stay out.
+    """
     out = person.copy()
     spread = np.ones(3, np.uint8)
     for y in range(max(int(head.eye_y), 1), len(out)):

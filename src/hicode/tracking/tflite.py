@@ -1,16 +1,16 @@
-"""A TensorFlow Lite graph as a torch module: the MediaPipe face, detection and segmentation networks, differentiable and batched.
+"""A TensorFlow Lite graph as a torch module, differentiable and batched.
 
-Weights may be float32 or float16, dense or sparse (they are widened and densified on loading). Tensors of rank 4 are `b c h w` here and
-`1 h w c` in the file; the others keep the file's order, with a batch in front. Only the operators that those graphs use are known; any
-other is refused by name.
+It serves MediaPipe's face, detection and segmentation networks. Weights may be float32 or float16, dense or sparse;
+they are widened and densified on loading. Tensors of rank 4 are `b c h w` here and `1 h w c` in the file; the others
+keep the file's order, with a batch in front. Only the operators of those graphs are known; any other is refused by
+name.
 
-The file's tables are read with `flatbuffers`, which onnxruntime brings along; the field numbers below are those of TFLite's published
-schema (schema.fbs, version 3). The `tflite` package wraps the same tables in 120 generated modules: a dependency for a page of code.
+The file's tables are read with `flatbuffers`. The field numbers below are those of TFLite's published schema
+(schema.fbs, version 3). The `tflite` package would add 120 generated modules for the same tables.
 """
 
 import struct
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +31,16 @@ _OPERATORS = {
     34: "PAD", 45: "STRIDED_SLICE", 54: "PRELU", 117: "HARD_SWISH", 124: "DENSIFY",
 }  # fmt: skip
 _CUSTOM = 32
+Padding = tuple[int, int, int, int]  # left, right, top, bottom
 _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor] | None] = {0: None, 1: F.relu, 3: F.relu6}
 
 
 class TfliteGraph(nn.Module):
     """The graph of one `.tflite` file; call it with its input, get its outputs by name.
 
-    `input_size` is (height, width); `custom_options` lists the (operator name, options) of the custom operators in order: MediaPipe
-    keeps facts there that its callers need. Weights are buffers, not parameters: the graphs are used as they are. Raises AssetError for
-    a file that is no TFLite graph, or has an operator that is not known here.
+    `input_size` is (height, width). `custom_options` lists (operator name, options) of the custom operators in order:
+    MediaPipe keeps facts there that its callers need. Weights are buffers, not parameters: the graphs are not trained.
+    Raises AssetError for a file that is no TFLite graph, or has an operator that is not known here.
     """
 
     def __init__(self, path: Path | str):
@@ -59,7 +60,7 @@ class TfliteGraph(nn.Module):
         self._build(tensors, operators, outputs)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Outputs by name, `b c h w` or `b n c`. The input has the graph's size and whatever range it was trained on."""
+        """Outputs by name, `b c h w` or `b n c`. The input has the graph's size and the range it was trained on."""
         assert tuple(x.shape[2:]) == self.input_size, (tuple(x.shape), self.input_size)
         values = {self._input: x.contiguous(memory_format=torch.channels_last)}
         for (step, inputs, output), dead in zip(self._steps, self._last_use, strict=True):
@@ -70,23 +71,23 @@ class TfliteGraph(nn.Module):
 
     def _build(self, tensors: list["_Tensor"], operators: list["_Operator"], outputs: list[int]) -> None:
         constants = {i: t.data for i, t in enumerate(tensors) if t.data is not None}
-        uses = Counter(i for o in operators for i in o.inputs)
-        pads: dict[
-            int, tuple[int, tuple[int, int, int, int]]
-        ] = {}  # output of a spatial PAD that its convolution takes over
+        pads: dict[int, tuple[int, Padding]] = {}  # output of a spatial PAD that its convolution takes over
         for o in operators:
             if o.name in ("DEQUANTIZE", "DENSIFY") and o.inputs[0] in constants:
                 constants[o.outputs[0]] = constants[o.inputs[0]]
                 continue
-            if o.name == "PAD" and uses[o.outputs[0]] == 1:
-                (_, _), (top, bottom), (left, right), channels = constants[o.inputs[1]].tolist()
-                consumer = next(c for c in operators if o.outputs[0] in c.inputs)
-                if not any(channels) and consumer.name.endswith("CONV_2D") and not consumer.same_padding:
-                    pads[o.outputs[0]] = (o.inputs[0], (left, right, top, bottom))
-                    continue
+            padding = _absorbed_padding(o, operators, constants)
+            if padding is not None:
+                pads[o.outputs[0]] = (o.inputs[0], padding)
+                continue
             source, padding = pads.get(o.inputs[0], (o.inputs[0], (0, 0, 0, 0)))
             variables = tuple(i for i in (source, *o.inputs[1:]) if i not in constants)
-            step = self._step(o, tensors, constants, padding)
+            if o.name not in _BUILDERS:
+                raise AssetError(
+                    f"The graph has the operator {o.name}, which is not known here. "
+                    "Use the pinned asset (`hicode assets pull`)."
+                )
+            step = _BUILDERS[o.name](o, _Context(self, tensors, constants, padding))
             self._steps.append((step, variables, o.outputs[0]))
         seen = set(outputs)
         for _, inputs, _ in reversed(self._steps):
@@ -94,109 +95,48 @@ class TfliteGraph(nn.Module):
             seen.update(inputs)
         self._last_use.reverse()
 
-    def _weight(self, index: int, value: np.ndarray) -> Callable[[], Tensor]:
-        """A buffer named by the file's tensor, fetched at call time so that `.to(device)` reaches it."""
+    def weight(self, index: int, value: np.ndarray) -> Callable[[], Tensor]:
+        """A buffer named by the file's tensor, read at call time so that `.to(device)` reaches it."""
         name = f"tensor{index}"
         if name not in self._buffers:
             t = torch.from_numpy(np.ascontiguousarray(value, np.float32))
             self.register_buffer(name, t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
         return lambda: self._buffers[name]
 
-    def _step(self, o: "_Operator", tensors, constants, padding) -> Callable[..., Tensor]:
-        shape_in, shape_out = tensors[o.inputs[0]].shape, tensors[o.outputs[0]].shape
-        match o.name:
-            case "CONV_2D" | "DEPTHWISE_CONV_2D":
-                kernel = constants[o.inputs[1]]
-                depthwise = o.name == "DEPTHWISE_CONV_2D"
-                weight = self._weight(o.inputs[1], kernel.transpose((3, 0, 1, 2) if depthwise else (0, 3, 1, 2)))
-                bias = self._weight(o.inputs[2], constants[o.inputs[2]])
-                stride = (o.option(2, "int32"), o.option(1, "int32"))
-                activation = _activation(o.option(4 if depthwise else 3, "int8"), o)
-                groups = kernel.shape[3] if depthwise else 1
-                if o.same_padding:
-                    padding = _same(shape_in[1:3], kernel.shape[1:3], stride)
-                return _convolution(weight, bias, stride, groups, padding, activation)
-            case "ADD" | "MUL":
-                fixed = next((i for i in o.inputs if i in constants), None)
-                activation = _activation(o.option(0, "int8"), o)
-                apply = torch.add if o.name == "ADD" else torch.mul
-                if fixed is not None:
-                    value = constants[fixed]
-                    weight = self._weight(fixed, value.transpose(0, 3, 1, 2) if value.ndim == 4 else value)
-                    return lambda x: _activate(apply(x, weight()), activation)
-                return lambda x, y: _activate(apply(x, y), activation)
-            case "PRELU":
-                slope = self._weight(o.inputs[1], constants[o.inputs[1]].reshape(-1))
-                return lambda x: F.prelu(x, slope())
-            case "RELU":
-                return F.relu
-            case "HARD_SWISH":
-                return F.hardswish
-            case "LOGISTIC":
-                return torch.sigmoid
-            case "MAX_POOL_2D" | "AVERAGE_POOL_2D":
-                stride = (o.option(2, "int32"), o.option(1, "int32"))
-                size = (o.option(4, "int32"), o.option(3, "int32"))
-                if o.name == "AVERAGE_POOL_2D":
-                    assert size == tuple(shape_in[1:3]), "only global averages occur"
-                    return lambda x: x.mean((2, 3), keepdim=True)
-                edges = _same(shape_in[1:3], size, stride) if o.same_padding else (0, 0, 0, 0)
-                if not any(edges):
-                    return lambda x: F.max_pool2d(x, size, stride)
-                return lambda x: F.max_pool2d(F.pad(x, edges, value=-torch.inf), size, stride)
-            case "PAD":
-                (_, _), (top, bottom), (left, right), (first, last) = constants[o.inputs[1]].tolist()
-                return lambda x: F.pad(x, (left, right, top, bottom, first, last))
-            case "RESHAPE":
-                return lambda x: _from_file_order(_to_file_order(x).reshape(x.shape[0], *shape_out[1:]))
-            case "CONCATENATION":
-                axis = o.option(0, "int32") % len(shape_out)
-                axis = {0: 0, 1: 2, 2: 3, 3: 1}[axis] if len(shape_out) == 4 else axis
-                return lambda *x: torch.cat(x, axis)
-            case "DEPTH_TO_SPACE":
-                block = o.option(0, "int32")
-                return lambda x: _depth_to_space(x, block)
-            case "RESIZE_BILINEAR":
-                size = [int(n) for n in constants[o.inputs[1]]]
-                align, half = o.option(2, "bool"), o.option(3, "bool")
-                assert align or half or shape_in[1:3] == (1, 1), f"corner-based resizing occurs nowhere: {o.name}"
-                return lambda x: F.interpolate(x, size, mode="bilinear", align_corners=bool(align))
-            case "STRIDED_SLICE":
-                begin, end, stride = (constants[i].tolist() for i in o.inputs[1:])
-                mask_begin, mask_end = o.option(0, "int32"), o.option(1, "int32")
-                cut = [slice(None)] + [
-                    slice(None if mask_begin >> d & 1 else begin[d], None if mask_end >> d & 1 else end[d], stride[d])
-                    for d in range(1, len(shape_in))
-                ]
-                return lambda x: _from_file_order(_to_file_order(x)[tuple(cut)])
-            case "Landmarks2TransformMatrix":
-                return lambda x, options=o.custom: _crop_transform(x, options)
-            case "TransformTensorBilinear":
-                size = (o.custom["output_height"], o.custom["output_width"])
-                return lambda x, T: _crop_bilinear(x, T, size)
-            case "TransformLandmarks":
-                return lambda x, T: x @ T[:, :2, :2].transpose(1, 2) + T[:, None, :2, 3]
-            case "Convolution2DTransposeBias":
-                weight = self._weight(o.inputs[1], constants[o.inputs[1]].transpose(3, 0, 1, 2))
-                bias = self._weight(o.inputs[2], constants[o.inputs[2]])
-                stride = (shape_out[1] // shape_in[1], shape_out[2] // shape_in[2])
-                return lambda x: F.conv_transpose2d(x, weight(), bias(), stride)
-        raise AssetError(
-            f"The graph has the operator {o.name}, which is not known here. Use the pinned asset (`hicode assets pull`)."
-        )
+
+# ---- operators ----
 
 
-def _activation(code: int, o: "_Operator") -> Callable[[Tensor], Tensor] | None:
-    if code not in _ACTIVATIONS:
-        raise AssetError(f"The graph's {o.name} has activation {code}, which is not known here. Use the pinned asset.")
-    return _ACTIVATIONS[code]
+@dataclass(frozen=True, eq=False)
+class _Context:
+    """What an operator is built from: the graph that keeps its weights, the file's tensors, and padding taken over."""
+
+    graph: TfliteGraph
+    tensors: list["_Tensor"]
+    constants: dict[int, np.ndarray]
+    padding: Padding
+
+    def weight(self, index: int, axes: tuple[int, ...] | None = None) -> Callable[[], Tensor]:
+        """A constant as a weight, its axes permuted."""
+        value = self.constants[index]
+        return self.graph.weight(index, value if axes is None else value.transpose(axes))
+
+    def shapes(self, o: "_Operator") -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(of the first input, of the output), as in the file."""
+        return self.tensors[o.inputs[0]].shape, self.tensors[o.outputs[0]].shape
 
 
-def _activate(x: Tensor, activation: Callable[[Tensor], Tensor] | None) -> Tensor:
-    return x if activation is None else activation(x)
-
-
-def _convolution(weight, bias, stride, groups, padding, activation) -> Callable[[Tensor], Tensor]:
+def _convolution(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    kernel = context.constants[o.inputs[1]]
+    depthwise = o.name == "DEPTHWISE_CONV_2D"
+    weight = context.weight(o.inputs[1], (3, 0, 1, 2) if depthwise else (0, 3, 1, 2))
+    bias = context.weight(o.inputs[2])
+    stride = (o.option(2, "int32"), o.option(1, "int32"))
+    activation = _activation(o.option(4 if depthwise else 3, "int8"), o)
+    groups = kernel.shape[3] if depthwise else 1
+    padding = context.padding
+    if o.same_padding:
+        padding = _same(context.shapes(o)[0][1:3], kernel.shape[1:3], stride)
     left, right, top, bottom = padding
     symmetric = left == right and top == bottom
 
@@ -209,8 +149,137 @@ def _convolution(weight, bias, stride, groups, padding, activation) -> Callable[
     return convolve
 
 
-def _same(size, kernel, stride) -> tuple[int, int, int, int]:
-    """TensorFlow's SAME padding (left, right, top, bottom): the odd pixel goes to the right and the bottom."""
+def _arithmetic(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    fixed = next((i for i in o.inputs if i in context.constants), None)
+    activation = _activation(o.option(0, "int8"), o)
+    apply = torch.add if o.name == "ADD" else torch.mul
+    if fixed is None:
+        return lambda x, y: _activate(apply(x, y), activation)
+    weight = context.weight(fixed, (0, 3, 1, 2) if context.constants[fixed].ndim == 4 else None)
+    return lambda x: _activate(apply(x, weight()), activation)
+
+
+def _prelu(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    slope = context.graph.weight(o.inputs[1], context.constants[o.inputs[1]].reshape(-1))
+    return lambda x: F.prelu(x, slope())
+
+
+def _pool(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    size_in = context.shapes(o)[0][1:3]
+    stride = (o.option(2, "int32"), o.option(1, "int32"))
+    size = (o.option(4, "int32"), o.option(3, "int32"))
+    if o.name == "AVERAGE_POOL_2D":
+        assert size == tuple(size_in), "only global averages occur"
+        return lambda x: x.mean((2, 3), keepdim=True)
+    edges = _same(size_in, size, stride) if o.same_padding else (0, 0, 0, 0)
+    if not any(edges):
+        return lambda x: F.max_pool2d(x, size, stride)
+    return lambda x: F.max_pool2d(F.pad(x, edges, value=-torch.inf), size, stride)
+
+
+def _pad(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    (_, _), (top, bottom), (left, right), (first, last) = context.constants[o.inputs[1]].tolist()
+    return lambda x: F.pad(x, (left, right, top, bottom, first, last))
+
+
+def _reshape(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    shape = context.shapes(o)[1][1:]
+    return lambda x: _from_file_order(_to_file_order(x).reshape(x.shape[0], *shape))
+
+
+def _concatenation(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    rank = len(context.shapes(o)[1])
+    axis = o.option(0, "int32") % rank
+    axis = (0, 2, 3, 1)[axis] if rank == 4 else axis
+    return lambda *x: torch.cat(x, axis)
+
+
+def _depth_to_space_of(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    block = o.option(0, "int32")
+    return lambda x: _depth_to_space(x, block)
+
+
+def _resize(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    size = [int(n) for n in context.constants[o.inputs[1]]]
+    align, half = o.option(2, "bool"), o.option(3, "bool")
+    assert align or half or context.shapes(o)[0][1:3] == (1, 1), f"corner-based resizing occurs nowhere: {o.name}"
+    return lambda x: F.interpolate(x, size, mode="bilinear", align_corners=bool(align))
+
+
+def _strided_slice(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    begin, end, stride = (context.constants[i].tolist() for i in o.inputs[1:])
+    no_begin, no_end = o.option(0, "int32"), o.option(1, "int32")
+    cut = [slice(None)] + [
+        slice(None if no_begin >> d & 1 else begin[d], None if no_end >> d & 1 else end[d], stride[d])
+        for d in range(1, len(context.shapes(o)[0]))
+    ]
+    return lambda x: _from_file_order(_to_file_order(x)[tuple(cut)])
+
+
+def _transposed_convolution(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    weight, bias = context.weight(o.inputs[1], (3, 0, 1, 2)), context.weight(o.inputs[2])
+    before, after = context.shapes(o)
+    stride = (after[1] // before[1], after[2] // before[2])
+    return lambda x: F.conv_transpose2d(x, weight(), bias(), stride)
+
+
+def _landmarks_to_transform(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    return lambda x: _crop_transform(x, o.custom or {})
+
+
+def _transform_tensor(o: "_Operator", context: _Context) -> Callable[..., Tensor]:
+    options = o.custom or {}
+    size = (options["output_height"], options["output_width"])
+    return lambda x, T: _crop_bilinear(x, T, size)
+
+
+_BUILDERS: dict[str, Callable[["_Operator", _Context], Callable[..., Tensor]]] = {
+    "CONV_2D": _convolution,
+    "DEPTHWISE_CONV_2D": _convolution,
+    "ADD": _arithmetic,
+    "MUL": _arithmetic,
+    "PRELU": _prelu,
+    "RELU": lambda o, context: F.relu,
+    "HARD_SWISH": lambda o, context: F.hardswish,
+    "LOGISTIC": lambda o, context: torch.sigmoid,
+    "MAX_POOL_2D": _pool,
+    "AVERAGE_POOL_2D": _pool,
+    "PAD": _pad,
+    "RESHAPE": _reshape,
+    "CONCATENATION": _concatenation,
+    "DEPTH_TO_SPACE": _depth_to_space_of,
+    "RESIZE_BILINEAR": _resize,
+    "STRIDED_SLICE": _strided_slice,
+    "Landmarks2TransformMatrix": _landmarks_to_transform,
+    "TransformTensorBilinear": _transform_tensor,
+    "TransformLandmarks": lambda o, context: lambda x, T: x @ T[:, :2, :2].transpose(1, 2) + T[:, None, :2, 3],
+    "Convolution2DTransposeBias": _transposed_convolution,
+}
+
+
+def _absorbed_padding(o: "_Operator", operators: list["_Operator"], constants: dict[int, np.ndarray]) -> Padding | None:
+    """The padding of a spatial PAD that feeds nothing but one convolution without padding; None for any other."""
+    consumers = [c for c in operators for i in c.inputs if i == o.outputs[0]]
+    if o.name != "PAD" or len(consumers) != 1:
+        return None
+    (_, _), (top, bottom), (left, right), channels = constants[o.inputs[1]].tolist()
+    if any(channels) or not consumers[0].name.endswith("CONV_2D") or consumers[0].same_padding:
+        return None
+    return left, right, top, bottom
+
+
+def _activation(code: int, o: "_Operator") -> Callable[[Tensor], Tensor] | None:
+    if code not in _ACTIVATIONS:
+        raise AssetError(f"The graph's {o.name} has activation {code}, which is not known here. Use the pinned asset.")
+    return _ACTIVATIONS[code]
+
+
+def _activate(x: Tensor, activation: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return x if activation is None else activation(x)
+
+
+def _same(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> Padding:
+    """TensorFlow's SAME padding: the odd pixel goes to the right and the bottom."""
     edges = []
     for n, k, s in zip(size, kernel, stride, strict=True):
         total = max((-(-n // s) - 1) * s + k - n, 0)
@@ -227,24 +296,24 @@ def _from_file_order(x: Tensor) -> Tensor:
 
 
 def _depth_to_space(x: Tensor, n: int) -> Tensor:
-    """Channels to n x n blocks; TensorFlow's channel order is (row, column, channel), pixel_shuffle's is (channel, row, column)."""
+    """Channels to n x n blocks, in TensorFlow's order (row, column, channel); pixel_shuffle's has the channel first."""
     b, c, h, w = x.shape
     x = x.reshape(b, n, n, c // (n * n), h, w)
     return x.permute(0, 3, 4, 1, 5, 2).reshape(b, c // (n * n), h * n, w * n)
 
 
 def _crop_transform(points: Float[Tensor, "b n 3"], options: dict) -> Float[Tensor, "b 4 4"]:
-    """Crop pixels to feature pixels, for a crop around a subset of the landmarks, upright with the line between two of them.
+    """Crop pixels to feature pixels, for a crop around a subset of the landmarks, level with the line between two.
 
-    The subset is turned so that the line from the left to the right index has the target angle, its bounding box is taken there and
-    scaled, and the crop's grid is laid over the box: T = turn back · scale · shift to the crop's centre.
+    The subset is rotated so that the line from the left to the right index has the target angle. Its bounding box is
+    taken there and scaled, and the crop's grid is laid over the box: T = rotate back · scale · shift to the centre.
     """
     left, right = points[:, options["left_rotation_idx"]], points[:, options["right_rotation_idx"]]
     angle = options["target_rotation_radians"] - torch.atan2(right[:, 1] - left[:, 1], right[:, 0] - left[:, 0])
     cos, sin = angle.cos(), angle.sin()
     turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
-    turned = points[:, options["subset_idxs"], :2] @ turn.transpose(1, 2)
-    low, high = turned.amin(1), turned.amax(1)
+    rotated = points[:, options["subset_idxs"], :2] @ turn.transpose(1, 2)
+    low, high = rotated.amin(1), rotated.amax(1)
     crop = points.new_tensor([options["output_width"], options["output_height"]])
     scale = (high - low) * points.new_tensor([options["scale_x"], options["scale_y"]]) / crop
     linear = turn.transpose(1, 2) * scale[:, None, :]
@@ -258,7 +327,7 @@ def _crop_transform(points: Float[Tensor, "b n 3"], options: dict) -> Float[Tens
 def _crop_bilinear(
     x: Float[Tensor, "b c h w"], T: Float[Tensor, "b 4 4"], size: tuple[int, int]
 ) -> Float[Tensor, "b c i j"]:
-    """Features sampled at the crop's pixel centres; those outside the outermost pixel centres are zero."""
+    """Features sampled at the crop's pixel centres; zero outside the outermost pixel centres."""
     h, w = x.shape[2:]
     rows = torch.arange(size[0], dtype=x.dtype, device=x.device) + 0.5
     columns = torch.arange(size[1], dtype=x.dtype, device=x.device) + 0.5
@@ -270,14 +339,14 @@ def _crop_bilinear(
     return sampled * inside
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Tensor:
     name: str
     shape: tuple[int, ...]  # as in the file, batch included
     data: np.ndarray | None  # constants only
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Operator:
     name: str
     inputs: list[int]
@@ -333,7 +402,7 @@ def _read(data: bytes) -> tuple[list[_Tensor], list[_Operator], list[int], list[
     if data[4:8] != b"TFL3":
         raise ValueError("no TFL3 mark")
     model = Table(bytearray(data), struct.unpack_from("<I", data)[0])
-    # OperatorCode { deprecated_builtin_code 0, custom_code 1, builtin_code 3 }: codes below 127 may stand in either field.
+    # OperatorCode { deprecated_builtin_code 0, custom_code 1, builtin_code 3 }: codes below 127 may be in either field.
     codes = [(max(_scalar(c, 0, "int8"), _scalar(c, 3, "int32")), _text(c, 1)) for c in _tables(model, 1)]
     buffers = _tables(model, 4)
     graph = _tables(model, 2)[0]
@@ -369,11 +438,12 @@ def _densify(values: np.ndarray, shape: tuple[int, ...], sparsity: Table) -> np.
     """A sparse constant written out, for any order of dimensions, dense or CSR, with or without blocks.
 
     SparsityParameters { traversal_order 0, block_map 1, dim_metadata 2 };
-    DimensionMetadata { format 0, dense_size 1, array_segments_type 2, array_segments 3, array_indices_type 4, array_indices 5 }.
+    DimensionMetadata { format 0, dense_size 1, array_segments_type 2, array_segments 3, array_indices_type 4,
+    array_indices 5 }.
     """
     order, blocks = _vector(sparsity, 0, "int32").tolist(), _vector(sparsity, 1, "int32").tolist()
     levels = _tables(sparsity, 2)
-    at = np.zeros((1, 0), np.int64)  # coordinates reached so far, one row per stored subtree, in the order of storage
+    at = np.zeros((1, 0), np.int64)  # coordinates so far, one row for each stored subtree, in the order of storage
     for level in levels:
         if _scalar(level, 0, "int8") == 0:  # dense
             size = _scalar(level, 1, "int32")

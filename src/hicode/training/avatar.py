@@ -35,7 +35,6 @@ from hicode.runtime import (
     peak_memory_mb,
     require_memory_for_frames,
     resolve_device,
-    tune_allocator,
 )
 from hicode.speech.faceformer import SpeechModels
 from hicode.tracking.head_model import HeadModel
@@ -73,7 +72,6 @@ def train(
     compositor (Eqs 17-18) is trained; by default the preset *paper* alone does. A clip without sound trains the renderer alone; its speech models carry the clip's statistics only. `speech_weights`: generic speech
     weights that `hicode pretrain` made, instead of those that ship; in a run that is otherwise the same only speech is learned anew.
     """
-    tune_allocator()
     place = resolve_device(device)
     clip = clip if isinstance(clip, Clip) else Clip.open(clip)
     out = Path(out)
@@ -266,12 +264,7 @@ class _Samples:
 
 def _source(clip: Clip) -> dict:
     """Where the clip came from: what output at the original size needs to find its frames again."""
-    start_s = clip.config["steps"]["faces"]["settings"]["start"]
-    place = {
-        "path": str(Path(clip.config["video"]).resolve()),
-        "first_frame": round(start_s * clip.fps),
-        "crop_box": list(clip.crop_box),
-    }
+    place = {"path": str(clip.video), "first_frame": clip.first_frame, "crop_box": list(clip.crop_box)}
     return clip.source | place
 
 

@@ -1,0 +1,139 @@
+"""Steps whose results stay in the clip's folder until something they depend on changes.
+
+`clip.json` records for each step its settings, the steps it follows, how long it took and its result. A rerun skips
+every step whose record still holds; a killed run continues after its last finished step. A step's files appear under
+their names only when they are whole.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hicode.errors import FileFormatError, OutputError
+from hicode.files import read_json, write_json
+from hicode.preparation.clip import SCHEMA, VERSION
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Result = TypeVar("Result", bound=DataclassInstance)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's result depends on.
+
+    version  counts changes of the code that alter results
+    settings dataclasses or JSON values by name: everything that the step reads of the configuration
+    after    steps whose results it reads
+    files    files or folders that it leaves in the clip
+    """
+
+    name: str
+    version: int
+    settings: dict[str, Any]
+    after: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+class StepCache:
+    """The records of one clip folder. `state` is the content of `clip.json`, written after each step."""
+
+    def __init__(self, folder: Path, state: dict[str, Any]):
+        self.folder = folder
+        self.state = state
+
+    def run(self, step: Step, kind: "type[Result]", work: "Callable[[], Result]") -> "Result":
+        """The recorded result where settings, code, inputs and files are unchanged; else do the work and record it."""
+        steps = self.state["steps"]
+        settings = {key: asdict(value) if is_dataclass(value) else value for key, value in step.settings.items()}
+        upstream = {other: steps[other]["id"] for other in step.after}
+        described = json.dumps([step.name, step.version, settings, upstream], sort_keys=True)
+        identity = hashlib.sha256(described.encode()).hexdigest()[:16]
+        record = steps.get(step.name)
+        if record and record["id"] == identity and all((self.folder / file).exists() for file in step.files):
+            return kind(**record["result"])
+        if self.state["complete"]:
+            self.state["complete"] = False
+            self.save()
+        started = time.perf_counter()
+        result = work()
+        steps[step.name] = {
+            "id": identity,
+            "version": step.version,
+            "settings": settings,
+            "after": sorted(step.after),
+            "seconds": round(time.perf_counter() - started, 2),
+            "result": asdict(result),
+        }
+        self.save()
+        return result
+
+    def save(self) -> None:
+        """Write `clip.json`."""
+        write_json(self.folder / "clip.json", self.state)
+
+
+def open_state(out: Path, video: Path, source: dict[str, str]) -> dict[str, Any]:
+    """The records of an earlier run in this folder, or fresh ones.
+
+    Raises OutputError for folders with other contents, and for the clip of another video.
+    """
+    fresh = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "complete": False,
+        "video": str(video),
+        "source": source,
+        "steps": {},
+    }
+    if not out.exists():
+        return fresh
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file; a clip is a folder. Choose another name with -o.")
+    if not (out / "clip.json").exists():
+        if any(out.iterdir()):
+            raise OutputError(f"{out} is a folder with other things in it. Choose another name with -o.")
+        return fresh
+    try:
+        state = read_json(out / "clip.json", SCHEMA, VERSION)
+    except FileFormatError as error:
+        raise OutputError(f"{error} Or choose another name with -o.") from error
+    if state["source"]["sha256"] != source["sha256"]:
+        raise OutputError(
+            f"{out} is the clip of another video ({state['source']['name']}). Choose another name with -o, or delete "
+            "it."
+        )
+    state.update(video=str(video), source=source)
+    return state
+
+
+def make_folder(out: Path) -> None:
+    """Make the clip's folder. Raises OutputError where nothing can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"Cannot write {out}: {error.strerror or error}. Choose another place with -o.") from error
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name of `folder` when it is whole; an older one of that name is replaced."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
