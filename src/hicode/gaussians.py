@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gaussians:
     """The parameters as optimised; `scales`, `opacities` are what a renderer reads.
 

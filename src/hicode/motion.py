@@ -45,7 +45,7 @@ EYE_REGIONS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Motion:
     """t frames of control: expression "t 64", landmarks "t 478 3" (canonical, head units), T_camera_head "t 4 4".
 
@@ -105,7 +105,7 @@ class Motion:
         } | self._where_there()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FaceTrack:
     """A tracked clip: its motion, one identity and camera, and the measured landmarks.
 

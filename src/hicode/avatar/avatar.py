@@ -30,7 +30,7 @@ SCHEMA, VERSION = "hicode-avatar", 2
 MAX_DRIVING_FRAMES = 1500  # one minute: about 90 MB of JPEG; played back and forth, nobody sees it repeat
 
 
-@dataclass
+@dataclass(eq=False)
 class Avatar:
     """A talking head. Frames are `camera.width` x `camera.height` crops at `driving.fps`.
 

@@ -71,7 +71,7 @@ class CompositorConfig:
     filters: int = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seam:
     """Where the head goes: everything that the head mask alone decides, inside a box of the frame.
 
@@ -92,7 +92,7 @@ class Seam:
         return slice(y0, y1), slice(x0, x1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlainComposite:
     """The composite before the generator, within `seam.box`.
 

@@ -116,7 +116,7 @@ def mean_and_deviation(
     return mean, ((second - mean * mean).clamp_min(0) + 1e-5).sqrt()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StillAttention:
     """Attention that no frame changes: for each share of the channels weights "m 478" whose rows sum to 1."""
 
@@ -130,7 +130,7 @@ class StillAttention:
         return tuple(torch.cat(moment, 1) for moment in zip(*found))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Standing:
     """What the control needs of its points beside their query: a function of canonical positions alone, in which nothing learns."""
 
@@ -362,7 +362,7 @@ class HierarchicalControl(nn.Module):
         return self.head(torch.cat([y, *(b.expand(len(q), c) for b in beside)], 1) if beside else y)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mix:
     """Which rows of a table each of n results is made of, and by what weights."""
 
@@ -386,7 +386,7 @@ class Mix:
 NEAREST_LANDMARKS = 8  # that a Gaussian rides on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Binding:
     """How each Gaussian rides on the face: fixed when it is made, inherited by its offspring.
 
@@ -511,7 +511,7 @@ class _MixRows(torch.autograd.Function):
         return back.index_add_(0, mix.index.flatten(), spread), None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Anchors:
     """Points that stand for the cloud in the control, and how each Gaussian interpolates between its 4 nearest."""
 

@@ -29,7 +29,7 @@ SHAKE_PX = 4 / 512  # how far a field is moved at random, of the image's larger 
 LIPS_MARGIN = 0.3  # of the lips' extent: lips move under a field, and another frame's would show as a ghost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FilmGrainLayer:
     """One frame's grain. field "h w": as in `FilmGrain`; scale: a field's level in [0, 1]; lips: centre x, y and half extents of an ellipse without grain."""
 
@@ -38,7 +38,7 @@ class FilmGrainLayer:
     lips: Float32[np.ndarray, "4"]
 
 
-@dataclass
+@dataclass(eq=False)
 class FilmGrain:
     """A subject's grain, and how much of it a spoken frame gets (`strength`: 1 is as recorded)."""
 

@@ -76,7 +76,7 @@ class IdleConfig:
     """sinusoids an axis, at random frequencies spread over the band"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Idle:
     """t frames: closure "t" in [0, 1], gaze "t 2" (yaw, pitch of the eyes against the camera's direction), head "t 3" (yaw, pitch, roll), degrees."""
 
@@ -210,7 +210,7 @@ class Actions(Protocol):
     def landmark_actions(self) -> Float[Tensor, "64 478 3"]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Eyes:
     """How this subject's eyes close and turn: displacements from open to closed and by a degree of gaze. First axis: right eye, left eye.
 

@@ -44,7 +44,7 @@ def psnr(
     return float(-10 * np.log10(mse)) if mse > 0 else float("inf")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """An image's own part of SSIM, computed once however many images it is compared with."""
 

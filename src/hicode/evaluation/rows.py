@@ -63,7 +63,7 @@ AVCONF_DEFINITION = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """What was measured of one row: a list entry a frame. `lips` collects for AVConf where weights are given."""
 
@@ -77,7 +77,7 @@ class Row:
         return np.stack(self.points)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Heard:
     """The sound of t frames: 16 kHz mono, 640 samples a frame, and its features by an encoder's name, "2*t d"."""
 

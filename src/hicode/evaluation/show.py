@@ -149,7 +149,7 @@ def print_table(report: dict, console=None) -> None:
         console.print(line, highlight=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShownFrame:
     """A frame as the page shows it: the truth and each row's image, each row's head PSNR (NaN where it has none), and what chose it."""
 
@@ -160,7 +160,7 @@ class ShownFrame:
     psnr_head: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pictures:
     """`frames` side by side, worst first; `strip`: (frame, {row: mouth crop}) evenly through the frames; `sound` at 16 kHz, 640 samples
     a frame, or None."""

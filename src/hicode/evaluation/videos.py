@@ -186,7 +186,7 @@ def read_picture(file: Path) -> UInt8[np.ndarray, "h w 3"]:
     return np.ascontiguousarray(picture[..., ::-1])
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pair:
     """Two videos that can be compared: `count` frames of one size; how long each is; what was done about their differences."""
 
@@ -292,7 +292,7 @@ def _heard(samples: np.ndarray | None, count: int) -> Heard | None:
 # ------------------------------------------------------------------------------------------------- the reference's face
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Face:
     """The reference's face over the frames that are compared.
 

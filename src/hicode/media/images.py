@@ -13,7 +13,7 @@ from hicode.errors import FileFormatError
 JPEG_QUALITY = 95
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Images:
     """A sequence of compressed images in one buffer: frame t is `data[offsets[t]:offsets[t + 1]]` (JPEG or PNG)."""
 

@@ -32,7 +32,7 @@ from hicode.gaussians import Gaussians
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rendering:
     """What the camera sees.
 
@@ -44,7 +44,7 @@ class Rendering:
     alpha: Float[Tensor, "h w"]
 
 
-@dataclass
+@dataclass(eq=False)
 class RasterStats:
     """What density control wants to know of one rendering; `rasterize` and its backward fill it in.
 

@@ -51,7 +51,7 @@ class DrivingTrack:
         return DrivingTrack(avatar.driving, avatar.driving_frame, avatar.driving_mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mouth:
     """One frame's mouth: expression "64", canonical landmarks "478 3", and the sound's features "s" where an avatar is
     driven by them directly (an ablation)."""

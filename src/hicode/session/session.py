@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hicode.avatar.avatar import Avatar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """40 ms of picture and sound.
 
@@ -57,7 +57,7 @@ class Frame:
     motion: Motion
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Sound:
     """Sound in the queue, the same at both rates: for the speech models and for `Frame.audio`."""
 
@@ -68,7 +68,7 @@ class _Sound:
 END = _Sound(np.zeros(0, np.float32), np.zeros(0, np.float32))  # of an utterance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Spoken:
     """A frame's mouth with its sound and the number of its utterance (None: idle)."""
 

@@ -158,7 +158,7 @@ def check_video_path(out: Path, *inputs: object) -> None:
             raise OutputError(f"{out} is also the input, which would be lost. Choose another name with -o.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Sound:
     """Sound to speak: a file, read as often as needed and never held, or samples at 16 kHz.
 

@@ -58,7 +58,7 @@ class SyncResult:
         return self.margin >= max(RELIABLE_MARGIN, CHANCE_MARGIN / max(self.frames, 1) ** 0.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SyncModel:
     """Standardised features in context, and standardised mouth measures in context, → k numbers each. `learned_from`
     names the training clips."""

@@ -23,7 +23,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "voice_activity.safetensors
 SCHEMA, VERSION = "hicode-voice-activity", 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VoiceActivity:
     """A linear score of speech features.
 

@@ -90,7 +90,7 @@ def to_coefficients(
 # --- what is learned from ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpeechExample:
     """One recording of one speaker, sound and picture in sync.
 
@@ -130,7 +130,7 @@ def speaking_frames(samples: Float[np.ndarray, "n"], frames: int) -> Bool[Tensor
     return torch.from_numpy(np.convolve(active, np.ones(7), "same") > 0 if frames else active)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Template:
     """What is a speaker's own before any learning, from the frames in which they speak (all of them where they never do)."""
 
@@ -184,7 +184,7 @@ class PretrainConfig:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Task:
     """Inputs and targets of one Faceformer on one example."""
 

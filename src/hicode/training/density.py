@@ -37,7 +37,7 @@ class DensityConfig:
     """Largest number of Gaussians. If places are short, the largest gradients get them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """New rows as copies of old ones: row j copies old row `source[j]`; `fresh` rows get zero optimiser moments."""
 
@@ -53,7 +53,7 @@ class Plan:
         return self.cloned + self.split + self.pruned > 0
 
 
-@dataclass
+@dataclass(eq=False)
 class GradientStatistics:
     """Mean screen-space gradient norm of each Gaussian, over the renderings in which it is visible."""
 

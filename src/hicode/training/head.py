@@ -228,7 +228,7 @@ def _mouth_points(vertices: Tensor, model: HeadModel, count: int, rng: np.random
 # ---------------------------------------------------------------------------------------------------------------- state and loop
 
 
-@dataclass
+@dataclass(eq=False)
 class FrameTable:
     """Numbers of each training frame, a row of any shape, with Adam's moments by row: a dense optimiser would keep moving rows that an iteration did not see."""
 
@@ -257,7 +257,7 @@ class FrameTable:
         return FrameTable(*(tensors[f"frames.{name}.{k}"] for k in ("values", "first", "second", "visits")))
 
 
-@dataclass
+@dataclass(eq=False)
 class HeadState:
     """All that training changes; what a checkpoint holds. What it finds of each frame stays on the CPU, a row at a time is used; the rest lies on `device`.
 

@@ -176,7 +176,7 @@ def _bar(total: int, visible: bool) -> Iterator[Callable[[int], None]]:
 # --- the pool of renders and its crops ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _PoolItem:
     """A render inside its seam's box, as uint8 to save memory: layers "14 h w" (rgb, alpha, surround, fill, weight, target).
 
