@@ -1,14 +1,13 @@
-"""What each part costs, beside the committed baseline: `python -m research.benchmarks` from the repository's root.
+"""What each part costs, against the committed baseline. Run it in the root of the repository.
 
-    python -m research.benchmarks                    measure everything; exit code 1 where something became slower
-    python -m research.benchmarks raster speak       only what begins so
+    python -m research.benchmarks                    measure everything; exit status 1 if something became slower
+    python -m research.benchmarks raster speak       only cases whose names begin so
     python -m research.benchmarks --save             measure and write research/benchmarks/baseline.json
     python -m research.benchmarks.scale              how time and memory grow, as plots
 
-Everything runs on one thread and figures are processor time, so a busy machine disturbs them little. What is compared
-with the baseline is the cost in *units*: a unit is the time of a fixed piece of arithmetic and memory traffic, run
-between the measurements, so another machine's baseline serves as well (where its caches are not too different). What
-seems slower is measured once more before it is called so.
+Everything runs on one thread. Figures are processor time, so other work on the machine disturbs them little. The cost
+in *units* is compared: a unit is the time of a fixed piece of arithmetic and memory traffic, run between measurements.
+So a baseline of another machine with similar caches serves as well. What seems slower is measured a second time.
 """
 
 import argparse

@@ -1,27 +1,28 @@
-"""How well speech moves lips, on people that no part of the model has seen: `python -m research.benchmarks.lips --cache
-CORPUS`.
+"""How well speech moves lips, on people that no part of the model has seen in training.
 
-    python -m research.benchmarks.lips --cache corpus --data ../shared/data                      the shipped recipe
-    python -m research.benchmarks.lips --cache corpus --data ../shared/data --rows all           and without its parts,
-    and on log-mel python -m research.benchmarks.lips --cache corpus --data ../shared/data --rows encoders --hubert
-    FOLDER    encoders compared ... --markdown table.md --keep FOLDER
-              write the tables, keep what is trained
+    python -m research.benchmarks.lips --cache CORPUS --data VIDEOS                    the shipped recipe
+    python -m research.benchmarks.lips --cache CORPUS --data VIDEOS --rows all         also without its parts, on log-mel
+    python -m research.benchmarks.lips --cache CORPUS --data VIDEOS --rows encoders --hubert FOLDER
+    python -m research.benchmarks.lips ... --markdown table.md --keep FOLDER           write tables, keep trained models
 
-CORPUS is what `hicode pretrain` made; the recipe is trained anew here, once for each of four groups of speakers that
-are left out (about three minutes of a core each). Speakers whose terms forbid learning are scored only; of GRID every
-fifth sentence, and every fifth synthetic speaker, is never learned from. A speaker is given as a user's clip gives
-them: mean face and amplitude, from the frames they speak in. Predictions are the speech models' own: no silence gate,
-no rendering. *truth* is the tracked motion, *still* the speaker's mean face. Other encoders than the embedded one
-(*logmel*, *hubert* where its weights are given) hear the same sounds in the same variants and train by the same recipe,
-by their own windows.
+CORPUS is what `hicode pretrain` made. The recipe is trained anew for each of four groups of speakers that are left out,
+about three core minutes each. Speakers whose terms forbid learning are only scored. Every fifth sentence of GRID and
+every fifth synthetic speaker is never learned from. A speaker's mean face and amplitude come from the frames in which
+they speak, as in a user's clip. Predictions are those of the speech models: no silence gate, no rendering. Row *truth*
+is the tracked motion, *still* the speaker's mean face. Other encoders (*logmel*, *hubert* with its weights) get the same
+sounds in the same variants, and the same training, with their own windows.
 
-Measures are of canonical landmarks in the frontal plane, frames at 25 fps. *opening, width, lips, jaw*: correlations
-with the tracked mouth (`speech.sync.mouth_measures`); *x* before them: of the mouth that the predicted expression
-makes. *error*: of the 40 lip landmarks, % of the eye distance; *less*: by how much it is below a still mouth's, %.
-*amplitude*: spread of the opening over the truth's. *apart*: distance of the lips that the two networks predict, % of
-the eye distance, each relative to the subject's mean (truth: what the head model cannot say). *closed*: share of the
-truth's closed frames that are closed, and of the open ones. *quiet*: speed of the lips in silence over that in speech.
-Closure on p, b, m, per language: `evaluation.languages`.
+Measures are of canonical landmarks in the frontal plane, at 25 fps:
+
+opening, width, lips, jaw  correlation with the tracked mouth (`speech.sync.mouth_measures`); with x: of the mouth that
+                           the predicted expression makes
+error, less                error of the 40 lip landmarks, % of the eye distance; how much lower than a still mouth's, %
+amplitude                  standard deviation of the opening over the truth's
+apart                      distance of the lips of the two networks, % of the eye distance, each relative to the mean
+closed, falsely            share of the truth's closed (open) frames that are closed, %
+quiet                      speed of the lips in silence over that in speech
+
+Closure on p, b, m by language: `research.pretrain.languages`.
 """
 
 import argparse
@@ -70,8 +71,7 @@ from research.pretrain.synthetic import SyntheticExample, pink_noise
 
 GROUPS, HELD_OUT = 4, 5
 HDTF = ("markey", "khill", "radio2")
-# Issue 4's floors: opening, width, jaw on unseen speakers; error below a still mouth's; GRID's opening; closure; lip
-# speed in silence.
+# Least values: opening, width, jaw on unseen speakers; error below a still mouth's.
 FLOORS = {"opening": 0.70, "width": 0.65, "jaw": 0.55, "less": 12.0}
 ROWS = ("hicode", "no closure", "faceformer", "linear", "no synthetic", "logmel", "hubert")
 ENCODERS = ("hicode", "logmel", "hubert")
@@ -104,13 +104,13 @@ def read(cache: Path, data: Path | None) -> Data:
 
 
 def many(data: Data) -> str:
-    """The speaker of many sentences, of whom some are held out instead of all."""
+    """The speaker with the most clips. Some of these clips are left out, not all."""
     names = [t.speaker for t in data.taken]
     return max(set(names), key=names.count)
 
 
 def groups(data: Data, but: str) -> list[list[str]]:
-    """Speakers left out together: dealt by length, so that groups are alike."""
+    """Groups of speakers that are left out together, of similar duration."""
     lengths: dict[str, int] = {}
     for t in data.taken:
         lengths[t.speaker] = lengths.get(t.speaker, 0) + t.frames
@@ -247,8 +247,13 @@ def score(
     spoken: Callable[[int], Tensor],
     shown: Shown = "model",
 ) -> Scores:
-    """Every speaker by the pair that has not seen them; `change` makes the row's variant of a pair. `features` of a
-    clip, `spoken` of a synthetic one. Where the truth or a still mouth is shown instead, nobody's pair is asked."""
+    """Score every speaker by the models that have not seen them in training.
+
+    change    makes the row's variant of a pair of models
+    features  of a clip
+    spoken    features of a synthetic clip
+    shown     "truth" and "still" score these instead of a model
+    """
 
     def answer(
         pair: SpeechModels | None, known: list[SpeechExample], asked: list[tuple[SpeechExample, Callable[[], Tensor]]]

@@ -1,14 +1,12 @@
-"""How time and memory grow: `python -m research.benchmarks.scale` measures and draws docs/scale.png (matplotlib comes
-with the dev extra).
+"""How time and memory grow with Gaussians, resolution and clip length; draws docs/scale.png (needs matplotlib).
 
-    python -m research.benchmarks.scale              measure what benchmarks/scale.json lacks (all of it: some minutes),
-    draw python -m research.benchmarks.scale --fresh      forget it first
+    python -m research.benchmarks.scale              measure what scale.json lacks (some minutes for all), draw
+    python -m research.benchmarks.scale --fresh      measure everything anew
 
-Gaussians (at 512 px) and resolution (with 35,000 Gaussians): processor time, on one thread, of a rendering, of a
-training iteration (the draft's) and of a spoken frame (deform, rasterise, compose, with the generator), and the peak
-memory of a process that trains or speaks. Clip length: what training holds of its frames, all seen once, beside the
-budget `HeadConfig.preload_bytes`; and what a loaded avatar holds of its driving track. Every point is a process of its
-own, so that one's memory is not another's.
+Gaussians (at 512 px) and resolution (with 35,000 Gaussians): processor time on one thread of a rendering, of a training
+iteration (draft) and of a spoken frame (deform, rasterise, compose), and the peak memory of a process that trains or
+speaks. Clip length: what training holds of its frames after one pass, next to the budget `HeadConfig.preload_bytes`, and
+what a loaded avatar holds of its driving track. Each point has its own process, so that memory is not shared.
 """
 
 import argparse
@@ -22,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
-RESULTS, PICTURE = HERE / "scale.json", HERE.parent / "docs" / "scale.png"
+RESULTS, PICTURE = HERE / "scale.json", HERE.parents[1] / "docs" / "scale.png"
 N, SIZE = 35_000, 512
 POINTS = {
     "gaussians": (10_000, 35_000, 100_000, 200_000),

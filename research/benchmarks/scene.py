@@ -1,8 +1,7 @@
-"""Something to measure that is on every machine: the head model itself, drawn, as a clip, as a training state and as an
-avatar.
+"""The head model itself, drawn as a clip, as a training state and as an avatar: to be measured on every machine.
 
-n Gaussians lie on the model's surface, so they shrink as they become more, as a real cloud's do. Nothing here has
-learned anything: what is measured costs the same whatever it shows.
+n Gaussians lie on the model's surface. They shrink as n grows, as in a trained head. Nothing is trained: the costs do
+not depend on what is shown.
 """
 
 from dataclasses import replace

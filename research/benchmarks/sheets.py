@@ -1,12 +1,12 @@
-"""What an avatar's mouth does while it speaks: contact sheets with the sounds beneath, for looking at.
+"""Contact sheets of an avatar's mouth while it speaks, with the sounds beneath.
 
     python -m research.benchmarks.sheets AVATAR --cache CORPUS --audio speech/*.wav -o sheets
+    python -m research.benchmarks.sheets --cache CORPUS
 
-CORPUS is what `hicode pretrain` made: its synthetic speakers, whose phones are known, teach a linear recogniser of lip
-shapes (`speech.phones.CLASSES`) on the features that the avatar hears. So any recording gets its sounds written
-beneath, in any language; `python -m research.benchmarks.sheets --cache CORPUS` alone says how well it recognises
-synthetic speakers that it has not seen. A sheet shows three seconds, those with the most p, b, m: every frame's mouth,
-its shape, its gap in the picture.
+CORPUS is what `hicode pretrain` made. Its synthetic speakers have known phones; they train a linear recogniser of lip
+shapes (`research.pretrain.phones.CLASSES`) on the avatar's speech features. So any recording in any language gets its
+sounds. The second form says how well it recognises synthetic speakers that it has not seen. A sheet shows the three
+seconds with the most p, b, m: the mouth of every frame, its shape, its gap in the image.
 """
 
 import argparse

@@ -1,20 +1,17 @@
-"""How well the sync measure tells right from wrong, on speakers that it has not seen: `python -m
-research.benchmarks.sync --cache CORPUS`.
+"""How well the sync measure tells right from wrong, on speakers that it has not seen in training.
 
-    python -m research.benchmarks.sync --cache corpus                            ground truth and shuffled sound (about
-    a minute) python -m research.benchmarks.sync --cache corpus --data ../shared/data      and reversed sound, noise,
-    log-mel, energy (some minutes) python -m research.benchmarks.sync --cache corpus --markdown table.md        and
-    write the table
+    python -m research.benchmarks.sync --cache CORPUS                      truth and shuffled sound (a minute)
+    python -m research.benchmarks.sync --cache CORPUS --data VIDEOS        also reversed sound, noise, log-mel, energy
+    python -m research.benchmarks.sync --cache CORPUS --markdown table.md  write the table
 
-Protocol. Each speaker in turn is left out: the measure is refitted on all others, offsets included. Windows are two
-seconds of mouth and of sound. The offset of a clip comes from its other half (for a speaker of many short clips: from
-every second clip), so no window vouches for itself. A right score is a window's at that offset; a wrong one at 5 frames
-or more from it (shifted), or with another speaker's sound (mismatched).
+Each speaker in turn is left out: the measure is fitted again to all others, offsets included. Windows are two seconds of
+mouth and of sound. The offset of a clip comes from its other half (for a speaker of many short clips, from every second
+clip), so no window judges itself. A right score is a window's at that offset. A wrong one is 5 frames or more from it
+(shifted), or with another speaker's sound (mismatched).
 
-Rows: ground truth; the same measure given sound rotated within the clip, reversed, or white noise; and the same fit to
+Rows: the truth; the same measure with sound rotated within the clip, reversed, or white noise; and the measure fitted to
 log-mel energies, and to loudness alone. Controls are treated alike on both sides: reversed sound is compared with other
-people's reversed sound. Exit code 1 where the ground truth misses the marks of issue 4: areas of .99, 97 % of windows
-within one frame.
+people's reversed sound. Exit status 1 if the truth misses its limits: areas of .99, 97 % of windows within a frame.
 """
 
 import argparse
