@@ -1,7 +1,7 @@
 """How well speech moves lips, on people that no part of the model has seen in training.
 
     python -m research.benchmarks.lips --cache CORPUS --data VIDEOS                    the shipped recipe
-    python -m research.benchmarks.lips --cache CORPUS --data VIDEOS --rows all         also without its parts, on log-mel
+    python -m research.benchmarks.lips --cache CORPUS --data VIDEOS --rows all        also without its parts, on log-mel
     python -m research.benchmarks.lips --cache CORPUS --data VIDEOS --rows encoders --hubert FOLDER
     python -m research.benchmarks.lips ... --markdown table.md --keep FOLDER           write tables, keep trained models
 
@@ -9,8 +9,8 @@ CORPUS is what `hicode pretrain` made. The recipe is trained anew for each of fo
 about three core minutes each. Speakers whose terms forbid learning are only scored. Every fifth sentence of GRID and
 every fifth synthetic speaker is never learned from. A speaker's mean face and amplitude come from the frames in which
 they speak, as in a user's clip. Predictions are those of the speech models: no silence gate, no rendering. Row *truth*
-is the tracked motion, *still* the speaker's mean face. Other encoders (*logmel*, *hubert* with its weights) get the same
-sounds in the same variants, and the same training, with their own windows.
+is the tracked motion, *still* the speaker's mean face. Other encoders (*logmel*, *hubert* with its weights) get the
+same sounds in the same variants, and the same training, with their own windows.
 
 Measures are of canonical landmarks in the frontal plane, at 25 fps:
 

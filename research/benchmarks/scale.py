@@ -5,8 +5,8 @@
 
 Gaussians (at 512 px) and resolution (with 35,000 Gaussians): processor time on one thread of a rendering, of a training
 iteration (draft) and of a spoken frame (deform, rasterise, compose), and the peak memory of a process that trains or
-speaks. Clip length: what training holds of its frames after one pass, next to the budget `HeadConfig.preload_bytes`, and
-what a loaded avatar holds of its driving track. Each point has its own process, so that memory is not shared.
+speaks. Clip length: what training holds of its frames after one pass, next to the budget `HeadConfig.preload_bytes`,
+and what a loaded avatar holds of its driving track. Each point has its own process, so that memory is not shared.
 """
 
 import argparse

@@ -19,8 +19,8 @@ from hicode.gaussians import Gaussians, gaussians_from_points
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.media.images import Images
 from hicode.motion import FaceTrack, Motion
-from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
 from hicode.render.mesh import rasterize_mesh
+from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
 from hicode.tracking.head_model import HeadModel
 from hicode.training import head as training
 from hicode.training.density import GradientStatistics

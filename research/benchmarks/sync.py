@@ -4,14 +4,15 @@
     python -m research.benchmarks.sync --cache CORPUS --data VIDEOS        also reversed sound, noise, log-mel, energy
     python -m research.benchmarks.sync --cache CORPUS --markdown table.md  write the table
 
-Each speaker in turn is left out: the measure is fitted again to all others, offsets included. Windows are two seconds of
-mouth and of sound. The offset of a clip comes from its other half (for a speaker of many short clips, from every second
-clip), so no window judges itself. A right score is a window's at that offset. A wrong one is 5 frames or more from it
-(shifted), or with another speaker's sound (mismatched).
+Each speaker in turn is left out: the measure is fitted again to all others, offsets included. Windows are two seconds
+of mouth and of sound. The offset of a clip comes from its other half (for a speaker of many short clips, from every
+second clip), so no window judges itself. A right score is a window's at that offset. A wrong one is 5 frames or more
+from it (shifted), or with another speaker's sound (mismatched).
 
-Rows: the truth; the same measure with sound rotated within the clip, reversed, or white noise; and the measure fitted to
-log-mel energies, and to loudness alone. Controls are treated alike on both sides: reversed sound is compared with other
-people's reversed sound. Exit status 1 if the truth misses its limits: areas of .99, 97 % of windows within a frame.
+Rows: the truth; the same measure with sound rotated within the clip, reversed, or white noise; and the measure fitted
+to log-mel energies, and to loudness alone. Controls are treated alike on both sides: reversed sound is compared with
+other people's reversed sound. Exit status 1 if the truth misses its limits: areas of .99, 97 % of windows within a
+frame.
 """
 
 import argparse
