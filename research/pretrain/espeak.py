@@ -76,7 +76,7 @@ class Espeak:
         if not installed():
             raise InputError(
                 f"Speech cannot be synthesised: the package {PACKAGE} is not installed. Install it: pip install "
-                "'hicode[corpus]'."
+                "'hicode[research]'."
             )
         # -P: the folder of this file must not be searched for modules.
         self._child = subprocess.Popen(

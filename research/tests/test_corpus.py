@@ -432,7 +432,7 @@ def test_a_sync_model_of_another_encoder_is_not_asked(alone, tmp_path):
 # --- synthetic speakers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not espeak.installed(), reason="espeakng-loader is not installed (pip install 'hicode[corpus]')")
+@pytest.mark.skipif(not espeak.installed(), reason="espeakng-loader is not installed (pip install 'hicode[research]')")
 def test_synthetic_speakers_are_kept_with_their_phones(tmp_path):
     config = synthetic.CorpusConfig(minutes=0.1, speakers=2, languages=("en", "de"))
     first = synthesise(tmp_path, config, encoder=LogMelEncoder(), progress=False)

@@ -102,13 +102,14 @@ def wait_for(condition, seconds=40.0):
 @pytest.fixture
 def reaching(monkeypatch):
     """Workers find this folder's module and the package as this process does."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hicode[cluster]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hicode[research]'")
     monkeypatch.setenv(
         "PYTHONPATH",
         os.pathsep.join([*SEARCHED, *filter(None, [os.environ.get("PYTHONPATH")])]),
     )
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_a_failure_is_not_tried_again(reaching, tmp_path):
     """On two Ray workers: one is killed amid its task, which another then does; a task whose input is bad is begun
     once.
@@ -138,7 +139,7 @@ def test_a_killed_worker_loses_nothing_and_a_failure_is_not_tried_again(reaching
     assert all((tmp_path / f"{name}.done").exists() for name in log.done)
 
 
-@pytest.mark.parametrize("ray", [None, "local"])
+@pytest.mark.parametrize("ray", [None, pytest.param("local", marks=pytest.mark.slow)])
 def test_a_killed_driver_loses_no_finished_task(ray, request, tmp_path):
     """The driver is killed without warning amid the third of four tasks; called again, only what was not finished is
     begun once more.
@@ -183,6 +184,7 @@ def test_a_closed_address_is_said_at_once():
         sweep.check_address(f"127.0.0.1:{port}")
 
 
+@pytest.mark.slow
 def test_an_address_that_takes_calls_and_never_answers_is_given_up(reaching, monkeypatch):
     assert sweep.ANSWER_SECONDS + 5 < 30  # the promise: 5 s for the port, then this
     monkeypatch.setattr(sweep, "ANSWER_SECONDS", 2.0)
@@ -242,7 +244,7 @@ def test_the_papers_figures_are_those_of_the_paper():
     hdtf = PAPER_TABLE1["HDTF"]
     assert hdtf["HiCoDe"]["SSIM"] - hdtf["GaussianTalker"]["SSIM"] == pytest.approx(0.019)
     assert hdtf["GaussianTalker"]["LMD"] - hdtf["HiCoDe"]["LMD"] == pytest.approx(0.255)
-    assert set(PAPER_TABLE2) == set(ABLATIONS) - {"literal", "mesh"}
+    assert set(PAPER_TABLE2) < set(ABLATIONS)
 
 
 def test_pages_show_every_row_and_mark_the_papers():
@@ -363,6 +365,7 @@ def stored(out: Path) -> dict[str, dict]:
     return {p.stem: json.loads(p.read_text()) for p in (out / "cells").glob("*.json")}
 
 
+@pytest.mark.slow
 @needs_parts
 def test_a_table_holds_its_rows_and_where_they_came_from(made):
     out, data = made
@@ -391,6 +394,7 @@ def test_of_what_is_measured_the_rows_frames_are_kept():
     assert recorder.motions == [tracked] and recorder.frames == [{1: 1}]
 
 
+@pytest.mark.slow
 @needs_parts
 def test_what_is_finished_is_not_made_again_and_what_is_missing_is(made, clips, monkeypatch):
     out, data = made
@@ -426,6 +430,7 @@ def same_figures(a, b, path=""):
         assert a == b, path
 
 
+@pytest.mark.slow
 @needs_parts
 def test_two_runs_with_one_seed_give_the_same_table_and_another_seed_does_not(made, clips, tmp_path):
     out, data = made
@@ -438,6 +443,7 @@ def test_two_runs_with_one_seed_give_the_same_table_and_another_seed_does_not(ma
     assert {c["key"] for c in again["cells"]} < {c["key"] for c in data["cells"]}
 
 
+@pytest.mark.slow
 @needs_parts
 def test_check_scores_the_saved_frames_and_finds_what_was_changed(made, capsys):
     out, data = made

@@ -29,7 +29,7 @@ from hicode.speech.sync import mouth_measures
 from hicode.tracking.head_model import HeadModel
 
 needs_espeak = pytest.mark.skipif(
-    not installed(), reason="espeakng-loader is not installed (pip install 'hicode[corpus]')"
+    not installed(), reason="espeakng-loader is not installed (pip install 'hicode[research]')"
 )
 CLOSED_DM = 0.015  # 1.5 mm: what training counts as closed lips
 
@@ -261,7 +261,7 @@ def test_closure_rates_count_by_language():
 @pytest.fixture(scope="module")
 def synthesiser():
     if not installed():
-        pytest.skip("espeakng-loader is not installed (pip install 'hicode[corpus]')")
+        pytest.skip("espeakng-loader is not installed (pip install 'hicode[research]')")
     with Espeak() as running:
         yield running
 

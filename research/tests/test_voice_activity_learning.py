@@ -62,7 +62,7 @@ def test_the_score_is_learned_from_synthetic_voices():
     alone. Guessing gets half.
     """
     if not espeak.installed():  # asked without loading it into this process
-        pytest.skip(f"{espeak.PACKAGE} is not installed: pip install 'hicode[corpus]'")
+        pytest.skip(f"{espeak.PACKAGE} is not installed: pip install 'hicode[research]'")
     encoder = create_encoder("logmel")
     presence = fit_voice_activity(synthetic_speech(8, 1, seed=1), encoder, VoiceActivityTraining(negatives_s=5.0))
     right = []
