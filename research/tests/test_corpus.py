@@ -327,49 +327,6 @@ def test_a_stopped_build_goes_on_where_it_was(stage, tmp_path):
     assert made(stage, tmp_path).steps["track"].made == 2 and not set(first) & set(stage.looks)
 
 
-def test_tracks_and_fits_of_the_former_tool_are_taken_over(stage, corpus, tmp_path):
-    (tmp_path / "points").mkdir()
-    for source in find_sources([stage.folder]).speakers:
-        motions = []
-        for clip, path in source.clips.items():
-            tensors, config = load_tensors(
-                corpus[0] / "points" / f"{source.speaker}~{clip}.safetensors", "corpus-points", 1
-            )
-            del config["video"]
-            save_tensors(tmp_path / "points" / f"{path.stem}.safetensors", tensors, "corpus-points", 1, config)
-            motions.append(
-                load_tensors(corpus[0] / "motion" / f"{source.speaker}~{clip}.safetensors", "corpus-motion", 1)[0]
-            )
-        joined = {k: torch.cat([m[k] for m in motions]) for k in motions[0]}
-        config = {"names": list(source.clips), "lengths": [FRAMES] * len(motions)} if len(motions) > 1 else {}
-        save_tensors(tmp_path / "motion" / f"{source.speaker}.safetensors", joined, "corpus-motion", 1, config)
-    taken = made(stage, tmp_path)
-    assert stage.looks == [] and taken.steps["fit"].made == 0
-    ours, theirs = load_examples(corpus[0]), load_examples(tmp_path)
-    assert all(torch.equal(a.landmarks, b.landmarks) for s in ours for a, b in zip(ours[s], theirs[s], strict=True))
-    again = made(stage, tmp_path)
-    assert counts(again) == {"track": 0, "fit": 0, "offsets": 0, "examples": 0}
-
-
-# --- what is left out ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def alone(stage, tmp_path):
-    """Another stage, to film what cannot be used."""
-    own = Stage(tmp_path / "clips")
-    own.film("ann.mp4", 1), own.film("dan.mp4", 5)
-    return own
-
-
-@pytest.fixture(scope="module")
-def judge(corpus):
-    """A sync model that knows tones."""
-    from hicode.speech.sync import SyncModel
-
-    return SyncModel.load(corpus[0] / "sync.safetensors")
-
-
 def test_what_cannot_be_used_is_left_out_and_named(alone, judge, tmp_path):
     alone.film("faceless.mp4", 7, later=None)
     alone.film("moment.mp4", 7, frames=12)
@@ -468,8 +425,8 @@ def test_the_same_seed_gives_the_same_weights_and_a_report(stage, copy, tmp_path
             folder / "w.safetensors",
             copy,
             replace(config, sync_out=folder / "s.safetensors"),
+            FAST,
             parts,
-            False,
         )
 
     reports = [learn(tmp_path / name) for name in ("a", "b")]
