@@ -327,6 +327,25 @@ def test_a_stopped_build_goes_on_where_it_was(stage, tmp_path):
     assert made(stage, tmp_path).steps["track"].made == 2 and not set(first) & set(stage.looks)
 
 
+# --- what is left out ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(stage, tmp_path):
+    """Another stage, to film what cannot be used."""
+    own = Stage(tmp_path / "clips")
+    own.film("ann.mp4", 1), own.film("dan.mp4", 5)
+    return own
+
+
+@pytest.fixture(scope="module")
+def judge(corpus):
+    """A sync model that knows tones."""
+    from hicode.speech.sync import SyncModel
+
+    return SyncModel.load(corpus[0] / "sync.safetensors")
+
+
 def test_what_cannot_be_used_is_left_out_and_named(alone, judge, tmp_path):
     alone.film("faceless.mp4", 7, later=None)
     alone.film("moment.mp4", 7, frames=12)
