@@ -218,7 +218,7 @@ def test_a_checkpoint_of_the_device_is_resumed_there_and_on_the_cpu(device, clip
 @needs_device
 @pytest.mark.parametrize("count", [3, 200])
 def test_interpolation_has_the_same_gradient_on_both(device, count):
-    from hicode.avatar.deformation import Mix, _MixRows
+    from hicode.avatar.anchors import Anchors
 
     r = torch.Generator().manual_seed(0)
     index, weight = torch.randint(7, (count, 4), generator=r), torch.rand(count, 4, generator=r)
@@ -226,7 +226,7 @@ def test_interpolation_has_the_same_gradient_on_both(device, count):
     found = []
     for place in ("cpu", device):
         leaf = table.to(place).detach().requires_grad_()
-        (_MixRows.apply(leaf, Mix(index.to(place), weight.to(place))) * upstream.to(place)).sum().backward()
+        (Anchors(torch.zeros(7, 3), index.to(place), weight.to(place)).interpolate(leaf) * upstream.to(place)).sum().backward()
         found.append(leaf.grad.cpu())
     torch.testing.assert_close(*found)
 
@@ -235,7 +235,7 @@ def test_interpolation_has_the_same_gradient_on_both(device, count):
 def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path, monkeypatch):
     """`train`, `speak` and `evaluate` as the commands call them, with --device cuda answered by the stand-in."""
     from hicode.avatar.avatar import Avatar
-    from hicode.avatar.compositor import CompositorConfig
+    from hicode.avatar.refiner import CompositorConfig
     from hicode.evaluation import report
     from hicode.session import speak as synthesis
     from hicode.training import avatar as run

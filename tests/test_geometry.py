@@ -17,7 +17,7 @@ from hicode.geometry import (
     similarity,
     transform,
 )
-from hicode.motion import Motion, bounce
+from hicode.motion import Motion, ping_pong
 
 
 def axis_angles(n=200):
@@ -95,9 +95,9 @@ def test_transform_composes_right_to_left():
 
 
 def test_bounce_runs_back_and_forth_without_a_jump():
-    assert bounce(4, 0, 9).tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2]
-    assert np.abs(np.diff(bounce(17, 5, 500))).max() == 1
-    assert bounce(1, 0, 3).tolist() == [0, 0, 0]
+    assert ping_pong(4, 0, 9).tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2]
+    assert np.abs(np.diff(ping_pong(17, 5, 500))).max() == 1
+    assert ping_pong(1, 0, 3).tolist() == [0, 0, 0]
 
 
 def test_motion_refuses_wrong_shapes():

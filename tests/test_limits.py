@@ -164,7 +164,7 @@ from types import SimpleNamespace
 import numpy as np
 import hicode.preparation.clip
 from hicode.media.images import Images
-from hicode.avatar.compositor import background_plate
+from hicode.avatar.blend import estimate_background
 from hicode.preparation.clip import Clip
 from hicode.evaluation.report import _Work as Evaluation
 from hicode.tracking.fit import track_flow
@@ -186,7 +186,7 @@ def walk(count):
     few = TrainingFrames(clip, 4 << 20, 6)
     for t in few.frames[:count]:
         few.image_and_mask(t)
-    background_plate((clip.image(t) for t in few.frames[:count]), (clip.head_mask(t) for t in few.frames[:count]))
+    estimate_background((clip.image(t) for t in few.frames[:count]), (clip.head_mask(t) for t in few.frames[:count]))
     Images.encode((clip.image(t) for t in few.frames[:min(count, 100)]), ".jpg")
     Evaluation(None, clip).mean_frame
 walk(200)

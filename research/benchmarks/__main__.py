@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hicode.avatar.compositor import Compositor, compose
+from hicode.avatar.blend import compose
 from hicode.avatar.deformation import DeformationConfig
 from hicode.avatar.fast import FrameDeformer
+from hicode.avatar.refiner import Compositor
 from hicode.errors import HicodeError
 from hicode.render import rasterize
 from hicode.runtime import share_cores, tune_allocator
@@ -79,22 +80,22 @@ def control() -> Timed:
     motion, cases = clip.track.motion, {}
     for anchors in (0, 2048, 4096):
         cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig((), deformation=DeformationConfig(anchors=anchors)))
-        parameters, signals = list(deformation.control.parameters()), motion.control_at(1)
+        parameters, signals = list(deformation.parameters()), motion[1]
         gradient = [torch.randn(N, k) for k in (3, 4, 3, 3)]
 
         def forward(cloud=cloud, deformation=deformation, signals=signals):
             with torch.no_grad():
-                deformation(cloud.means, *signals)
+                deformation(cloud.means, signals)
 
         def both(cloud=cloud, deformation=deformation, signals=signals, parameters=parameters, gradient=gradient):
-            torch.autograd.grad(deformation(cloud.means, *signals), parameters, gradient)
+            torch.autograd.grad(deformation(cloud.means, signals), parameters, gradient)
 
         cases |= {f"control {anchors} forward": forward, f"control {anchors} both": both}
     cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig(()))
     deformer = FrameDeformer(deformation.requires_grad_(False), cloud)
     return cases | {
         "control 4096 speaking": lambda: _none(
-            deformer(motion.expression[1], motion.landmarks[1], motion.T_camera_head[1, :3, :3])
+            deformer(motion[1])
         )
     }
 
@@ -150,10 +151,10 @@ def speak() -> Timed:
 def composition() -> Timed:
     """A rendered head into its frame, with and without the generator."""
     avatar = scene.drawn_avatar(N, SIZE, head_preset("draft"), encoder="logmel")
-    rendering, frame, mask = avatar.render(avatar.driving, 0), avatar.driving_frame(0), avatar.driving_mask(0)
+    rendering, frame, mask = avatar.render(avatar.driving[0], avatar.driving.T_camera_head[0]), avatar.driving_frame(0), avatar.driving_mask(0)
 
     def with_generator(generator: Compositor | None):
-        return lambda: _none(compose(rendering.rgb, rendering.alpha, frame, mask, avatar.plate, generator))
+        return lambda: _none(compose(rendering.rgb, rendering.alpha, frame, mask, avatar.background_plate, generator))
 
     return {
         "composition plain": with_generator(None),

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from hicode.avatar.avatar import Avatar
-from hicode.avatar.compositor import Compositor
-from hicode.avatar.deformation import Carrier, Deformation, bind
+from hicode.avatar.deformation import Deformation
+from hicode.avatar.refiner import Compositor
+from hicode.avatar.rig import MeshRig, bind
 from hicode.camera import Camera
 from hicode.gaussians import Gaussians, gaussians_from_points
 from hicode.geometry import rigid, rotation_from_axis_angle
@@ -86,15 +87,14 @@ def drawn_cloud(n: int, clip: SimpleNamespace, config: HeadConfig) -> tuple[Gaus
     cloud = gaussians_from_points(points, colors, 0.5, max_scale=0.1)
     landmarks = model.landmarks(neutral)
     basis = torch.stack([model.landmarks(neutral + b) - landmarks for b in model.expression_basis])
-    mesh = config.deformation.base == "mesh"
     torch.manual_seed(0)
     center = neutral.mean(0)
     radius = float((points - center).norm(dim=1).quantile(0.99))
-    carrier = Carrier(model.expression_basis, landmarks, basis) if mesh else None
-    deformation = Deformation(config.deformation, identity, center, radius, carrier)
-    deformation.set_statistics(motion.expression, motion.landmarks)
-    torch.nn.init.normal_(deformation.control.head[-1].weight, std=0.01)
-    if mesh:
+    rig = MeshRig(model.expression_basis, landmarks, basis) if config.deformation.rig else None
+    deformation = Deformation.create(config.deformation, identity, center, radius, rig)
+    deformation.fit(motion)
+    torch.nn.init.normal_(deformation.control.offsets[-1].weight, std=0.01)
+    if rig is not None:
         deformation.binding = bind(points, neutral, model.triangles, landmarks)
     deformation.place_anchors(cloud.means)
     return cloud, deformation

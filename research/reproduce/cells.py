@@ -308,7 +308,7 @@ def _speak_for(avatar, other: Clip, name: str) -> dict | None:
     out = {"sound_of": name, "frames": count}
     spoken = (frame.image for frame in synthesize(avatar, sound[: 640 * count], SpeakConfig(region="head")))
     for row, frames, width in (
-        ("audio", spoken, avatar.plate.shape[1]),
+        ("audio", spoken, avatar.background_plate.shape[1]),
         ("ground_truth", (other.image(t) for t in range(count)), other.width),
     ):
         points = np.stack([detect([frame], landmarker)[0] for frame in frames])

@@ -165,7 +165,7 @@ def _make(argv: list[str]) -> Callable:
 
 
 def _evaluate(argv: list[str]) -> Callable:
-    from hicode.avatar.compositor import Region
+    from hicode.avatar.blend import Region
     from hicode.evaluation.report import evaluate
     from hicode.evaluation.videos import CompareConfig, compare_videos
 

@@ -1,4 +1,4 @@
-"""3D Gaussians (Eqs 1-2): the canonical head as a cloud of n oriented, coloured blobs in the head frame (decimetres)."""
+"""3D Gaussians (Eqs 1-2): the canonical head as n oriented, coloured Gaussians in the head frame (1 unit = 10 cm)."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -12,8 +12,9 @@ from torch import Tensor
 class Gaussians:
     """The parameters as optimised; `scales`, `opacities` are what a renderer reads.
 
-    means "n 3" · log_scales "n 3" · quats "n 4" (wxyz, not normalised) · opacity_logits "n" · colors "n 3" (RGB in [0, 1], SH degree 0) ·
-    turn_colors "n 3 3", how each colour changes with a turn of the head, or None where none does (`turned`)
+    means "n 3" · log_scales "n 3" · quats "n 4" (wxyz, not normalised) · opacity_logits "n" ·
+    colors "n 3" (RGB in [0, 1], SH degree 0) ·
+    view_dependent_color "n 3 3": change of each colour with the head's rotation, or None (`seen_at`)
     """
 
     means: Float[Tensor, "n 3"]
@@ -21,7 +22,7 @@ class Gaussians:
     quats: Float[Tensor, "n 4"]
     opacity_logits: Float[Tensor, "n"]
     colors: Float[Tensor, "n 3"]
-    turn_colors: Float[Tensor, "n 3 3"] | None = None
+    view_dependent_color: Float[Tensor, "n 3 3"] | None = None
 
     def __len__(self) -> int:
         return self.means.shape[0]
@@ -45,7 +46,7 @@ class Gaussians:
     def deformed(
         self, d_means: Tensor, d_quats: Tensor, d_log_scales: Tensor, d_colors: Tensor | float = 0.0
     ) -> "Gaussians":
-        """Eq. 8: offsets added to location, raw quaternion and log-scale; and, beyond the paper, to colour. Opacity stays canonical."""
+        """Eq. 8: offsets of location, raw quaternion and log-scale; beyond the paper, of colour. Opacity stays canonical."""
         return replace(
             self,
             means=self.means + d_means,
@@ -54,31 +55,31 @@ class Gaussians:
             colors=self.colors + d_colors,
         )
 
-    def turned(self, turn: Float[Tensor, "3"] | None) -> "Gaussians":
-        """The colours of a head turned by `turn` (`HierarchicalControl.turned`); as they are where none changes or the turn is not known.
+    def seen_at(self, rotation: Float[Tensor, "3"]) -> "Gaussians":
+        """The colours of a head at a relative rotation (`Deformation.relative_rotation`).
 
-        The part of a colour that depends linearly on where it is seen from, as SH degree 1 has it. Light stays where it is when a head turns: what shines
-        in one frame is dull in the next, and finer than a field over the head can say.
+        `view_dependent_color` is the linear (SH degree 1) part: light stays in place when the head turns.
         """
-        if self.turn_colors is None or turn is None:
+        if self.view_dependent_color is None:
             return self
-        return replace(self, colors=self.colors + (self.turn_colors * turn).sum(-1), turn_colors=None)
+        colors = self.colors + (self.view_dependent_color * rotation).sum(-1)
+        return replace(self, colors=colors, view_dependent_color=None)
 
 
 def gaussians_from_points(
     points: Float[Tensor, "n 3"], colors: Float[Tensor, "n 3"], opacity: float = 0.1, max_scale: float = 0.1
 ) -> Gaussians:
-    """Isotropic Gaussians at given points, as 3DGS starts them: scale the mean distance to the 3 nearest neighbours, unit quaternion.
+    """Isotropic Gaussians at given points, as 3DGS starts them: scale is the mean distance to the 3 nearest neighbours.
 
     `opacity` in (0, 1); `max_scale` (head units) caps the scale of isolated points.
     """
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     xyz = points.detach().cpu().numpy().astype(np.float64)
     n = len(xyz)
     assert n > 0, "no points to start from"
     neighbours = min(4, n)
-    distance = cKDTree(xyz).query(xyz, k=neighbours)[0].reshape(n, neighbours)[:, 1:]
+    distance = KDTree(xyz).query(xyz, k=neighbours)[0].reshape(n, neighbours)[:, 1:]
     mean_distance = distance.mean(1) if neighbours > 1 else np.full(n, max_scale)
     log_scale = torch.from_numpy(np.log(np.clip(mean_distance, 1e-4, max_scale))).to(points.dtype)
     quats = torch.zeros(n, 4, dtype=points.dtype)

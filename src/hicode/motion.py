@@ -1,9 +1,10 @@
 """Motion: what moves a head. One type with two producers, tracking a video and predicting from speech.
 
-Frames run at `fps`; the 478 landmarks are MediaPipe's, in the canonical head frame: the pose is taken out, so speech can predict them.
+The 478 landmarks are MediaPipe's, in the canonical head frame: the pose is taken out, so speech can predict them.
 """
 
 from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ EXPRESSION_DIM = 64
 IDENTITY_DIM = 80
 N_LANDMARKS = 478
 
-# Names for MediaPipe's landmark indices. LIPS lists the outer ring, then the inner one; left and right are the subject's.
+# MediaPipe's landmark indices. LIPS lists the outer ring, then the inner one. Left and right are the subject's.
 LIPS_OUTER = np.array([61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185])
 LIPS_INNER = np.array([78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 415, 310, 311, 312, 13, 82, 81, 80, 191])
 LIPS = np.concatenate([LIPS_OUTER, LIPS_INNER])
@@ -46,10 +47,29 @@ EYE_REGIONS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Motion:
-    """t frames of control: expression "t 64", landmarks "t 478 3" (canonical, head units), T_camera_head "t 4 4".
+class MotionFrame:
+    """One frame's control signals.
 
-    speech  "t s" the sound's features of each frame, where an avatar is moved by them directly (an ablation); usually absent
+    expression "64" · landmarks "478 3" canonical, pose-free (head units) · head_rotation "3 3" from head to camera ·
+    speech "s" the sound's features, where they move an avatar directly (an ablation)
+    """
+
+    expression: Float[Tensor, "64"]
+    landmarks: Float[Tensor, "478 3"]
+    head_rotation: Float[Tensor, "3 3"]
+    speech: Float[Tensor, "s"] | None = None
+
+    def to(self, device: torch.device | str) -> "MotionFrame":
+        speech = None if self.speech is None else self.speech.to(device)
+        return MotionFrame(self.expression.to(device), self.landmarks.to(device), self.head_rotation.to(device), speech)
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """t frames of control signals. `motion[3]` is a `MotionFrame`, `motion[2:5]` a `Motion`.
+
+    expression "t 64" · landmarks "t 478 3" canonical, pose-free (head units) · T_camera_head "t 4 4" · fps ·
+    speech "t s" the sound's features of each frame, where they move an avatar directly (an ablation)
     """
 
     expression: Float[Tensor, "t 64"]
@@ -58,38 +78,6 @@ class Motion:
     fps: float = 25.0
     speech: Float[Tensor, "t s"] | None = None
 
-    def __len__(self) -> int:
-        return self.expression.shape[0]
-
-    def __getitem__(self, frames: slice | Tensor | np.ndarray) -> "Motion":
-        return replace(
-            self,
-            expression=self.expression[frames],
-            landmarks=self.landmarks[frames],
-            T_camera_head=self.T_camera_head[frames],
-            **{name: values[frames] for name, values in self._where_there().items()},
-        )
-
-    def _where_there(self) -> dict[str, Tensor]:
-        return {name: values for name in ("speech",) if (values := getattr(self, name)) is not None}
-
-    def control_at(
-        self, t: int, device: torch.device | str = "cpu"
-    ) -> tuple[
-        Float[Tensor, "64"],
-        Float[Tensor, "478 3"],
-        Float[Tensor, "s"] | None,
-        Float[Tensor, "3 3"],
-    ]:
-        """(expression, landmarks, speech, the head's rotation to the camera) of frame t, what deforms a head, on the head's device."""
-        speech = None if self.speech is None else self.speech[t].to(device)
-        return (
-            self.expression[t].to(device),
-            self.landmarks[t].to(device),
-            speech,
-            self.T_camera_head[t, :3, :3].to(device),
-        )
-
     def __post_init__(self):
         t = self.expression.shape[0]
         assert self.expression.shape == (t, EXPRESSION_DIM), self.expression.shape
@@ -97,12 +85,26 @@ class Motion:
         assert self.T_camera_head.shape == (t, 4, 4), self.T_camera_head.shape
         assert self.speech is None or len(self.speech) == t, (len(self.speech), t)
 
+    def __len__(self) -> int:
+        return self.expression.shape[0]
+
+    @overload
+    def __getitem__(self, frames: int | np.integer) -> MotionFrame: ...
+
+    @overload
+    def __getitem__(self, frames: slice | Tensor | np.ndarray) -> "Motion": ...
+
+    def __getitem__(self, frames: int | np.integer | slice | Tensor | np.ndarray) -> "MotionFrame | Motion":
+        speech = None if self.speech is None else self.speech[frames]
+        expression, landmarks, poses = self.expression[frames], self.landmarks[frames], self.T_camera_head[frames]
+        if isinstance(frames, (int, np.integer)):
+            return MotionFrame(expression, landmarks, poses[:3, :3], speech)
+        return replace(self, expression=expression, landmarks=landmarks, T_camera_head=poses, speech=speech)
+
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            "expression": self.expression,
-            "landmarks": self.landmarks,
-            "T_camera_head": self.T_camera_head,
-        } | self._where_there()
+        """All that are there, by name."""
+        out = {"expression": self.expression, "landmarks": self.landmarks, "T_camera_head": self.T_camera_head}
+        return out if self.speech is None else out | {"speech": self.speech}
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +147,8 @@ def mouth_box(
     return x0, y0, x1, y1
 
 
-def bounce(length: int, start: int, count: int) -> np.ndarray:
-    """`count` frame indices that run back and forth through `length` frames from `start` without a jump (… 2 1 0 1 2 …)."""
+def ping_pong(length: int, start: int, count: int) -> np.ndarray:
+    """`count` frame indices that run back and forth through `length` frames from `start`: … 2 1 0 1 2 …"""
     if length <= 1:
         return np.zeros(count, np.int64)
     period = 2 * (length - 1)

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import torch
 
-from hicode.avatar.compositor import compose, seam_of
+from hicode.avatar.blend import blend_region, compose
 from hicode.avatar.film_grain import GAIN, NEAREST, FilmGrain, FilmGrainLayer, lips_ellipse
 from hicode.motion import LIPS
 from hicode.training.film_grain import STRENGTH, fine_detail, learn_film_grain
@@ -126,7 +126,7 @@ class Drawn:
 
 
 class Plain:
-    plate, compositor = smooth(2), None
+    background_plate, compositor = smooth(2), None
 
     @staticmethod
     def landmarks_px(motion, t):
@@ -137,7 +137,8 @@ def test_the_film_grain_of_a_recording_is_as_strong_as_configured():
     grain = learn_film_grain(Plain, Drawn(6.0, 0, 12), None)
     assert grain.strength == STRENGTH and len(grain.fields) == 12
     plain, out = (
-        compose(*Drawn(6.0, 100, 1)(0), Plain.plate, None, layer) for layer in (None, grain.layer(LANDMARKS, 0))
+        compose(*Drawn(6.0, 100, 1)(0), Plain.background_plate, None, layer)
+        for layer in (None, grain.layer(LANDMARKS, 0))
     )
     added = (out.astype(float) - plain)[cv2.erode(MASK, np.ones((41, 41))) > 0]
     assert 0.3 * 6 < added.std() < 6 * STRENGTH  # what is not fine detail is left out
@@ -171,5 +172,5 @@ def test_the_seam_box_is_where_the_field_is_read():
         None,
         FilmGrainLayer(np.ascontiguousarray(field), 1 / 255, np.array([100, 118, 4, 4], np.float32)),
     )
-    assert min(seam_of(mask).box[:2]) > 0
+    assert min(blend_region(mask).box[:2]) > 0
     assert [int(out[90, x, 0]) for x in (90, 100, 110)] == [110, 120, 130] and out[118, 100, 0] == 100

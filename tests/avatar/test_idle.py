@@ -27,7 +27,7 @@ from hicode.avatar.idle import (
 )
 from hicode.errors import InputError
 from hicode.geometry import axis_angle_from_rotation, transform
-from hicode.motion import Motion, bounce
+from hicode.motion import Motion, ping_pong
 from hicode.session.config import SpeakConfig, VideoConfig
 from hicode.session.session import Session
 from hicode.session.speak import speak, synthesize
@@ -390,9 +390,9 @@ def test_nothing_is_added_to_a_track_that_blinks_itself():
 
 
 def test_a_long_pause_between_own_blinks_is_filled_and_none_is_doubled():
-    driving, played, within = track(1000, {30: 0.1, 970: 0.1}), bounce(1000, 0, 4000), 100
+    driving, played, within = track(1000, {30: 0.1, 970: 0.1}), ping_pong(1000, 0, 4000), 100
     own = own_blinks(driving)
-    near = near_own_blinks(own, bounce(1000, -within, 4000 + 2 * within), within)
+    near = near_own_blinks(own, ping_pong(1000, -within, 4000 + 2 * within), within)
     after = Idler(driving, Face(driving))(driving[played], near)
     added = [begin for begin, _ in runs((after.landmarks != driving.landmarks[played]).flatten(1).any(1).numpy())]
     assert len(added) >= 20
@@ -404,7 +404,7 @@ def test_a_long_pause_between_own_blinks_is_filled_and_none_is_doubled():
 def test_nearness_of_own_blinks_is_counted_in_played_frames():
     own = np.zeros(30, bool)
     own[10] = True
-    near = near_own_blinks(own, bounce(30, 0, 20 + 6), 3)  # answers for 3 ... 22
+    near = near_own_blinks(own, ping_pong(30, 0, 20 + 6), 3)  # answers for 3 ... 22
     assert np.flatnonzero(near).tolist() == [4, 5, 6, 7, 8, 9, 10]
 
 

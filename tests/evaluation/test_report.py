@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hicode import assets
-from hicode.avatar.compositor import hidden_mask
+from hicode.avatar.blend import hidden_mask
 from hicode.camera import Camera
 from hicode.errors import InputError, OutputError
 from hicode.evaluation import report as report_module
@@ -128,7 +128,7 @@ class FakeAvatar:
         self.remembered = []  # training frames asked for, and their own motion where it was said
         self.speech = FakeSpeech() if speech else None
         self.driving = clip.track.motion[: len(clip.train)]
-        self.plate, self.hears, self.film_grain = np.zeros((clip.height, clip.width, 3), np.uint8), False, None
+        self.background_plate, self.audio_driven, self.film_grain = np.zeros((clip.height, clip.width, 3), np.uint8), False, None
         self.mouth_expression = torch.arange(64) < 10
         self.mouth_landmark_weight = (torch.arange(478) < 100).float()
         self.info = {"preset": "draft", "seconds": {"speech": 1.0, "head": 20.0}, "peak_memory_mb": 321}
@@ -440,7 +440,7 @@ def test_another_videos_avatar_is_measured_with_a_warning(clip):
 
 def test_what_cannot_be_measured_is_refused(clip, tmp_path):
     avatar = FakeAvatar(clip)
-    avatar.plate = np.zeros((64, 64, 3), np.uint8)
+    avatar.background_plate = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(InputError, match="frames of 64x64, the clip has 72x72"):
         evaluate(avatar, clip, progress=False)
     with pytest.raises(InputError, match="no driving mode 'lips'"):

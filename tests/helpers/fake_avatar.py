@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from hicode.audio import SAMPLE_RATE_HZ
-from hicode.avatar.compositor import compose
+from hicode.avatar.blend import compose
 from hicode.camera import Camera
-from hicode.motion import Motion
+from hicode.motion import Motion, MotionFrame
 from hicode.render import Rendering
 from hicode.session.session import Frame
 from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
@@ -44,9 +44,9 @@ class FakeAvatar:
     speech: SpeechModels | None = field(default_factory=speech_models)
     driving: Motion = field(default_factory=lambda: motion_of(DRIVING))
     film_grain: object = None
-    hears: bool = False
+    audio_driven: bool = False
     source: dict = field(default_factory=dict)
-    plate: np.ndarray = field(default_factory=lambda: np.full((SIZE, SIZE, 3), 60, np.uint8))
+    background_plate: np.ndarray = field(default_factory=lambda: np.full((SIZE, SIZE, 3), 60, np.uint8))
     shown: list = field(default_factory=list)  # (motion, thread) of each rendered frame
     grains: list = field(default_factory=list)  # what grain each frame was composed with
 
@@ -71,32 +71,28 @@ class FakeAvatar:
     def rendered(self) -> int:
         return len(self.shown)
 
-    def deformed(self, motion: Motion, t: int) -> Motion:
-        return motion[t : t + 1]
+    def deform(self, frame: MotionFrame) -> MotionFrame:
+        return frame
+
+    def landmarks_px(self, motion: Motion, t: int) -> np.ndarray:
+        return np.zeros((478, 2), np.float32)
 
     def face_mask(
         self, motion: Motion, t: int, head_mask: np.ndarray, frame_motion: Motion, frame_t: int
     ) -> np.ndarray:
         return np.where(np.arange(SIZE)[:, None] >= 24, head_mask, 0).astype(np.uint8)  # all but the top of the head
 
-    def rasterized(self, deformed: Motion, motion: Motion, t: int, within: tuple | None = None) -> Rendering:
+    def rasterize(self, deformed: MotionFrame, pose: torch.Tensor, within: tuple | None = None) -> Rendering:
         self.shown.append((deformed, threading.get_ident()))
         alpha = torch.from_numpy(self.driving_mask(0) / 255.0).float()
-        colour = torch.stack([motion.expression[t, 0], motion.expression[t, 50], motion.landmarks[t, 400, 0]]).sigmoid()
+        colour = torch.stack([deformed.expression[0], deformed.expression[50], deformed.landmarks[400, 0]]).sigmoid()
         return Rendering(alpha[..., None] * colour, alpha)
 
-    def composed(
-        self,
-        rendering: Rendering,
-        motion: Motion,
-        t: int,
-        frame: np.ndarray,
-        head_mask: np.ndarray,
-        index: int,
-        shown: np.ndarray | None,
+    def compose(
+        self, rendering: Rendering, landmarks_px: np.ndarray, frame: np.ndarray, mask: np.ndarray, index: int
     ) -> np.ndarray:
         self.grains.append(self.film_grain)
-        out = compose(rendering.rgb, rendering.alpha, frame, head_mask if shown is None else shown, self.plate)
+        out = compose(rendering.rgb, rendering.alpha, frame, mask, self.background_plate)
         out[30, 32, 0] = index % 251  # as grain does, it tells one frame from the next
         return out
 

@@ -13,10 +13,10 @@ import torch
 
 from helpers.fake_avatar import DRIVING, FakeAvatar, expressions, motion_of, speech_models, speechlike
 from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, resample
-from hicode.avatar.compositor import dilate_mask
+from hicode.avatar.blend import dilate_mask
 from hicode.avatar.driving import resting_mouth
 from hicode.errors import InputError, ResourceError
-from hicode.motion import bounce
+from hicode.motion import ping_pong
 from hicode.session.config import SpeakConfig
 from hicode.session.motion_source import DrivingTrack
 from hicode.session.session import Frame, Session
@@ -154,7 +154,7 @@ def test_silence_shows_the_resting_mouth():
 
 def test_the_driving_track_runs_back_and_forth_from_the_start_asked_for():
     frames = [f.driving_frame for f in synthesize(FakeAvatar(), speechlike(2.4), SpeakConfig(start=5))]
-    assert frames == bounce(DRIVING, 5, 60).tolist()
+    assert frames == ping_pong(DRIVING, 5, 60).tolist()
     assert np.abs(np.diff(frames)).max() == 1
 
 
@@ -237,7 +237,7 @@ def test_memory_does_not_grow_with_the_sound():
     class Unrendered(FakeAvatar):
         def composed(self, *_, **__):
             self.shown.clear()
-            return self.plate
+            return self.background_plate
 
     avatar = Unrendered(speech=Speechless())
     session, second, kept = Session(avatar, encoder=create_encoder("logmel")), speechlike(1.0), []
@@ -316,7 +316,7 @@ def test_a_session_idles_for_ever_with_the_mouth_at_rest_and_renders_each_idle_f
     rest, _ = resting_mouth(avatar.driving, avatar)
     with Session(avatar, SpeakConfig(blinks=False)) as session:
         frames = take(session, 200)
-    assert [f.driving_frame for f in frames] == bounce(DRIVING, 0, 200).tolist()
+    assert [f.driving_frame for f in frames] == ping_pong(DRIVING, 0, 200).tolist()
     assert not any(f.speaking or f.audio.any() for f in frames)
     assert all(torch.equal(f.motion.expression[0, :40], rest[:40]) for f in frames)
     assert avatar.rendered <= DRIVING + session.ahead
@@ -342,7 +342,7 @@ def test_speech_begins_and_ends_within_idling():
         frames = take(session, 40)
     speaking = [f.speaking for f in frames]
     assert not any(f.speaking for f in idle) and speaking == [True] * 20 + [False] * 20
-    assert [f.driving_frame for f in idle + frames] == bounce(DRIVING, 0, 47).tolist()
+    assert [f.driving_frame for f in idle + frames] == ping_pong(DRIVING, 0, 47).tolist()
     alone = list(synthesize(FakeAvatar(), speech, SpeakConfig(level=0.05, blinks=False, start=7)))
     assert torch.equal(expressions(frames[:20]), expressions(alone))
 
@@ -469,7 +469,7 @@ def test_interruptions_while_frames_are_taken_lose_and_double_nothing():
         frames = take(session, 120)
         stop.set()
         writer.join()
-    assert [f.driving_frame for f in frames] == bounce(DRIVING, 0, 120).tolist()
+    assert [f.driving_frame for f in frames] == ping_pong(DRIVING, 0, 120).tolist()
     assert [f.pts_s for f in frames] == [i / 25 for i in range(120)]
     assert any(f.speaking for f in frames)
 

@@ -8,7 +8,7 @@ from helpers.fake_avatar import DRIVING, SIZE, FakeAvatar, expressions, source_v
 from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from hicode.avatar.driving import resting_mouth
 from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
-from hicode.motion import bounce
+from hicode.motion import ping_pong
 from hicode.session.config import SpeakConfig, VideoConfig
 from hicode.session.speak import speak, synthesize
 
@@ -178,7 +178,7 @@ def test_original_size_pastes_the_head_into_the_sources_frames(tmp_path, wav, si
     scale = side / SIZE
     head = (30 + round(32 * scale), 10 + round(30 * scale))
     heads = []
-    for i, (frame, t) in enumerate(zip(read_video(tmp_path / "out.mp4"), bounce(DRIVING, 0, 33), strict=True)):
+    for i, (frame, t) in enumerate(zip(read_video(tmp_path / "out.mp4"), ping_pong(DRIVING, 0, 33), strict=True)):
         # H.264 on flat grey is off by a level or two; a frame's grey differs from its neighbours' by three.
         assert abs(int(frame[5, 5, 0]) - (100 + 3 * t)) <= 2 and abs(int(frame[110, 150, 1]) - (100 + 3 * t)) <= 2, i
         heads.append(np.abs(frame[head[1], head[0]].astype(int) - (100 + 3 * t)).max())
@@ -194,7 +194,7 @@ def test_original_size_takes_no_more_of_the_crop_than_what_is_new_in_it(tmp_path
     for region in ("face", "head"):
         avatar = FakeAvatar(source={"path": str(tmp_path / "source.mp4"), "crop_box": [30, 10, 100]})
         speak(avatar, wav, tmp_path / "out.mp4", SpeakConfig(region=region), ORIGINAL, progress=False)
-        frames = zip(read_video(tmp_path / "out.mp4"), bounce(DRIVING, 0, 33), strict=True)
+        frames = zip(read_video(tmp_path / "out.mp4"), ping_pong(DRIVING, 0, 33), strict=True)
         greys[region] = np.array(
             [int(frame[10 + round(1.5625 * 18), 30 + round(1.5625 * 32), 0]) - (100 + 3 * t) for frame, t in frames]
         )  # above the face, on the head

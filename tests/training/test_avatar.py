@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.drawn_head import clip_on_disk, draw_clip, short
-from hicode.avatar.compositor import CompositorConfig
+from hicode.avatar.refiner import CompositorConfig
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, read_json, save_tensors, write_json
 from hicode.media.audio import write_audio

@@ -174,8 +174,8 @@ def test_an_avatar_reads_back_as_it_was(avatar, tmp_path):
 
 def test_a_part_of_the_picture_renders_as_the_whole_does(avatar):
     x0, y0, x1, y1 = box = (20, 24, 60, 70)
-    cloud = avatar.deformed(avatar.driving, 3)
-    whole, part = avatar.rasterized(cloud, avatar.driving, 3), avatar.rasterized(cloud, avatar.driving, 3, within=box)
+    cloud, pose = avatar.deform(avatar.driving[3]), avatar.driving.T_camera_head[3]
+    whole, part = avatar.rasterize(cloud, pose), avatar.rasterize(cloud, pose, within=box)
     torch.testing.assert_close(part.rgb[y0:y1, x0:x1], whole.rgb[y0:y1, x0:x1], atol=1e-4, rtol=0)
     torch.testing.assert_close(part.alpha[y0:y1, x0:x1], whole.alpha[y0:y1, x0:x1], atol=1e-4, rtol=0)
     assert part.alpha.shape == whole.alpha.shape and float(part.alpha[y0:y1, x0:x1].max()) > 0.5
@@ -214,9 +214,12 @@ def test_a_frame_table_steps_the_row_it_is_told_to_and_each_by_its_own_count():
 
 def test_colours_learn_to_turn_only_where_they_may(clip, model):
     learned, _, _ = training.train_head(clip, model, a_config())
-    assert learned.turn_colors.shape == (len(learned), 3, 3) and float(learned.turn_colors.abs().max()) > 0
-    still, _, _ = training.train_head(clip, model, a_config(rates=LearningRates(turn_colors=0.0)))
-    assert still.turn_colors is None
+    assert (
+        learned.view_dependent_color.shape == (len(learned), 3, 3)
+        and float(learned.view_dependent_color.abs().max()) > 0
+    )
+    still, _, _ = training.train_head(clip, model, a_config(rates=LearningRates(view_dependent_color=0.0)))
+    assert still.view_dependent_color is None
 
 
 @pytest.mark.parametrize("name", [n for n in ABLATIONS if n != "mesh"])
@@ -239,8 +242,9 @@ def test_an_ablated_avatar_trains_saves_and_renders_as_any_other(name, clip, mod
         np.full((SIZE, SIZE, 3), 90, np.uint8), model.mouth_expression, model.mouth_landmark_weight,
     )  # fmt: skip
     again = Avatar.load(made.save(tmp_path / "a.hicode"))
-    assert again.hears == (name == "none")
-    assert torch.equal(made.render(made.driving, 4).rgb, again.render(again.driving, 4).rgb)
+    assert again.audio_driven == (name == "none")
+    images = [a.render(a.driving[4], a.driving.T_camera_head[4]).rgb for a in (made, again)]
+    assert torch.equal(*images)
 
 
 def test_random_points_fill_the_heads_box_and_know_no_colour(clip, model):

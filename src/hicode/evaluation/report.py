@@ -30,7 +30,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from hicode.audio import SAMPLES_PER_FRAME, frame_rms
-from hicode.avatar.compositor import Region, dilate_mask, hidden_mask
+from hicode.avatar.blend import Region, dilate_mask, hidden_mask
 from hicode.avatar.driving import merge_motion, resting_mouth
 from hicode.avatar.film_grain import FilmGrain
 from hicode.errors import HicodeError, InputError
@@ -85,9 +85,9 @@ class Evaluated(Protocol):
 
     speech: Speaker | None
     driving: Motion
-    plate: UInt8[np.ndarray, "h w 3"]
+    background_plate: UInt8[np.ndarray, "h w 3"]
     film_grain: FilmGrain | None
-    hears: bool
+    audio_driven: bool
     mouth_expression: Tensor
     mouth_landmark_weight: Tensor
     info: dict
@@ -193,7 +193,7 @@ class _Work:
                 f"{self.clip.path} has {len(self.clip.train)} training and {len(self.test)} test frames: "
                 "nothing to measure. Prepare a longer video."
             )
-        plate = self.avatar.plate
+        plate = self.avatar.background_plate
         if plate.shape[:2] != (self.clip.height, self.clip.width):
             raise InputError(
                 f"The avatar makes frames of {plate.shape[1]}x{plate.shape[0]}, "
@@ -207,7 +207,7 @@ class _Work:
 
     def motions(self, modes: Sequence[Mode]) -> dict[str, Motion]:
         """The test frames' motion in each driving mode that is asked for and possible."""
-        if self.avatar.hears:
+        if self.avatar.audio_driven:
             self.clip.hear(self.avatar.speech.encoder)
             self.findings.notes.append(
                 "Speech features move this avatar directly: its tracked row hears the test sound as its audio row does."
@@ -438,8 +438,8 @@ def _timing(work: _Work, rows: dict[str, Row], motions: dict[str, Motion]) -> di
         from hicode.render import rasterize
 
         motion, looks = motions[name], range(min(10, len(work.test)))
-        out["deform_rasterise_ms"] = _median_ms(lambda i: avatar.render(motion, i), looks)
-        moved = [avatar.deformed(motion, i) for i in looks]
+        out["deform_rasterise_ms"] = _median_ms(lambda i: avatar.render(motion[i], motion.T_camera_head[i]), looks)
+        moved = [avatar.deform(motion[i]) for i in looks]
         black = torch.zeros(3)
         with torch.no_grad():
             out["rasterise_ms"] = _median_ms(

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, UInt8
 
 from hicode.audio import FPS
-from hicode.avatar.compositor import dilate_mask, hidden_mask
+from hicode.avatar.blend import dilate_mask, hidden_mask
 from hicode.errors import InputError
 from hicode.evaluation.images import REGIONS, Truth, seam_error
 from hicode.evaluation.lips import DETECTOR, closures_due, detect

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from hicode.audio import FPS, SAMPLE_RATE_HZ
-from hicode.avatar.compositor import Region
+from hicode.avatar.blend import Region
 from hicode.errors import InputError
 
 

@@ -22,7 +22,7 @@ from hicode.audio import SAMPLES_PER_FEATURE, SAMPLES_PER_FRAME, DcBlocker, fram
 from hicode.avatar.driving import merge_motion, resting_mouth
 from hicode.avatar.idle import Idler, head_room, near_own_blinks, neck, own_blinks, still_frame
 from hicode.errors import InputError
-from hicode.motion import Motion, bounce
+from hicode.motion import Motion, ping_pong
 from hicode.session.config import SpeakConfig
 from hicode.session.timings import Timings
 from hicode.speech.encoder import AudioEncoder
@@ -64,7 +64,7 @@ class Mouth:
     def at_rest(avatar: "Avatar", encoder: AudioEncoder) -> "Mouth":
         """The subject's resting mouth, from the avatar's own driving track."""
         speech = None
-        if avatar.hears:
+        if avatar.audio_driven:
             speech = encoder.encode(np.zeros(SAMPLES_PER_FRAME, np.float32))[:2].flatten()
         return Mouth(*resting_mouth(avatar.driving, avatar), speech)
 
@@ -258,7 +258,7 @@ class Animation:
         """Driving frames of the frames from `begin` to `end`, counted from the next one."""
         if self.still:
             return np.full(end - begin, self.start)
-        return bounce(len(self._driving), self.start + self._made + begin, end - begin)
+        return ping_pong(len(self._driving), self.start + self._made + begin, end - begin)
 
     def _near_own_blink(self) -> np.ndarray:
         if self._blinks is None or self._idler is None:

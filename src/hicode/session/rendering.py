@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from hicode.avatar.compositor import Region, seam_box
+from hicode.avatar.blend import Region, blend_box
 from hicode.motion import Motion
 from hicode.session.motion_source import DrivingTrack
 from hicode.session.timings import Timings
@@ -32,14 +32,14 @@ class FrameRenderer:
         avatar = self._avatar
         with timings.clocked("driving"):
             frame, mask = self._driving.frame(t), self._driving.mask(t)
-            shown = None
             if self._region == "face":
-                shown = avatar.face_mask(motion, 0, mask, self._driving.motion, t)
+                mask = avatar.face_mask(motion, 0, mask, self._driving.motion, t)
         with timings.clocked("deform"):
-            deformed = avatar.deformed(motion, 0)
+            deformed = avatar.deform(motion[0])
         with timings.clocked("rasterise"):
-            rendering = avatar.rasterized(deformed, motion, 0, within=None if shown is None else seam_box(shown))
+            within = blend_box(mask) if self._region == "face" else None
+            rendering = avatar.rasterize(deformed, motion.T_camera_head[0], within=within)
         with timings.clocked("composite"):
-            image = avatar.composed(rendering, motion, 0, frame, mask, number, shown=shown)
+            image = avatar.compose(rendering, avatar.landmarks_px(motion, 0), frame, mask, number)
         timings.count()
         return image

@@ -129,7 +129,7 @@ def speak(
     if video.original_size:
         shown = 1 if config.still else total
         original = OriginalVideo(avatar, video.source_video, session.start, shown, out.parent)
-    height, width = avatar.plate.shape[:2]
+    height, width = avatar.background_plate.shape[:2]
     size = (width, height) if original is None else original.size
     started = time.perf_counter()
     with ExitStack() as stack:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar
-from hicode.avatar.compositor import Compositor, background_plate, with_whole_face
+from hicode.avatar.blend import estimate_background, with_whole_face
 from hicode.avatar.deformation import Deformation
+from hicode.avatar.refiner import Compositor
 from hicode.errors import FileFormatError, InputError
 from hicode.files import check_writable, load_tensors, read_json, save_tensors, sha256_of, write_json
 from hicode.gaussians import Gaussians
@@ -190,7 +191,7 @@ def _compositor(
     config = replace(config, renders=_room_for_renders(clip, config.renders))
     return train_compositor(
         _Samples(clip, avatar, motion),
-        avatar.plate,
+        avatar.background_plate,
         config,
         progress=report.visible,
         checkpoint=folder / "compositor.safetensors",
@@ -258,7 +259,7 @@ class _Samples:
                 landmarks=motion.landmarks + noise(0.004, 1, 1, 3) + noise(0.003, 1, 478, 3),
                 T_camera_head=motion.T_camera_head @ turn,
             )
-        rendering = self.avatar.render(motion, 0)
+        rendering = self.avatar.render(motion[0], motion.T_camera_head[0])
         return rendering.rgb, rendering.alpha, self.clip.image(t), self.clip.head_mask(t)
 
 
@@ -274,7 +275,7 @@ def _assemble(
     """`motion`: the training part's, refined."""
     frames = list(clip.train)
     faces = (with_whole_face(clip.head_mask(t), clip.track.landmarks_px[t].numpy()) for t in frames)
-    plate = background_plate((clip.image(t) for t in frames), faces)
+    plate = estimate_background((clip.image(t) for t in frames), faces)
     kept = frames[:MAX_DRIVING_FRAMES]
     return Avatar(
         gaussians,

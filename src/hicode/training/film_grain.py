@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 
 from hicode.avatar.avatar import Avatar
-from hicode.avatar.compositor import compose
+from hicode.avatar.blend import compose
 from hicode.avatar.film_grain import FilmGrain, lips_ellipse
 from hicode.motion import Motion
 from hicode.training.refiner import Samples
@@ -25,7 +25,7 @@ def learn_film_grain(avatar: Avatar, samples: Samples, motion: Motion) -> FilmGr
     fields, places = [], []
     for k in np.unique(np.linspace(0, len(samples) - 1, FIELDS).astype(int)):
         rgb, alpha, frame, mask = samples(int(k), None)
-        render = compose(rgb, alpha, frame, mask, avatar.plate, avatar.compositor)
+        render = compose(rgb, alpha, frame, mask, avatar.background_plate, avatar.compositor)
         places.append(avatar.landmarks_px(motion, int(k)))
         fields.append(fine_detail(frame, render, mask, places[-1]))
     return FilmGrain.of(fields, torch.from_numpy(np.stack(places)), STRENGTH)

@@ -19,7 +19,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from hicode.avatar.deformation import Binding, Carrier, Deformation, bind
+from hicode.avatar.deformation import Deformation
+from hicode.avatar.rig import Binding, MeshRig, bind
 from hicode.camera import Camera
 from hicode.errors import InputError
 from hicode.files import load_tensors, save_tensors
@@ -132,26 +133,22 @@ def initial_cloud(clip: Clip, model: HeadModel, config: HeadConfig) -> tuple[Gau
 
     center = vertices.mean(0)
     radius = float((points - center).norm(dim=1).quantile(0.99))
-    carrier = None
-    if config.deformation.base == "mesh":
+    rig = None
+    if config.deformation.rig:
         rest = model.vertices(track.identity)
         neutral = model.landmarks(rest)
         basis = torch.stack([model.landmarks(rest + b) - neutral for b in model.expression_basis])
-        carrier = Carrier(model.expression_basis, neutral, basis)
+        rig = MeshRig(model.expression_basis, neutral, basis)
     torch.manual_seed(config.seed)
-    deformation = Deformation(config.deformation, track.identity, center, radius, carrier)
-    deformation.set_statistics(
-        expression[train], landmarks[train], track.motion[train].speech, track.motion.T_camera_head[train, :3, :3]
-    )
-    motion_extent = landmarks[train].std(0).norm(dim=1)
-    deformation.register_buffer("landmark_motion", motion_extent)
-    if carrier is not None:
+    deformation = Deformation.create(config.deformation, track.identity, center, radius, rig)
+    deformation.fit(track.motion[train])
+    if rig is not None:
         at_rest, bindings = [], []
         for seen, _, t in parts:
             deformation.binding = bind(
                 seen, model.vertices(track.identity, expression[t]), model.triangles, landmarks[t]
             )
-            at_rest.append(seen - deformation.carry(expression[t], landmarks[t]))
+            at_rest.append(seen - deformation.rig_displacement(track.motion[t]))
             bindings.append(deformation.binding)
         points, deformation.binding = torch.cat(at_rest), reduce(Binding.cat, bindings)
     cloud = gaussians_from_points(points, colors, config.initial_opacity, max_scale=0.1)
@@ -283,8 +280,8 @@ def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device
     """A state before its first iteration."""
     cloud, deformation = initial_cloud(clip, model, config)
     deformation = deformation.to(device)
-    if config.rates.turn_colors:
-        cloud = replace(cloud, turn_colors=torch.zeros(len(cloud), 3, 3))
+    if config.rates.view_dependent_color:
+        cloud = replace(cloud, view_dependent_color=torch.zeros(len(cloud), 3, 3))
     params = {k: torch.nn.Parameter(v.to(device)) for k, v in cloud.tensors().items()}
     return HeadState(
         params,
@@ -297,7 +294,7 @@ def start(clip: Clip, model: HeadModel, config: HeadConfig, device: torch.device
 
 def _optimizer(params: dict[str, Tensor], deformation: Deformation, config: HeadConfig) -> torch.optim.Adam:
     groups = [{"params": [p], "name": k, "lr": getattr(config.rates, k)} for k, p in params.items()]
-    network = list(deformation.control.parameters())
+    network = list(deformation.parameters())
     decay = {"weight_decay": config.rates.network_decay, "decoupled_weight_decay": True}
     groups.append(
         {"params": [p for p in network if p.ndim > 1], "name": "network", "lr": config.rates.network, **decay}
@@ -386,7 +383,7 @@ def _iterate(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_
         spread = depth_distortion(moved, frames.camera(t).with_pose(pose.detach()))
         loss = loss + config.spread_every * config.loss.depth_distortion * spread
         terms["depth_distortion"] = spread.detach()
-    check_finite(state.iteration, terms, state.params | dict(state.deformation.control.named_parameters()))
+    check_finite(state.iteration, terms, state.params | dict(state.deformation.named_parameters()))
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     pace = 0.05 + 0.95 * _cosine(progress)
@@ -411,11 +408,11 @@ def deform(
     t: int,
     learned: bool = True,
 ) -> Gaussians:
-    """Eqs 7-8 at frame t of a motion; without `learned`, only the carrier moves the cloud (the initialisation stage)."""
-    expression, landmarks, speech, turn = motion.control_at(t, gaussians.means.device)
+    """Eqs 7-8 at frame t of a motion; without `learned`, only the rig moves the cloud (the initialisation stage)."""
+    frame = motion[t].to(gaussians.means.device)
     if learned:
-        return deformation.moved(gaussians, expression, landmarks, speech, turn)
-    return gaussians.deformed(deformation.carry(expression, landmarks), 0.0, 0.0)
+        return deformation.deform(gaussians, frame)
+    return gaussians.deformed(deformation.rig_displacement(frame), 0.0, 0.0)
 
 
 def stage_at(config: HeadConfig, iteration: int) -> tuple[Stage, int]:
@@ -481,7 +478,7 @@ def _control_density(state: HeadState, config: HeadConfig, stage: Stage) -> None
     if state.iteration < density.start or state.iteration % density.every:
         return
     with torch.no_grad():
-        plan = plan_density(state.params, state.statistics, density, float(state.deformation.control.radius))
+        plan = plan_density(state.params, state.statistics, density, float(state.deformation.normalization.radius))
         state.statistics = GradientStatistics.zeros(len(plan.source), state.device)
         if not plan.changes:
             return

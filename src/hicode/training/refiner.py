@@ -24,17 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hicode.avatar.compositor import (
-    ALPHA,
-    FILL,
-    INPUT_CHANNELS,
-    RGB,
-    WEIGHT,
-    Compositor,
-    CompositorConfig,
-    plain_composite,
-    seam_of,
-)
+from hicode.avatar.blend import ALPHA, FILL, INPUT_CHANNELS, RGB, WEIGHT, blend_region, plain_composite
+from hicode.avatar.refiner import Compositor, CompositorConfig
 from hicode.errors import TrainingError
 from hicode.files import load_tensors, save_tensors
 from hicode.perceptual import Features
@@ -211,7 +202,7 @@ def _draw_pool(
 
 def _pool_item(samples: Samples, t: int, seed: int | None, plate: np.ndarray) -> _PoolItem | None:
     rgb, alpha, frame, mask = samples(t, seed)
-    seam = seam_of(mask)
+    seam = blend_region(mask)
     if seam is None:
         return None
     composite = plain_composite(rgb, alpha, frame, plate, seam)

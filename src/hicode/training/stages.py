@@ -11,7 +11,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from hicode.avatar.deformation import DeformationConfig
+from hicode.avatar.config import ControlName, DeformationConfig
 from hicode.training.density import DensityConfig
 from hicode.training.losses import LossWeights
 
@@ -41,8 +41,8 @@ class LearningRates:
     log_scales: float = 5e-3
     opacity_logits: float = 2e-2
     colors: float = 2.5e-3
-    turn_colors: float = 2.5e-4
-    """how each colour changes with the head's turn (not in the paper), per unit of `HierarchicalControl.turned`; 0: it does not. Four times as much
+    view_dependent_color: float = 2.5e-4
+    """how each colour changes with the head's rotation (not in the paper), per unit of `Deformation.relative_rotation`; 0: it does not. Four times as much
     at 1,500 iterations learned KatieHill's training turns better and the others worse (docs/log.md); *standard*, longer, takes less, which was not tried otherwise"""
     network: float = 2e-3
     network_decay: float = 0.5
@@ -98,62 +98,48 @@ class Ablation:
     title: str
     """as the paper's table has it"""
     what: str
-    fine: str = "adain"
-    coarse: str = "adain"
-    base: Literal["mesh", "none"] = "none"
+    control: ControlName = "hfec"
+    rig: bool = False
+    paper: bool = True
+    """Whether Eqs 7-12 alone: learned attention, no colour terms, no clamp of expressions."""
     initialisation: Literal["depth", "random"] = "depth"
 
     def apply(self, config: HeadConfig) -> HeadConfig:
         """`config` with this row's control; budgets, losses and seed stay."""
-        ours = self.base == "mesh"  # what Eqs 7-12 do not have stays out of the rows that are about them
-        changed = replace(config.deformation, fine=self.fine, coarse=self.coarse, base=self.base, shade=ours)
-        if not ours:
-            changed = replace(changed, attention="learned", attention_reaches=(), expression_reach=0.0)
-        rates = config.rates if ours else replace(config.rates, turn_colors=0.0)
+        changed, rates = replace(config.deformation, control=self.control, rig=self.rig), config.rates
+        if self.paper:
+            changed = replace(
+                changed, color_offset=False, attention="learned", attention_reaches=(), expression_reach=0.0
+            )
+            rates = replace(rates, view_dependent_color=0.0)
         return replace(config, deformation=changed, initialisation=self.initialisation, rates=rates)
 
 
-# Table 2 (PAPER-DECISIONS 25), in the paper's order, then ours. All but the last run without the mesh carrier: it takes 3DMM and landmarks to every
-# Gaussian by itself, so under it no row would be without either. The rows differ in the control alone; the last says what the carrier adds.
+# Table 2 in the paper's order, then ours. The paper's rows have no rig: it takes 3DMM and landmarks to every Gaussian by
+# itself, so with it no row would be without either.
 ABLATIONS: dict[str, Ablation] = {
-    "without-3dmm": Ablation("w/o 3DMM", "landmarks alone: no second AdaIN", coarse="none"),
+    "without-3dmm": Ablation("w/o 3DMM", "landmarks alone: no second AdaIN", "landmarks"),
     "without-landmarks": Ablation(
-        "w/o Landmarks", "the 3DMM vector alone: no landmark attention, no first AdaIN", fine="none"
+        "w/o Landmarks", "the 3DMM vector alone: no landmark attention, no first AdaIN", "expression"
     ),
-    "none": Ablation(
-        "None",
-        "neither: the frame's speech features give the style of one AdaIN over the points",
-        fine="none",
-        coarse="audio",
-    ),
+    "none": Ablation("None", "neither: the frame's speech features give the style of one AdaIN", "speech"),
     "addition": Ablation(
-        "w/ Addition",
-        "attended landmark values and an affine map of the 3DMM vector are added",
-        fine="addition",
-        coarse="addition",
+        "w/ Addition", "attended landmark values and an affine map of the 3DMM vector are added", "addition"
     ),
     "attention": Ablation(
-        "w/ Attention",
-        "a cross-attention block over the landmarks, then one over 8 tokens of the 3DMM vector",
-        fine="attention",
-        coarse="attention",
+        "w/ Attention", "cross-attention over the landmarks, then over 8 tokens of the 3DMM vector", "attention"
     ),
     "random-init": Ablation(
         "w/ Random Init.", "as full, from random points in the head's bounding box", initialisation="random"
     ),
     "without-hfec": Ablation(
-        "w/o HFEC",
-        "encodings of all landmarks and of the 3DMM vector concatenated to each point's features",
-        fine="concat",
-        coarse="concat",
+        "w/o HFEC", "encodings of landmarks and 3DMM vector concatenated to each point's features", "concatenation"
     ),
-    "full": Ablation("Ours (full)", "Eqs 9-12 with a learned style in Eq. 12; no carrier"),
-    "literal": Ablation(
-        "Eq. 12 as printed",
-        "as full, the second AdaIN's style being mean and deviation of the 3DMM vector",
-        coarse="literal",
-    ),
-    "mesh": Ablation("hicode", "full over the mesh carrier, with shade and colours that turn: what ships", base="mesh"),
+    "full": Ablation("Ours (full)", "Eqs 9-12 with learned attention and a learned style in Eq. 12; no rig"),
+    "literal": Ablation("Eq. 12 as printed", "as full; mean and deviation of the 3DMM vector are the style", "literal"),
+    "rig": Ablation("Rig alone", "the mesh rig without a learned control; view-dependent colour", "none", True, False),
+    "hfec": Ablation("HFEC alone", "Eqs 9-12 with static attention and colour terms; no rig", paper=False),
+    "mesh": Ablation("hicode", "HFEC over the mesh rig, with colour terms: what ships", rig=True, paper=False),
 }
 
 
@@ -176,21 +162,22 @@ def head_preset(preset: Preset) -> HeadConfig:
     if preset == "standard":
         return HeadConfig(
             _stages(500, 1_000, 11_000),
-            rates=LearningRates(turn_colors=6e-5),
+            rates=LearningRates(view_dependent_color=6e-5),
             loss=LossWeights(wing=0.0005),
         )
     config = HeadConfig(
         _stages(3_000, 2_000, 15_000),
         deformation=DeformationConfig(
             anchors=0,
-            base="none",
-            shade=False,
+            rig=False,
+            color_offset=False,
             position_frequencies=10,
             landmark_frequencies=10,
             attention="learned",
             attention_reaches=(),
             expression_reach=0.0,
-        ),  # fmt: skip
+            position_gradient=True,
+        ),
         initial_opacity=0.1,
         views=1,
         mouth_gaussians=0,
@@ -200,4 +187,4 @@ def head_preset(preset: Preset) -> HeadConfig:
         vgg_start=0.0,
         wing_every=1,
     )
-    return replace(config, rates=replace(config.rates, pose=0.0, turn_colors=0.0, network_decay=0.0))
+    return replace(config, rates=replace(config.rates, pose=0.0, view_dependent_color=0.0, network_decay=0.0))

@@ -5,25 +5,24 @@ import numpy as np
 import pytest
 import torch
 
-from hicode.avatar.compositor import (
+from hicode.avatar.blend import (
     FILL,
     LIGHT,
     RGB,
     SURFACE,
     SURROUND,
-    Compositor,
-    CompositorConfig,
-    background_plate,
+    blend_box,
+    blend_region,
     compose,
     dilate_mask,
+    estimate_background,
     face_mask,
     fill_smoothly,
     hidden_mask,
     plain_composite,
-    seam_box,
-    seam_of,
     with_whole_face,
 )
+from hicode.avatar.refiner import Compositor, CompositorConfig
 
 
 def disc(size: int = 128, radius: float = 30, centre: tuple[float, float] | None = None) -> np.ndarray:
@@ -97,7 +96,7 @@ def test_no_background_is_taken_from_a_cheek_that_the_head_mask_lacks():
     mask[190:260, 190:310] = 255
     whole = with_whole_face(mask, face)
     assert (whole >= mask).all() and (whole[200:320, 200:300] == 255).all() and whole[326:].max() == 0
-    plates = [background_plate([frame], [m]) for m in (mask, whole)]
+    plates = [estimate_background([frame], [m]) for m in (mask, whole)]
     assert plates[0][300, 250].min() > 200 and plates[1].max() <= 61
 
 
@@ -108,7 +107,7 @@ def test_a_composed_face_leaves_the_rest_of_the_head_as_it_is():
     rgb, alpha = rendered_disc((128, 128))
     mask = face_mask(head, square)
     out = compose(rgb, alpha, frame, mask, plate)
-    x0, y0, x1, y1 = seam_box(mask)
+    x0, y0, x1, y1 = blend_box(mask)
     changed = (out != frame).any(-1)
     assert changed[112:158, 102:148].all() and not changed[:100].any() and not changed[:, 160:].any()
     assert not changed[:y0].any() and not changed[:, :x0].any() and not changed[y1:].any() and not changed[:, x1:].any()
@@ -120,7 +119,7 @@ def test_a_composed_face_leaves_the_rest_of_the_head_as_it_is():
     np.testing.assert_array_equal(
         compose(rgb * ~hair[..., None], alpha * ~hair, frame, mask, plate), out
     )  # what is rendered far from it does not matter
-    assert seam_box(np.zeros((256, 256), np.uint8)) is None
+    assert blend_box(np.zeros((256, 256), np.uint8)) is None
 
 
 # --- the composite -------------------------------------------------------------------------------------------------------
@@ -199,7 +198,7 @@ def test_a_neck_beside_the_plates_wall_is_no_light_to_carry_on():
     plate, frame = np.broadcast_to(wall, (128, 128, 3)).copy(), np.broadcast_to(wall, (128, 128, 3)).copy()
     frame[60:] = skin
     plate[80:] = skin
-    seam = seam_of(mask)
+    seam = blend_region(mask)
     fill = (
         255
         * plain_composite(
@@ -222,7 +221,7 @@ def test_the_fill_is_its_formula():
     frame, plate, mask = smooth(), smooth(), np.zeros((h, w), np.uint8)
     plate[:, :20] = np.clip(frame[:, :20].astype(int) + 15, 0, 255)  # a part that differs in its light alone
     mask[20:45, 12:40] = 255
-    seam = seam_of(mask)
+    seam = blend_region(mask)
     found = plain_composite(np.zeros((h, w, 3), np.float32), np.zeros((h, w), np.float32), frame, plate, seam).layers[
         ..., FILL
     ]
@@ -304,7 +303,7 @@ def test_plate_is_the_background_that_a_moving_head_uncovers():
         mask = disc(radius=18, centre=(x, 64))
         frame = np.where(mask[..., None] > 0, rng.integers(0, 256), background).astype(np.uint8)
         frames.append(frame), masks.append(mask)
-    plate = background_plate(iter(frames), iter(masks))
+    plate = estimate_background(iter(frames), iter(masks))
     assert np.abs(plate.astype(int) - background).max() <= 1  # every pixel is uncovered in some frame
 
 
@@ -312,7 +311,7 @@ def test_plate_fills_what_was_never_seen_smoothly():
     mask = disc(radius=30)
     background = np.tile(np.linspace(60, 180, 128)[:, None, None], (1, 128, 3)).astype(np.uint8)
     frame = np.where(mask[..., None] > 0, 255, background).astype(np.uint8)
-    plate = background_plate([frame] * 3, [mask] * 3)
+    plate = estimate_background([frame] * 3, [mask] * 3)
     hole = mask > 0
     assert (
         plate[hole].max() <= 185 and plate[hole].min() >= 55
@@ -323,7 +322,7 @@ def test_plate_fills_what_was_never_seen_smoothly():
 def test_long_clips_take_bounded_memory_for_the_plate():
     """The number of kept frames is bounded: a generator of many small frames gives the plate of an even sample."""
     frames = (np.full((16, 16, 3), t % 200, np.uint8) for t in range(1000))
-    plate = background_plate(frames, (np.zeros((16, 16), np.uint8) for _ in range(1000)), max_frames=8)
+    plate = estimate_background(frames, (np.zeros((16, 16), np.uint8) for _ in range(1000)), max_frames=8)
     assert 60 <= plate[0, 0, 0] <= 140  # the median of an even sample of 0..199
 
 
@@ -376,19 +375,19 @@ def test_state_round_trip_gives_the_same_compositor():
 
 def test_generator_sees_the_frame_zeroed_inside():
     rgb, alpha, frame, mask, plate = scene()
-    composite = plain_composite(rgb, alpha, frame, plate, seam_of(mask))
+    composite = plain_composite(rgb, alpha, frame, plate, blend_region(mask))
     surround = composite.layers[..., SURROUND]
-    assert not surround[composite.seam.hidden].any()
-    outside = ~composite.seam.hidden
-    np.testing.assert_allclose(surround[outside] * 255, frame[composite.seam.window][outside], atol=1e-3)
-    assert np.array_equal(composite.layers[..., RGB], rgb[composite.seam.window])
+    assert not surround[composite.region.hidden].any()
+    outside = ~composite.region.hidden
+    np.testing.assert_allclose(surround[outside] * 255, frame[composite.region.window][outside], atol=1e-3)
+    assert np.array_equal(composite.layers[..., RGB], rgb[composite.region.window])
 
 
 def test_fused_paste_equals_the_formula():
     rgb, alpha, frame, mask, plate = scene()
-    composite = plain_composite(rgb, alpha, frame, plate, seam_of(mask))
+    composite = plain_composite(rgb, alpha, frame, plate, blend_region(mask))
     generator = trained_looking()
-    window, inside = composite.seam.window, composite.seam.inside
+    window, inside = composite.region.window, composite.region.inside
     expected = np.clip(composite.output(generator.residual(composite.layers)), 0, 1) * 255
     out = compose(rgb, alpha, frame, mask, plate, generator)[window]
     assert np.abs(out[inside] - expected[inside]).max() <= 0.5 + 1e-3  # rounding to uint8
