@@ -93,11 +93,7 @@ def control() -> Timed:
         cases |= {f"control {anchors} forward": forward, f"control {anchors} both": both}
     cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig(()))
     deformer = FrameDeformer(deformation.requires_grad_(False), cloud)
-    return cases | {
-        "control 4096 speaking": lambda: _none(
-            deformer(motion[1])
-        )
-    }
+    return cases | {"control 4096 speaking": lambda: _none(deformer(motion[1]))}
 
 
 def loss() -> Timed:
@@ -151,7 +147,11 @@ def speak() -> Timed:
 def composition() -> Timed:
     """A rendered head into its frame, with and without the generator."""
     avatar = scene.drawn_avatar(N, SIZE, head_preset("draft"), encoder="logmel")
-    rendering, frame, mask = avatar.render(avatar.driving[0], avatar.driving.T_camera_head[0]), avatar.driving_frame(0), avatar.driving_mask(0)
+    rendering, frame, mask = (
+        avatar.render(avatar.driving[0], avatar.driving.T_camera_head[0]),
+        avatar.driving_frame(0),
+        avatar.driving_mask(0),
+    )
 
     def with_generator(generator: Compositor | None):
         return lambda: _none(compose(rendering.rgb, rendering.alpha, frame, mask, avatar.background_plate, generator))
@@ -258,7 +258,7 @@ def slower(found: dict, baseline: dict) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("only", nargs="*", help=f"cases to run: {' '.join(CASES)}")
     parser.add_argument(
         "--save", action="store_true", help="write the baseline (of the cases that ran) instead of comparing with it"

@@ -187,7 +187,7 @@ def draw(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--fresh", action="store_true", help="measure all points, also those that benchmarks/scale.json holds"
     )

@@ -81,7 +81,8 @@ def recogniser(cache: Path) -> Shapes:
             "espeakng-loader installed."
         )
     number = [int(s.example.speaker.split("-")[1]) for s in items]
-    shapes = Shapes(*zip(*((s.example.features[0], s.classes) for s, n in zip(items, number) if n % 5)))
+    trained = [s for s, n in zip(items, number) if n % 5]
+    shapes = Shapes([s.example.features[0] for s in trained], [s.classes for s in trained])
     unseen = [s for s, n in zip(items, number) if n % 5 == 0]
     said, found = torch.cat([s.classes for s in unseen]), torch.cat([shapes(s.example.features[0]) for s in unseen])
     lips = said == BILABIAL

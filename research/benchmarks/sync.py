@@ -28,7 +28,6 @@ from torch import Tensor
 from hicode.audio import SAMPLES_PER_FEATURE
 from hicode.errors import HicodeError
 from hicode.files import load_tensors
-from hicode.media.audio import read_audio
 from hicode.preparation.clip import shift_audio
 from hicode.runtime import tune_allocator
 from hicode.speech.encoder import create_encoder, match_frames
@@ -44,6 +43,7 @@ from hicode.speech.sync import (
     window_scores,
     windowed_offsets,
 )  # fmt: skip
+from research.pretrain.build import sound_of
 
 AREA, WITHIN = 0.99, 0.97
 STEP = 5
@@ -79,7 +79,7 @@ class Scores:
     def joined(parts: "list[Scores]") -> "Scores":
         return Scores(*(torch.cat([getattr(p, k) for p in parts]) for k in Scores.__dataclass_fields__))
 
-    def figures(self) -> tuple[int, float, float, float, float, float]:
+    def figures(self) -> tuple[float, ...]:
         """Windows, area (shifted), area (mismatched), shares within one frame (to the nearest, to a fraction), median
         margin."""
         areas = area_under_curve(self.right, self.shifted), area_under_curve(self.right, self.mismatched)
@@ -120,7 +120,7 @@ def with_sound(corpus: Corpus, data: Path, encode: Callable[[np.ndarray], Tensor
     for speaker, clips in corpus.items():
         for clip in (c for c in clips if c.name in files):
             frames = len(clip.landmarks)
-            samples = shift_audio(read_audio(files[clip.name]), clip.offset_frames, frames)
+            samples = shift_audio(sound_of(files[clip.name]), clip.offset_frames, frames)
             features = match_frames(encode(samples), frames)
             out.setdefault(speaker, []).append(Recording(clip.name, features, clip.landmarks, clip.offset_frames))
     return out

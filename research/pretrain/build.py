@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from hicode.errors import InputError
@@ -378,7 +378,8 @@ class _Builder:
         """Features and landmarks of what may be looked at."""
         landmarks = load_tensors(self._file("motion", source, name), MOTION, 1)[0]["landmarks"]
         keep = source.learned_frames(len(landmarks)) or len(landmarks)
-        return match_frames(self.encoder.encode(read_audio(path)), len(landmarks))[: 2 * keep], landmarks[:keep]
+        features = match_frames(self.encoder.encode(sound_of(path)), len(landmarks))
+        return features[: 2 * keep], landmarks[:keep]
 
     def _pairs(self) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
         out: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -409,18 +410,21 @@ class _Builder:
         judge.save(self.cache / "sync.safetensors")
         for source in self.sources:
             if not source.learn:
-                found[source.speaker] = estimate_offset(*pairs[source.speaker], judge)
+                features, landmarks = pairs[source.speaker]
+                found[source.speaker] = estimate_offset(features, landmarks, judge)
         return {(source.speaker, name): found[source.speaker] for source, name, _ in self._clips()}
 
     def _fit_sync(self, pairs, speakers: list[Source]) -> tuple[SyncModel, list[SyncResult]]:
         names = [s.speaker for s in speakers]
+        assert self.anchor is not None
         return fit_sync([pairs[n] for n in names], self.encoder.name, tuple(names), anchor=names.index(self.anchor))
 
     def _one_by_one(self) -> dict[tuple[str, str], SyncResult]:
         """Each clip's own offset; where it is too short for one, that of all the speaker's clips together."""
         model, out = self._sync_model(), {}
         for speaker, clips in self._pairs().items():
-            joined = estimate_offset(*map(torch.cat, zip(*clips.values(), strict=True)), model)
+            features, landmarks = map(torch.cat, zip(*clips.values(), strict=True))
+            joined = estimate_offset(features, landmarks, model)
             for name, pair in clips.items():
                 own = estimate_offset(*pair, model)
                 out[speaker, name] = own if own.reliable or not joined.reliable else joined
@@ -449,7 +453,7 @@ class _Builder:
                     step.kept += 1
                 else:
                     tensors, _ = load_tensors(motion, MOTION, 1)
-                    samples = shift_audio(read_audio(path), result.offset_frames, frames)
+                    samples = shift_audio(sound_of(path), result.offset_frames, frames)
                     rng = np.random.default_rng((self.config.seed, zlib.crc32(file.name.encode())))
                     features = encode_variants(self.encoder, samples, frames, rng, self.config.variants)
                     own = {
@@ -473,6 +477,13 @@ class _Builder:
                     )
                 )
                 report(number + 1, len(clips))
+
+
+def sound_of(path: Path) -> Float32[np.ndarray, "n"]:
+    """The sound of a video that was found to have one."""
+    samples = read_audio(path)
+    assert samples is not None, path
+    return samples
 
 
 def _disagreement(result: SyncResult) -> str:

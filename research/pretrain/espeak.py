@@ -82,6 +82,8 @@ class Espeak:
         self._child = subprocess.Popen(
             [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self._requests, self._answers = self._child.stdin, self._child.stdout
 
     def __enter__(self) -> Self:
         return self
@@ -91,7 +93,7 @@ class Espeak:
 
     def close(self) -> None:
         """End the child process."""
-        for pipe in (self._child.stdin, self._child.stdout):
+        for pipe in (self._requests, self._answers):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
         self._child.wait()
@@ -110,8 +112,8 @@ class Espeak:
             )
         request = {"text": text, "voice": voice, "rate": int(words_per_minute), "pitch": int(pitch)}
         try:
-            self._child.stdin.write(json.dumps(request).encode() + b"\n")
-            self._child.stdin.flush()
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
             (length,) = struct.unpack("<I", self._read(4))
             answer = json.loads(self._read(length))
             pcm = np.frombuffer(self._read(2 * answer["samples"]), "<i2")
@@ -128,7 +130,7 @@ class Espeak:
         return _utterance(pcm, answer, voice, text)
 
     def _read(self, n: int) -> bytes:
-        data = self._child.stdout.read(n)
+        data = self._answers.read(n)
         if len(data) < n:
             raise EOFError(n)
         return data
@@ -246,7 +248,8 @@ def _serve() -> None:
     variants = set(os.listdir(os.path.join(data, "voices", "!v")))
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        sound.clear(), phones.clear()
+        sound.clear()
+        phones.clear()
         voice, error = request["voice"], ""
         variant = voice.partition("+")[2]
         if variant and variant not in variants:  # the library would speak with its usual voice and say nothing

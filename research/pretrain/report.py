@@ -22,9 +22,8 @@ def errors(models: SpeechModels, examples: list[SpeechExample]) -> list[dict]:
 
 
 def _speaker_errors(models: SpeechModels, examples: list[SpeechExample], speaker: str) -> dict:
-    template = Template.of(
-        *(torch.cat([getattr(e, k) for e in examples]) for k in ("expression", "landmarks", "speaking"))
-    )
+    joined = {k: torch.cat([getattr(e, k) for e in examples]) for k in ("expression", "landmarks", "speaking")}
+    template = Template.of(**joined)
     shown, frames = [], 0
     for e in examples:
         if frames < ERROR_FRAMES:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from hicode.audio import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE, SAMPLES_PER_FRAME
 from hicode.errors import TrainingError
-from hicode.media.audio import read_audio
 from hicode.progress import progress_bar
 from hicode.speech.encoder import AudioEncoder
 from hicode.speech.loudness import speech_level
 from hicode.speech.voice_activity import SCHEMA, VoiceActivity
 from research.pretrain import espeak
+from research.pretrain.build import sound_of
 from research.pretrain.corpus import Step, encoder_key, fingerprint, stored_tensors
 from research.pretrain.espeak import Espeak, sentences
 from research.pretrain.phones import Phone
@@ -283,7 +283,7 @@ def _recorded_sounds(clips: list[Recording], config: VoiceActivityTraining) -> t
         frames = round(min(FPS * remaining_s[clip.speaker], clip.frames))
         remaining_s[clip.speaker] -= frames / FPS
         if frames > 0:
-            samples = read_audio(clip.path)[: SAMPLES_PER_FRAME * frames]
+            samples = sound_of(clip.path)[: SAMPLES_PER_FRAME * frames]
             sounds.append((samples, rows_by_level(samples)))
             speakers.append(clip.speaker)
     return sounds, speakers
@@ -337,4 +337,5 @@ def over_telephone(samples: Float32[np.ndarray, "n"]) -> Float32[np.ndarray, "n"
     """Band-passed to 300 … 3400 Hz."""
     from scipy.signal import butter, sosfilt
 
-    return sosfilt(butter(6, [300, 3400], "bandpass", fs=SAMPLE_RATE_HZ, output="sos"), samples).astype(np.float32)
+    band = butter(6, [300, 3400], "bandpass", fs=SAMPLE_RATE_HZ, output="sos")
+    return np.asarray(sosfilt(band, samples), np.float32)

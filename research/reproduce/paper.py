@@ -6,7 +6,12 @@ comparison.
 
 PAPER = "(paper, its own protocol)"
 COLUMNS = ("SSIM", "PSNR", "LPIPS", "LMD", "AVConf")
-_row = lambda *values: dict(zip(COLUMNS, values, strict=True))
+
+
+def _row(*values: float | None) -> dict[str, float | None]:
+    return dict(zip(COLUMNS, values, strict=True))
+
+
 # Table 1: {data set: {method: row}}. Only the third data set has Geneface++.
 PAPER_TABLE1: dict[str, dict[str, dict[str, float | None]]] = {
     "HDTF": {
@@ -49,7 +54,7 @@ PAPER_SPEED = {
     "HiCoDe": ("30 min", 157),
 }
 # Table 2: {row of ABLATIONS: figures}.
-PAPER_TABLE2: dict[str, dict[str, float]] = {
+PAPER_TABLE2: dict[str, dict[str, float | None]] = {
     "without-3dmm": _row(0.970, 35.042, 0.023, 2.187, 5.706),
     "without-landmarks": _row(0.979, 37.564, 0.018, 1.868, 7.460),
     "none": _row(0.969, 32.614, 0.027, 5.281, 3.597),

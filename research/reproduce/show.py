@@ -18,7 +18,7 @@ def markdown(made: Made, status: Sequence[str]) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-_LATEX = {
+_LATEX: dict[str, str] = {
     "%": r"\%",
     "&": r"\&",
     "_": r"\_",

@@ -493,7 +493,9 @@ def test_a_key_follows_all_that_the_figures_depend_on_and_nothing_else(monkeypat
         replace(base, seed=1),
         replace(base, compose=True),
     ]
-    others.append(replace(base, head=replace(base.head, deformation=replace(base.head.deformation, control="landmarks"))))
+    others.append(
+        replace(base, head=replace(base.head, deformation=replace(base.head.deformation, control="landmarks")))
+    )
     monkeypatch.setattr(run_module, "code_version", lambda: "other sources")
     others.append(key_of())
     assert len({c.key for c in [base, *others]}) == len(others) + 1

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from hicode import assets
@@ -113,11 +113,11 @@ def rest_face(clips: dict[str, np.ndarray]) -> torch.Tensor:
 
 def procrustes_mean(shapes: np.ndarray) -> np.ndarray:
     """Mean shape of shapes "n k 3", each moved, turned and scaled to it."""
-    shapes = torch.tensor(shapes, dtype=torch.float64)
-    mean = shapes[0]
+    tensors = torch.tensor(shapes, dtype=torch.float64)
+    mean = tensors[0]
     for _ in range(5):
         aligned = []
-        for shape in shapes:
+        for shape in tensors:
             s, R, t = similarity(shape[:468], mean[:468])
             aligned.append(s * shape @ R.T + t)
         mean = torch.stack(aligned).mean(0)
@@ -168,7 +168,7 @@ def register(arrays: dict, names: tuple[str, ...], target: torch.Tensor, rounds:
         found, bary, distance = np.zeros(468, int), np.zeros((468, 3)), np.zeros(468)
         for which, allowed in ((0, jaw[owner] > -1), (1, jaw[owner] < 0.15), (2, jaw[owner] > 0.15)):
             mine = kind == which
-            d, j = cKDTree(points[allowed]).query(placed[mine])
+            d, j = KDTree(points[allowed]).query(placed[mine])
             found[mine], bary[mine], distance[mine] = owner[allowed][j], weight[allowed][j], d
         surface = np.einsum("lb,lbc->lc", bary, vertices[triangles[found]])
         if round_ == rounds - 1:
@@ -234,7 +234,7 @@ def refine(
     offsets = []
     for name, points in clips.items():
         frames = np.linspace(0, len(points) * 10 // 11 - 1, 20).astype(int)
-        offset, _ = person_offsets(points[frames], *(int(x) for x in sizes[name]), model, config)
+        offset, _ = person_offsets(points[frames], int(sizes[name][0]), int(sizes[name][1]), model, config)
         offsets.append(offset)
         print(
             f"  {name}: offsets {100 * np.linalg.norm(offset[:468], axis=1).mean():.2f} mm, lips "
@@ -259,7 +259,7 @@ def refine(
     for kind, which in enumerate(allowed):
         owner, weight, points = samples(vertices, triangles, np.flatnonzero(which))
         ids = np.flatnonzero(kinds == kind)
-        _, j = cKDTree(points).query(wanted[ids])
+        _, j = KDTree(points).query(wanted[ids])
         found[ids], bary[ids] = torch.tensor(owner[j]), torch.tensor(weight[j])
     return float(np.median(np.linalg.norm(move, axis=1)) * 100)
 
@@ -307,7 +307,7 @@ def samples(vertices: np.ndarray, triangles: np.ndarray, of: np.ndarray) -> tupl
 
 def main() -> None:
     """Make the map from the clips named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "clips", nargs="+", type=Path, help="videos, or .npz of landmarks (NAME: t 478 3 px; NAME/size: width, height)"
     )
