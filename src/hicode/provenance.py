@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def provenance(config: dict | None = None, seed: int | None = None, assets: Iter
     }
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """The value as JSON types: dataclasses become dicts, sequences lists, paths strings, NaN and infinity None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
