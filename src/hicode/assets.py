@@ -288,7 +288,13 @@ def _entries(data: bytes):
         with tarfile.open(fileobj=io.BytesIO(data)) as t:
             for info in t:
                 if info.isfile():
-                    yield info.name, lambda info=info: t.extractfile(info).read()
+                    yield info.name, lambda info=info: _member(t, info)
+
+
+def _member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    content = archive.extractfile(info)
+    assert content is not None, info.name
+    return content.read()
 
 
 def _local_name(asset: Asset, name: str) -> str | None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
 
 from hicode.errors import HicodeError, InputError
 
@@ -167,11 +168,8 @@ def _disk() -> Finding:
 def _codecs() -> Finding:
     import av
 
-    missing = [
-        name
-        for name, mode in (("libx264", "w"), ("aac", "w"), ("h264", "r"), ("hevc", "r"), ("vp9", "r"), ("aac", "r"))
-        if not _codec(name, mode)
-    ]
+    missing = [name for name in ("libx264", "aac") if not _codec(name, "w")]
+    missing += [name for name in ("h264", "hevc", "vp9", "aac") if not _codec(name, "r")]
     if missing:
         return Finding(
             "codecs",
@@ -182,13 +180,13 @@ def _codecs() -> Finding:
     return Finding("codecs", "good", f"PyAV {av.__version__}: H.264 and AAC out; H.264, HEVC, VP9, AAC in")
 
 
-def _codec(name: str, mode: str) -> bool:
+def _codec(name: str, mode: Literal["r", "w"]) -> bool:
     import av
 
     try:
         av.Codec(name, mode)
         return True
-    except (av.error.FFmpegError, ValueError):
+    except (av.FFmpegError, ValueError):
         return False
 
 

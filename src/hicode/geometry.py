@@ -4,7 +4,7 @@ Transforms read right to left: `p_camera = T_camera_head @ p_head`. Quaternions 
 Everything here is batched over leading dimensions, differentiable, and keeps its input's float type.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -112,5 +112,5 @@ def similarity(source: Float[Tensor, "n 3"], target: Float[Tensor, "n 3"]) -> tu
 
 def smoothstep(x: Numeric) -> Numeric:
     """3 x² - 2 x³ of x clamped to [0, 1]: rises from 0 to 1 and is flat at both ends."""
-    x = x.clamp(0, 1) if isinstance(x, Tensor) else np.clip(x, 0.0, 1.0)
-    return x * x * (3 - 2 * x)
+    y: Any = x.clamp(0, 1) if isinstance(x, Tensor) else np.clip(x, 0.0, 1.0)
+    return y * y * (3 - 2 * y)

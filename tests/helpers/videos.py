@@ -2,7 +2,6 @@
 
 import cv2
 import numpy as np
-import pytest
 import skimage.data
 
 from hicode.media.video import VideoWriter
@@ -31,12 +30,3 @@ def swaying(count: int, scene: np.ndarray, amount: float = 4.0):
 def speech_like(seconds: float) -> np.ndarray:
     t = np.arange(int(seconds * 16000)) / 16000
     return (0.2 * np.sin(2 * np.pi * 180 * t) * (1 + np.sin(2 * np.pi * 3 * t)) / 2).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def scene() -> np.ndarray:
-    """A room of 480x320 with a woman in it, and a smaller copy of her beside."""
-    room = np.full((320, 480, 3), (70, 90, 110), np.uint8)
-    room[64:320, 20:276] = portrait(256)
-    room[160:320, 310:470] = portrait(160)[:, ::-1]
-    return room

@@ -84,6 +84,15 @@ def test_settings_out_of_range_are_refused_before_any_work(tmp_path, config, fin
 
 
 @pytest.fixture(scope="module")
+def scene() -> np.ndarray:
+    """A room of 480x320 with a woman in it, and a smaller copy of her beside."""
+    room = np.full((320, 480, 3), (70, 90, 110), np.uint8)
+    room[64:320, 20:276] = portrait(256)
+    room[160:320, 310:470] = portrait(160)[:, ::-1]
+    return room
+
+
+@pytest.fixture(scope="module")
 def prepared(tmp_path_factory, scene):
     """(clip, video, config) of two seconds of two people, with sound."""
     folder = tmp_path_factory.mktemp("prepared")

@@ -29,7 +29,15 @@ from hicode.camera import Camera
 from hicode.errors import FileFormatError, InputError
 from hicode.files import load_tensors, read_json, save_tensors
 from hicode.motion import FaceTrack, Motion
-from hicode.speech.encoder import AudioEncoder, Window, create_encoder, match_frames, usual_variant, usual_window
+from hicode.speech.encoder import (
+    AudioEncoder,
+    EncoderName,
+    Window,
+    create_encoder,
+    match_frames,
+    usual_variant,
+    usual_window,
+)
 
 SCHEMA, VERSION = "hicode-clip", 2
 CACHE_BYTES = 128 << 20
@@ -154,7 +162,7 @@ class Clip:
         """The head's track."""
         return load_track(self.path / "track.safetensors")
 
-    def hear(self, encoder: str = "embedded") -> None:
+    def hear(self, encoder: EncoderName = "embedded") -> None:
         """Give the track's motion the sound's features, a frame's two rows next to each other.
 
         For avatars that are moved by them directly (row None of Table 2). Raises InputError for a video without sound.
@@ -194,12 +202,15 @@ class Clip:
         assert rate_hz == SAMPLE_RATE_HZ, rate_hz
         return shift_audio(samples, self.audio_offset_frames, self.frame_count)
 
-    def speech_features(self, encoder: str = "embedded", window: Window | None = None) -> Float[Tensor, "t d"] | None:
+    def speech_features(
+        self, encoder: EncoderName = "embedded", window: Window | None = None
+    ) -> Float[Tensor, "t d"] | None:
         """Two rows a frame from the named encoder, made and stored on first use; None for a video without sound.
 
         `window` replaces the encoder's own; such features are not stored.
         """
-        if not self.has_audio:
+        samples = self.audio()
+        if samples is None:
             return None
         usual = usual_window(encoder)
         window = window or usual
@@ -211,7 +222,7 @@ class Clip:
             if same and len(tensors["features"]) == 2 * self.frame_count:
                 return tensors["features"]
         made = create_encoder(encoder, window=window)
-        features, config = frame_features(made, self.audio(), self.frame_count, self.audio_offset_frames)
+        features, config = frame_features(made, samples, self.frame_count, self.audio_offset_frames)
         if window == usual:
             save_tensors(file, {"features": features}, FEATURES_SCHEMA, 1, config)
         return features

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import get_args
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from hicode.preparation.sound import Features, Offset, Sound, SoundConfig, measu
 from hicode.preparation.steps import Step, StepCache, make_folder, open_state, whole_folder
 from hicode.progress import progress_bar
 from hicode.runtime import require_memory_for_frames
+from hicode.speech.encoder import EncoderName
 from hicode.tracking.config import TrackConfig
 from hicode.tracking.depth import head_depth
 from hicode.tracking.face_tracker import track_faces
@@ -63,7 +64,7 @@ class PrepareConfig:
     """Seconds to leave out at the beginning."""
     duration: float | None = None
     """Seconds to use; the whole video if not given."""
-    encoder: Literal["embedded", "hubert", "logmel"] = "embedded"
+    encoder: EncoderName = "embedded"
     """Whose speech features are stored with the clip."""
     max_missing: float = 0.1
     """Largest share of frames that may lack a face; they are interpolated."""
@@ -425,7 +426,7 @@ def _check_config(config: PrepareConfig) -> None:
         raise InputError(
             f"--duration {config.duration} is shorter than {config.min_seconds:g} s. Use more of the video."
         )
-    encoders = get_args(get_type_hints(PrepareConfig)["encoder"])
+    encoders = get_args(EncoderName)
     if config.encoder not in encoders:
         raise InputError(f"No speech encoder is called {config.encoder!r}. There are: {', '.join(encoders)}.")
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import soundfile
@@ -11,7 +12,7 @@ from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from hicode.files import save_tensors
 from hicode.media.audio import level_db, read_audio, write_audio
 from hicode.preparation.clip import FEATURES_SCHEMA, frame_features, load_track, shift_audio
-from hicode.speech.encoder import create_encoder, match_frames
+from hicode.speech.encoder import EncoderName, create_encoder, match_frames
 from hicode.speech.sync import SyncModel, estimate_offset
 
 
@@ -75,14 +76,14 @@ def _stored_sound(folder: Path) -> Float32[np.ndarray, "n"]:
 def measure_offset(folder: Path, train: range) -> Offset:
     """The offset between sound and lips in the training part."""
     model = SyncModel.load()
-    features = match_frames(create_encoder(model.encoder).encode(_stored_sound(folder)), train.stop)
+    features = match_frames(create_encoder(cast(EncoderName, model.encoder)).encode(_stored_sound(folder)), train.stop)
     landmarks = load_track(folder / "track.safetensors").motion.landmarks[: train.stop]
     found = estimate_offset(features, landmarks, model)
     frames = round(found.offset_frames, 2)
     return Offset(frames if found.reliable else 0.0, found.reliable, frames, round(found.margin, 3))
 
 
-def store_features(folder: Path, encoder_name: str, frame_count: int, offset_frames: float) -> Features:
+def store_features(folder: Path, encoder_name: EncoderName, frame_count: int, offset_frames: float) -> Features:
     """Write the speech features of the sound, moved onto the picture."""
     encoder = create_encoder(encoder_name)
     samples = shift_audio(_stored_sound(folder), offset_frames, frame_count)

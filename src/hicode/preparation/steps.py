@@ -11,13 +11,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hicode.errors import FileFormatError, OutputError
 from hicode.files import read_json, write_json
 from hicode.preparation.clip import SCHEMA, VERSION
+from hicode.provenance import plain
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -52,7 +53,7 @@ class StepCache:
     def run(self, step: Step, kind: "type[Result]", work: "Callable[[], Result]") -> "Result":
         """The recorded result where settings, code, inputs and files are unchanged; else do the work and record it."""
         steps = self.state["steps"]
-        settings = {key: asdict(value) if is_dataclass(value) else value for key, value in step.settings.items()}
+        settings = plain(step.settings)
         upstream = {other: steps[other]["id"] for other in step.after}
         described = json.dumps([step.name, step.version, settings, upstream], sort_keys=True)
         identity = hashlib.sha256(described.encode()).hexdigest()[:16]

@@ -120,4 +120,4 @@ def _solve_laplace(fixed: Float[np.ndarray, "h w"], unknown: Bool[np.ndarray, "h
         columns.append(neighbour[linked])
     rows, columns = np.concatenate(rows), np.concatenate(columns)
     links = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(count, count))
-    return spsolve((diags(np.maximum(degree, 1e-9)) - links).tocsc(), right)
+    return np.asarray(spsolve((diags(np.maximum(degree, 1e-9)) - links).tocsc(), right))

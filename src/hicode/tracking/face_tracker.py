@@ -243,7 +243,7 @@ def _flow(image: np.ndarray, following: np.ndarray, points: Float[np.ndarray, "4
     size, side = 256, 1.5 * float((high - low).max())
     roi = np.array([*(low + high) / 2, side, 0.0])
     before, after = (cv2.cvtColor(crop_face(frame, roi, size), cv2.COLOR_RGB2GRAY) for frame in (image, following))
-    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)  # pyright: ignore[reportAttributeAccessIssue]
     at = (points[:, :2] - 0.5 - roi[:2]) * (size / side) + size / 2
     there = _sample(method.calc(before, after, None), at)
     back = _sample(method.calc(after, before, None), at + there)
@@ -253,7 +253,8 @@ def _flow(image: np.ndarray, following: np.ndarray, points: Float[np.ndarray, "4
 
 
 def _sample(flow: np.ndarray, at: np.ndarray) -> np.ndarray:
-    return cv2.remap(flow, at.astype(np.float32)[None], None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[0]
+    x, y = at.astype(np.float32).T[:, None]
+    return cv2.remap(flow, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[0]
 
 
 def _average_along_flow(

@@ -79,7 +79,7 @@ def choose_keyframes(
     chosen = [int(frames[0])]
     nearest = np.array([angle_between(poses[t], poses[chosen[0]]) for t in frames])
     while len(chosen) < min(most, len(frames)) and (len(chosen) < least or nearest.max() > np.radians(spacing_deg)):
-        chosen.append(int(frames[nearest.argmax()]))
+        chosen.append(int(frames[int(nearest.argmax())]))
         nearest = np.minimum(nearest, [angle_between(poses[t], poses[chosen[-1]]) for t in frames])
     return np.array(chosen)
 
@@ -97,7 +97,7 @@ def smooth_surface(depth: Float32[np.ndarray, "h w"]) -> Float32[np.ndarray, "h4
     small = (-(-w // _STRIDE), -(-h // _STRIDE))
     weight = cv2.resize(np.isfinite(depth).astype(np.float32), small, interpolation=cv2.INTER_AREA)
     mean = cv2.resize(np.nan_to_num(depth), small, interpolation=cv2.INTER_AREA)
-    nearest = distance_transform_edt(weight <= 0.5, return_distances=False, return_indices=True)
+    nearest = np.asarray(distance_transform_edt(weight <= 0.5, return_distances=False, return_indices=True))
     return cv2.GaussianBlur((mean / np.maximum(weight, 1e-6))[tuple(nearest)], (0, 0), 1.0)
 
 
@@ -115,4 +115,5 @@ def warp_to_keyframe(
     points = keyframe_camera.unproject(grid, torch.from_numpy(surface.reshape(-1).astype(np.float64)))
     where = (camera.project(points)[0].numpy() - 0.5).astype(np.float32).reshape(rows, columns, 2)
     where = cv2.resize(where, (w, h), interpolation=cv2.INTER_LINEAR)
-    return where, cv2.remap(gray, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    across, down = where[..., 0], where[..., 1]
+    return where, cv2.remap(gray, across, down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

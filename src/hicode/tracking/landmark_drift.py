@@ -20,6 +20,7 @@ from scipy.ndimage import gaussian_filter1d
 from hicode.camera import Camera
 from hicode.geometry import smoothstep
 from hicode.motion import FACE_OVAL, IRISES, LEFT_EYE_RING, LIPS, N_LANDMARKS, RIGHT_EYE_RING, FaceTrack
+from hicode.tracking.fit.flow import track_points
 from hicode.tracking.head_model import HeadModel
 from hicode.tracking.keyframes import Keyframe, Pictures, angle_between, gray_image, spread_over, warp_to_keyframe
 from hicode.tracking.rigid_pose import RigidPoints
@@ -160,14 +161,9 @@ def _match(
     start, guess = (
         (view.pixels(frame, keyframe.t)[which] - 0.5).astype(np.float32)[:, None] for frame in (keyframe.t, t)
     )
-    stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01)
-    search = {"winSize": (config.window_px,) * 2, "maxLevel": 2, "criteria": stop}
-    search["flags"] = cv2.OPTFLOW_USE_INITIAL_FLOW
-    there, ok, _ = cv2.calcOpticalFlowPyrLK(keyframe.gray, drawn, start, guess.copy(), **search)
-    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(drawn, keyframe.gray, there, start.copy(), **search)
+    there, good = track_points(keyframe.gray, drawn, start, guess, config.window_px, config.return_px)
     at = cv2.remap(where, there[:, :, 0], there[:, :, 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
     off = at.astype(np.float64) + 0.5 - view.pixels(t, t)[which]
-    good = (ok[:, 0] > 0) & (ok_back[:, 0] > 0) & (np.linalg.norm(back - start, axis=2)[:, 0] < config.return_px)
     good &= np.linalg.norm(off, axis=1) < config.most_px
     across = np.concatenate([off / view.px_per_dm, np.zeros((len(off), 1))], 1)  # across the ray
     return np.where(good[:, None], across @ view.poses[t][:3, :3], np.nan)

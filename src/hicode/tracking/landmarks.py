@@ -198,7 +198,8 @@ def _suppress(
         same[0] = True
         group = remaining[same]
         mean = np.average(points[group], 0, scores[group])
-        faces.append(FaceBox(*map(float, mean[:2].reshape(-1)), float(scores[best]), mean[2:]))
+        (x0, y0), (x1, y1) = mean[:2].tolist()
+        faces.append(FaceBox(x0, y0, x1, y1, float(scores[best]), mean[2:]))
         remaining = remaining[~same]
     return faces
 

@@ -55,15 +55,15 @@ class Segmenter(nn.Module):
 
         The network sees frames singly and its edge flickers: the average removes 13-30 % of the change along the flow.
         """
-        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)  # pyright: ignore[reportAttributeAccessIssue]
         h, w = self.net.input_size
         here = np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1).astype(np.float32)
         last = None
         for frame in frames:
             mask, grey = self._small(frame)
             if last is not None:
-                source = here + flow.calc(grey, last[1], None)
-                moved = cv2.remap(last[0], source, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+                x, y = np.moveaxis(here + flow.calc(grey, last[1], None), -1, 0)
+                moved = cv2.remap(last[0], x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
                 mask = (mask + moved) / 2
             last = mask, grey
             yield _at_full_size(mask, frame, config)

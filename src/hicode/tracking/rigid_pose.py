@@ -40,7 +40,7 @@ from hicode.tracking.bundle import (
     resect,
     residual,
 )
-from hicode.tracking.fit.flow import cut_out_eyes
+from hicode.tracking.fit.flow import cut_out_eyes, track_points
 from hicode.tracking.head_model import HeadModel
 from hicode.tracking.keyframes import (
     Keyframe,
@@ -196,16 +196,12 @@ class _Search:
         h, w = gray.shape
         where, drawn = warp_to_keyframe(keyframe.surface, gray, self.view(t), self.view(keyframe.t))
         start = (points.pixels - 0.5).astype(np.float32)[:, None]
-        stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01)
-        search = {"winSize": (self.config.window_px,) * 2, "maxLevel": 2, "criteria": stop}
-        search["flags"] = cv2.OPTFLOW_USE_INITIAL_FLOW
-        there, ok, _ = cv2.calcOpticalFlowPyrLK(keyframe.gray, drawn, start, start.copy(), **search)
-        back, ok_back, _ = cv2.calcOpticalFlowPyrLK(drawn, keyframe.gray, there, start.copy(), **search)
+        window, limit = self.config.window_px, self.config.return_px
+        there, good = track_points(keyframe.gray, drawn, start, start, window, limit)
         at = cv2.remap(where, there[:, :, 0], there[:, :, 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
         inside = ((at > 2) & (at < [w - 3, h - 3])).all(1)
         inside &= ((there[:, 0] > 0) & (there[:, 0] < [w - 1, h - 1])).all(1)
-        returned = np.linalg.norm(back - start, axis=2)[:, 0] < self.config.return_px
-        rows = np.flatnonzero((ok[:, 0] > 0) & (ok_back[:, 0] > 0) & inside & returned)
+        rows = np.flatnonzero(good & inside)
         return Match(key, rows, at[rows].astype(np.float64) + 0.5)
 
 
@@ -324,7 +320,7 @@ def _rigid_region(
     cut_out_eyes(allowed, face)
     # Below the mouth's upper edge along the head's own vertical lie jaw, neck and loose hair.
     camera = track.camera_at(t)
-    rows, columns = np.nonzero(allowed & np.isfinite(depth).astype(np.uint8) * 255)
+    rows, columns = np.nonzero((np.asarray(allowed) > 0) & np.isfinite(depth))
     pixels = torch.from_numpy(np.stack([columns + 0.5, rows + 0.5], 1).astype(np.float32))
     heights = camera.unproject(pixels, torch.from_numpy(depth[rows, columns]))[:, 1].numpy()
     lips = float(track.motion.landmarks[t, torch.from_numpy(LIPS), 1].max())

@@ -101,7 +101,7 @@ class TfliteGraph(nn.Module):
         if name not in self._buffers:
             t = torch.from_numpy(np.ascontiguousarray(value, np.float32))
             self.register_buffer(name, t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
-        return lambda: self._buffers[name]
+        return lambda: self.get_buffer(name)
 
 
 # ---- operators ----
@@ -423,7 +423,8 @@ def _read(data: bytes) -> tuple[list[_Tensor], list[_Operator], list[int], list[
         options = None
         if code == _CUSTOM:
             packed = _vector(o, 5, "uint8").tobytes()
-            options = (flexbuffers.Loads(packed) if packed else None) or {}
+            loaded = flexbuffers.Loads(packed) if packed else None
+            options = loaded if isinstance(loaded, dict) else {}
         inputs, outputs = ([int(i) for i in _vector(o, field, "int32")] for field in (1, 2))
         operators.append(_Operator(name, inputs, outputs, _table(o, 4), options))
     return (
@@ -466,4 +467,6 @@ def _densify(values: np.ndarray, shape: tuple[int, ...], sparsity: Table) -> np.
 def _index_vector(level: Table, field: int) -> np.ndarray:
     """A union of int32, uint16 and uint8 vectors: the type stands in `field`, the table in the next."""
     kind = {1: "int32", 2: "uint16", 3: "uint8"}[_scalar(level, field, "uint8")]
-    return _vector(_table(level, field + 1), 0, kind).astype(np.int64)
+    table = _table(level, field + 1)
+    assert table is not None, field
+    return _vector(table, 0, kind).astype(np.int64)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from hicode.camera import pinhole_jacobian
@@ -65,23 +65,29 @@ def track_flow(
             if corners is not None:
                 moved = np.median(points[t, :468, :2] - points[t - 1, :468, :2], axis=0)
                 k = len(corners)
-                there, good = _track_pair(before, now, corners, corners + moved, config)
+                window, limit = config.window_px, config.return_px
+                there, good = track_points(before, now, corners, corners + moved, window, limit)
                 start[t - 1, :k], end[t - 1, :k] = corners[:, 0] + 0.5, there[:, 0] + 0.5
                 valid[t - 1, :k] = good
         before = now
     return Flow(start, end, valid)
 
 
-def _track_pair(
-    before: np.ndarray, now: np.ndarray, corners: np.ndarray, guess: np.ndarray, config: FlowConfig
-) -> tuple[Float[np.ndarray, "k 1 2"], Bool[np.ndarray, "k"]]:
-    """(places in `now` of the corners of `before`, whether tracking back returns)."""
+def track_points(
+    before: UInt8[np.ndarray, "h w"],
+    after: UInt8[np.ndarray, "h w"],
+    start: Float32[np.ndarray, "k 1 2"],
+    guess: Float32[np.ndarray, "k 1 2"],
+    window_px: int,
+    return_px: float,
+) -> tuple[Float32[np.ndarray, "k 1 2"], Bool[np.ndarray, "k"]]:
+    """Lucas-Kanade in pyramids: (places in `after` of points of `before`, whether tracking back returns)."""
     stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01)
-    search = {"winSize": (config.window_px,) * 2, "maxLevel": 2, "criteria": stop}
+    search = {"winSize": (window_px, window_px), "maxLevel": 2, "criteria": stop}
     search["flags"] = cv2.OPTFLOW_USE_INITIAL_FLOW
-    there, ok, _ = cv2.calcOpticalFlowPyrLK(before, now, corners, guess, **search)
-    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(now, before, there, corners.copy(), **search)
-    returned = np.linalg.norm(back - corners, axis=2)[:, 0] < config.return_px
+    there, ok, _ = cv2.calcOpticalFlowPyrLK(before, after, start, guess.copy(), **search)
+    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(after, before, there, start.copy(), **search)
+    returned = np.linalg.norm(back - start, axis=2)[:, 0] < return_px
     return there, (ok[:, 0] > 0) & (ok_back[:, 0] > 0) & returned
 
 
