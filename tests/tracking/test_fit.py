@@ -10,7 +10,7 @@ import torch
 from helpers.speaking_head import true_track
 from hicode.camera import Camera
 from hicode.errors import InputError
-from hicode.motion import FACE_OVAL, LIPS, FaceTrack
+from hicode.motion import FACE_OVAL, LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, FaceTrack
 from hicode.tracking.fit import (
     FitConfig,
     Flow,
@@ -36,6 +36,13 @@ def model() -> HeadModel:
 def seen(points: np.ndarray, found: np.ndarray | None = None, flow: Flow | None = None) -> Observations:
     """Landmarks of 512 px frames, all with a face if nothing else is said."""
     return Observations(points, np.ones(len(points), bool) if found is None else found, 512, 512, flow)
+
+
+def lip_gap_correlation(track: FaceTrack, model: HeadModel) -> float:
+    """Of the inner lips' gap over frames, modelled against measured."""
+    modelled = model.landmarks(model.vertices(track.identity, track.motion.expression))
+    gaps = [(x[:, UPPER_LIP_INNER] - x[:, LOWER_LIP_INNER]).norm(dim=1) for x in (modelled, track.motion.landmarks)]
+    return float(torch.corrcoef(torch.stack(gaps))[0, 1])
 
 
 def turn_error_deg(a: FaceTrack, b: FaceTrack) -> np.ndarray:
@@ -104,7 +111,7 @@ def test_a_synthetic_clip_is_explained_to_a_fraction_of_a_pixel(model):
     report = fit_report(track, model)
     assert report.error_px < 0.5 and report.lips_px < 0.5  # the priors pull a little
     assert turn_error_deg(track, truth).max() < 1.0  # identity, focal length and pose trade off against each other
-    assert report.lip_gap_correlation > 0.98 and report.missing == 0
+    assert lip_gap_correlation(track, model) > 0.98
     jaw = model.expression_names.index("jawOpen")
     assert np.corrcoef(track.motion.expression[:, jaw], truth.motion.expression[:, jaw])[0, 1] > 0.9
     low, high = model.expression_low - 0.1, model.expression_high + 0.1
@@ -193,7 +200,6 @@ def test_frames_without_a_face_are_interpolated_and_marked(model):
     assert track.confidence.tolist() == found.astype(float).tolist()
     assert torch.isfinite(track.landmarks_px).all() and torch.isfinite(track.motion.landmarks).all()
     assert (track.landmarks_px - truth.landmarks_px).norm(dim=-1)[~found].mean() < 6  # the head moves some 3 px a frame
-    assert fit_report(track, model).missing == 5
 
 
 def test_windows_change_nothing_but_memory(model):
@@ -259,5 +265,5 @@ def test_a_real_clip_is_fitted_to_two_pixels(model, markey):
     flow = track_flow(frames, found.points_px, found.found)
     track = fit_track(Observations(found.points_px, found.found, 512, 512, flow), model, train=range(32))
     report = fit_report(track, model)
-    assert report.error_px < 2.5 and report.lips_px < 2.5 and report.lip_gap_correlation > 0.95
-    assert 600 < report.focal_px < 4000 and report.identity_rms < 1.5
+    assert report.error_px < 2.5 and report.lips_px < 2.5 and lip_gap_correlation(track, model) > 0.95
+    assert 600 < report.focal_px < 4000 and track.identity.square().mean().sqrt() < 1.5

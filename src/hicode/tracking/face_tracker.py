@@ -44,22 +44,11 @@ class LandmarkConfig:
 
 @dataclass(frozen=True)
 class LandmarkReport:
-    """What the capture report needs.
+    """Frames without the face (interpolated), the first of them, and faces seen in a tenth of the frames or more."""
 
-    missing        frames without the face, their landmarks interpolated; first_missing is the first of them, or None
-    faces          faces seen in a tenth of the frames or more, the one taken included
-    face_px        height from forehead to chin of the face taken, median
-    others_px      the same of the other faces
-    presence       median over the frames with the face
-    """
-
-    frames: int
     missing: int
     first_missing: int | None
     faces: int
-    face_px: float
-    others_px: tuple[float, ...]
-    presence: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,12 +344,8 @@ def _largest_face(tracks: list[_Track], n: int, config: LandmarkConfig) -> Landm
     part = (at - low).astype(np.float32)[:, None, None]
     points = known[low] * (1 - part) + known[high] * part
     report = LandmarkReport(
-        frames=n,
         missing=int(n - found.sum()),
         first_missing=None if found.all() else int(np.argmin(found)),
         faces=1 + len(others),
-        face_px=float(np.median(heights(main))),
-        others_px=tuple(float(np.median(heights(track))) for track in others),
-        presence=float(np.median(presence[found])),
     )
     return Landmarks(torch.from_numpy(points), torch.from_numpy(presence), torch.from_numpy(found), report)

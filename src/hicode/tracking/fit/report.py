@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 
 from hicode.geometry import axis_angle_from_rotation
-from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, FaceTrack
+from hicode.motion import LIPS, FaceTrack
 from hicode.tracking.fit.problem import FLIP, LandmarkBasis
 from hicode.tracking.head_model import HeadModel
 
@@ -16,21 +16,15 @@ from hicode.tracking.head_model import HeadModel
 class FitReport:
     """Figures over the frames with a face.
 
-    error_px, lips_px    mean distance of modelled and measured landmarks, of all and of the lips
-    jitter_deg, _px      mean length of the second difference of the rotation, and of the head's image position
-    lip_gap_correlation  of the inner-lip gap, modelled against measured, pose removed
-    identity_rms         of the coefficients; far above 1 means an implausible head
-    missing              frames without a face
+    error_px, lips_px  mean distance of modelled and measured landmarks, of all and of the lips
+    jitter_deg, _px    mean length of the second difference of the rotation, and of the head's image position
     """
 
     error_px: float
     lips_px: float
     jitter_deg: float
     jitter_px: float
-    lip_gap_correlation: float
     focal_px: float
-    identity_rms: float
-    missing: int
 
 
 def fit_report(track: FaceTrack, model: HeadModel) -> FitReport:
@@ -46,19 +40,12 @@ def fit_report(track: FaceTrack, model: HeadModel) -> FitReport:
     rotation = torch.from_numpy(FLIP)[:, None] * track.motion.T_camera_head[:, :3, :3].double()
     axis_angle = axis_angle_from_rotation(rotation).numpy()
 
-    gap = track.motion.landmarks[:, UPPER_LIP_INNER] - track.motion.landmarks[:, LOWER_LIP_INNER]
-    modelled = np.linalg.norm(shape[:, UPPER_LIP_INNER] - shape[:, LOWER_LIP_INNER], axis=1)[seen.numpy()]
-    measured = gap.norm(dim=1).numpy()[seen.numpy()]
-    varies = len(modelled) > 2 and modelled.std() > 0 and measured.std() > 0
     return FitReport(
         error_px=float(error.mean()),
         lips_px=float(error[:, LIPS].mean()),
         jitter_deg=float(np.degrees(_jitter(axis_angle))),
         jitter_px=_jitter(origin[:, 0].numpy()),
-        lip_gap_correlation=float(np.corrcoef(modelled, measured)[0, 1]) if varies else 0.0,
         focal_px=float(track.camera.K[0, 0]),
-        identity_rms=float(track.identity.square().mean().sqrt()),
-        missing=int((~seen).sum()),
     )
 
 
