@@ -111,6 +111,8 @@ def test_a_constant_offset_is_removed_in_pieces_as_at_once():
     pieces = [blocker(sound[i : i + 70]) for i in range(0, len(sound), 70)]
     np.testing.assert_array_equal(np.concatenate(pieces), DcBlocker()(sound))
     assert abs(DcBlocker()(np.full(1000, 0.4, np.float32))).max() < 1e-6
+    kept = DcBlocker()(tone(16_000, 1.0, 100.0))[4000:]
+    assert np.sqrt((kept**2).mean()) == pytest.approx(0.3 / np.sqrt(2), rel=0.002)  # (1 + (5/100)²)^-½
 
 
 def test_frame_rms_pads_the_last_frame():

@@ -104,7 +104,7 @@ def test_the_core_types_load_torch_and_nothing_heavier():
 
 
 def test_the_cuda_rasteriser_and_hubert_are_imported_only_when_chosen():
-    assert not loaded_by("import hicode.render, hicode.speech.encoder") & {"gsplat", "transformers"}
+    assert not loaded_by("import hicode.render, hicode.speech.encoders") & {"gsplat", "transformers"}
 
 
 def test_every_public_name_exists():

@@ -49,23 +49,17 @@ from hicode.preparation.clip import shift_audio
 from hicode.progress import progress_bar
 from hicode.runtime import tune_allocator
 from hicode.speech import faceformer
-from hicode.speech.encoder import AudioEncoder, create_encoder, match_frames
-from hicode.speech.faceformer import SpeechModels
+from hicode.speech.encoders import AudioEncoder, EncoderSpec, create_encoder, match_frames
 from hicode.speech.loudness import speech_level
+from hicode.speech.speech_model import SpeechModels, Subject
 from hicode.speech.sync import mouth_measures
 from hicode.tracking.head_model import HeadModel
-from hicode.training import adaptation as speech
-from hicode.training.adaptation import (
-    PretrainConfig,
-    SpeechExample,
-    Template,
-    adapt_example,
-    closed_gap,
-    mouth_metrics,
-    pretrain,
-    usual_gain,
-)
+from hicode.training import faceformer as learning
+from hicode.training.adaptation import SCHEMA, VERSION, SpeechExample, learn_speech_models, usual_gain
+from hicode.training.faceformer import closed_gap, mouth_metrics
+from research.pretrain import generic as pretraining
 from research.pretrain.corpus import Taken, encode_variants, load_corpus, load_examples, load_synthetic
+from research.pretrain.generic import PretrainConfig, pretrain
 from research.pretrain.languages import closure_rates, landmark_gap, lines
 from research.pretrain.synthetic import SyntheticExample, pink_noise
 
@@ -129,29 +123,20 @@ def speaker_number(item: SyntheticExample) -> int:
 # --- one speaker's figures --------------------------------------------------------------------------------------------
 
 
-def template_of(examples: list[SpeechExample]) -> Template:
-    return Template.of(*(torch.cat([getattr(e, k) for e in examples]) for k in ("expression", "landmarks", "speaking")))
+def template_of(examples: list[SpeechExample]) -> Subject:
+    return Subject.of(*(torch.cat([getattr(e, k) for e in examples]) for k in ("expression", "landmarks", "speaking")))
 
 
-def own(generic: SpeechModels, examples: list[SpeechExample], template: Template) -> SpeechModels:
+def own(generic: SpeechModels, examples: list[SpeechExample], template: Subject) -> SpeechModels:
     """The generic pair as the speaker's, by mean face, amplitude and closed lips alone."""
     motion = [torch.cat([getattr(e, k) for e in examples]) for k in ("expression", "landmarks")]
     speaking = torch.cat([e.speaking for e in examples])
     moved = motion[0] - template.expression, (motion[1] - template.landmarks).flatten(1)
     pair = generic.expression, generic.landmarks
     gains = [usual_gain(m, d, speaking, metric) for m, d, metric in zip(pair, moved, mouth_metrics())]
-    whole = SpeechExample("own", torch.zeros(0, 0, 0), *motion, speaking)
-    return SpeechModels(
-        *pair,
-        generic.encoder,
-        template.expression,
-        template.landmarks,
-        template.identity_frames,
-        *gains,
-        generic.closure,
-        closed_gap(whole),
-        generic.window,
-    )
+    gap = closed_gap(motion[1], speaking)
+    subject = replace(template, expression_gain=gains[0], landmark_gain=gains[1], closed_gap=gap)
+    return replace(generic, subject=subject)
 
 
 def frontal(landmarks: Tensor) -> Tensor:
@@ -171,7 +156,7 @@ def eyes(landmarks: Tensor) -> Tensor:
 
 
 def figures(
-    expression: Tensor, landmarks: Tensor, truth: SpeechExample, template: Template, head: HeadModel
+    expression: Tensor, landmarks: Tensor, truth: SpeechExample, template: Subject, head: HeadModel
 ) -> dict[str, float]:
     """Of one clip."""
     actions = head.landmarks(head.expression_basis)
@@ -314,10 +299,9 @@ def train(
     data: Data,
     names: list[str],
     config: PretrainConfig,
-    encoder: str,
+    encoder: EncoderSpec,
     features,
     spoken,
-    window,
     keep: Path | None = None,
     visible: bool = True,
 ) -> SpeechModels:
@@ -335,11 +319,11 @@ def train(
             for i, s in enumerate(data.synthetic)
             if not held_out(speaker_number(s))
         ]
-    file = keep and keep / f"{_key(examples, config, encoder, window)}.safetensors"
+    file = keep and keep / f"{_key(examples, config, encoder)}.safetensors"
     if file and file.exists():
-        return SpeechModels.from_state(*load_tensors(file, "hicode-speech", 1))
+        return SpeechModels.from_state(*load_tensors(file, SCHEMA, VERSION))
     with progress_bar(f"Without {', '.join(names)}", visible) as show:
-        pair = pretrain(examples, encoder, config, progress=lambda done: show(round(100 * done), 100), window=window)
+        pair = pretrain(examples, encoder, config, progress=lambda done: show(round(100 * done), 100))
     if file:
         save_tensors(file, *_state(pair))
     return pair
@@ -347,12 +331,12 @@ def train(
 
 def _state(pair: SpeechModels) -> tuple:
     tensors, config = pair.state()
-    return tensors, "hicode-speech", 1, config
+    return tensors, SCHEMA, VERSION, config
 
 
-def _key(examples: list[SpeechExample], config: PretrainConfig, encoder: str, window) -> str:
-    code = [inspect.getsource(module) for module in (speech, faceformer)]
-    digest = hashlib.blake2b(json.dumps([asdict(config), encoder, window, code]).encode(), digest_size=8)
+def _key(examples: list[SpeechExample], config: PretrainConfig, encoder: EncoderSpec) -> str:
+    code = [inspect.getsource(module) for module in (learning, pretraining, faceformer)]
+    digest = hashlib.blake2b(json.dumps([asdict(config), encoder.to_json(), code]).encode(), digest_size=8)
     for e in examples:
         for tensor in (e.features, e.expression, e.landmarks, e.speaking):
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -377,8 +361,7 @@ def by_encoder(data: Data, encoder: AudioEncoder) -> tuple[Callable[[int], Tenso
 
 
 def without_closure(m: SpeechModels) -> SpeechModels:
-    own_faces = m.expression_template, m.landmark_template, m.identity_frames
-    return SpeechModels(m.expression, m.landmarks, m.encoder, *own_faces, window=m.window)
+    return replace(m, closure=None)
 
 
 def with_share(share: float) -> Callable[[SpeechModels], SpeechModels]:
@@ -392,9 +375,7 @@ def with_share(share: float) -> Callable[[SpeechModels], SpeechModels]:
             one = copy.copy(model)
             one.config = replace(model.config, linear_share=share)
             pair.append(one)
-        return SpeechModels(
-            *pair, m.encoder, m.expression_template, m.landmark_template, m.identity_frames, window=m.window
-        )
+        return SpeechModels(*pair, m.encoder, m.subject)
 
     return change
 
@@ -432,7 +413,9 @@ def adaptation(data: Data, trained, seconds: tuple[float, ...] = (6, 8, 10, 15))
                 learned, rest = clip[:cut], clip[cut:]
                 template = template_of([learned])
                 zero = own(generic, [learned], template)
-                adapted, _ = adapt_example(replace(learned, features=learned.features[:1]), generic=generic)
+                adapted, _ = learn_speech_models(
+                    replace(learned, features=learned.features[:1]), generic.encoder, generic
+                )
                 both = []
                 for models in (zero, adapted):
                     expression, landmarks = models.predict(clip.features[0])
@@ -454,7 +437,7 @@ def minutes_of_own_speech(data: Data, generic: SpeechModels) -> tuple[float, dic
         *(torch.cat([getattr(e, k) for e in known]) for k in ("expression", "landmarks", "speaking")),
     )
     template = template_of(known)
-    pairs = {"unseen": own(generic, known, template), "adapted": adapt_example(whole, generic=generic)[0]}
+    pairs = {"unseen": own(generic, known, template), "adapted": learn_speech_models(whole, generic.encoder, generic)[0]}
     out = {}
     for name, models in pairs.items():
         unseen_ones = [data.clips[i] for k, i in enumerate(index) if held_out(k)]
@@ -553,10 +536,10 @@ def main() -> int:
         return lambda i: features(i)[0]
 
     config = PretrainConfig(steps=options.steps)
-    window = create_encoder().window
+    embedded = create_encoder().spec
     parts = groups(data, grid)
-    learn = lambda config, encoder, features, spoken, window: [
-        (g, train(data, g, config, encoder, features, spoken, window, options.keep)) for g in parts
+    learn = lambda config, encoder, features, spoken: [
+        (g, train(data, g, config, encoder, features, spoken, options.keep)) for g in parts
     ]
     variants = {
         "hicode": lambda m: m,
@@ -570,20 +553,21 @@ def main() -> int:
         results[name] = score(
             data, [(g, None) for g in parts], alignments, same, once(stored), once(stored_synthetic), name
         )
-    trained = learn(config, "embedded", stored, stored_synthetic, window) if {*wanted} & {*variants} else []
+    trained = learn(config, embedded, stored, stored_synthetic) if {*wanted} & {*variants} else []
     for name in (n for n in wanted if n in variants):
         results[name] = score(data, trained, alignments, variants[name], once(stored), once(stored_synthetic))
     if "no synthetic" in wanted:
         bare = replace(config, synthetic_weight=0.0, closure_synthetic_weight=0.0)
-        others = learn(bare, "embedded", stored, stored_synthetic, window)
+        others = learn(bare, embedded, stored, stored_synthetic)
         results["no synthetic"] = score(data, others, alignments, same, once(stored), once(stored_synthetic))
     for name in (n for n in wanted if n in ("logmel", "hubert")):
         if not data.sounds or (name == "hubert" and options.hubert is None):
             print(f"{name}: not measured, {'--data' if not data.sounds else '--hubert'} is not given.")
             continue
-        heard, spoken = by_encoder(data, create_encoder(name, options.hubert if name == "hubert" else None))
+        encoder = create_encoder(name, options.hubert if name == "hubert" else None)
+        heard, spoken = by_encoder(data, encoder)
         results[name] = score(
-            data, learn(config, name, heard, spoken, None), alignments, same, once(heard), once(spoken)
+            data, learn(config, encoder.spec, heard, spoken), alignments, same, once(heard), once(spoken)
         )
     if data.sounds and "hicode" in wanted:
         results["hicode, pink noise at 10 dB"] = score(

@@ -21,7 +21,9 @@ from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.media.images import Images
 from hicode.motion import FaceTrack, Motion
 from hicode.render.mesh import rasterize_mesh
-from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
+from hicode.speech.encoders import default_spec
+from hicode.speech.faceformer import Faceformer, FaceformerConfig
+from hicode.speech.speech_model import SpeechModels, Subject
 from hicode.tracking.head_model import HeadModel
 from hicode.training import head as training
 from hicode.training.density import GradientStatistics
@@ -125,15 +127,13 @@ def drawn_avatar(n: int, size: int, config: HeadConfig, encoder: str = "embedded
         generator = Compositor()
         torch.nn.init.normal_(generator.out.weight, std=0.01)
         generator.for_inference()
-    models = []
+    models, spec = [], default_spec(encoder)
     for outputs in (64, 478 * 3):
-        faceformer = Faceformer(
-            FaceformerConfig(feature_dim={"embedded": 384, "logmel": 160}[encoder], outputs=outputs)
-        )
+        faceformer = Faceformer(FaceformerConfig(feature_dim=spec.dim, outputs=outputs))
         torch.nn.init.normal_(faceformer.output.weight, std=0.02)
         models.append(faceformer)
     landmarks = clip.track.motion.landmarks.mean(0)
-    speech = SpeechModels(*models, encoder, torch.zeros(64), landmarks, landmarks.expand(20, 478, 3))
+    speech = SpeechModels(*models, spec, Subject(torch.zeros(64), landmarks, landmarks.expand(20, 478, 3)))
     return Avatar(
         cloud,
         deformation.eval().requires_grad_(False),

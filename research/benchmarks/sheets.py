@@ -20,7 +20,7 @@ from torch import Tensor
 from hicode.errors import HicodeError
 from hicode.media.audio import read_speech
 from hicode.motion import LIPS
-from hicode.speech.encoder import create_encoder, match_frames
+from hicode.speech.encoders import create_encoder, match_frames
 from research.pretrain.corpus import load_synthetic
 from research.pretrain.phones import BILABIAL, CLASSES
 

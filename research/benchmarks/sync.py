@@ -30,7 +30,7 @@ from hicode.errors import HicodeError
 from hicode.files import load_tensors
 from hicode.preparation.clip import shift_audio
 from hicode.runtime import tune_allocator
-from hicode.speech.encoder import create_encoder, match_frames
+from hicode.speech.encoders import create_encoder, match_frames
 from hicode.speech.loudness import speech_level
 from hicode.speech.sync import (
     MAX_LAG_FRAMES,
@@ -38,12 +38,12 @@ from hicode.speech.sync import (
     SyncModel,
     area_under_curve,
     estimate_offset,
-    fit_sync,
     mismatched_scores,
     window_scores,
     windowed_offsets,
 )  # fmt: skip
 from research.pretrain.build import sound_of
+from research.pretrain.sync_fit import fit_sync
 
 AREA, WITHIN = 0.99, 0.97
 STEP = 5
@@ -186,10 +186,10 @@ def judged(clips: list[Recording], model: SyncModel) -> list[tuple[Recording, ra
 def score(clips: list[Recording], others: list[Tensor], model: SyncModel) -> Scores | None:
     """Of one speaker, by a model that has not seen them; None where no window fits into half a clip."""
     lags = torch.arange(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)
-    foreign, parts = [model.hear(o) for o in others], []
+    foreign, parts = [model.embed_sound(o) for o in others], []
     for clip, frames, offset in judged(clips, model):
-        seen = model.see(clip.landmarks)
-        starts, curves = window_scores(model.hear(clip.features), seen, step=STEP)
+        seen = model.embed_mouth(clip.landmarks)
+        starts, curves = window_scores(model.embed_sound(clip.features), seen, step=STEP)
         kept = [k for k, s in enumerate(starts) if frames.start <= s and s + WINDOW_FRAMES <= frames.stop]
         if not kept:
             continue

@@ -22,8 +22,8 @@ from hicode.files import load_tensors, read_json, save_tensors, sha256_of, write
 from hicode.media.audio import level_db, read_audio
 from hicode.preparation.clip import shift_audio
 from hicode.progress import progress_bar
-from hicode.speech.encoder import AudioEncoder, create_encoder, match_frames
-from hicode.speech.sync import CHANCE_MARGIN, RELIABLE_MARGIN, SyncModel, SyncResult, estimate_offset, fit_sync
+from hicode.speech.encoders import AudioEncoder, create_encoder, match_frames
+from hicode.speech.sync import CHANCE_MARGIN, RELIABLE_MARGIN, SyncModel, SyncResult, estimate_offset
 from hicode.tracking.fit import FitConfig, Observations, Person, fit_person, fit_track
 from hicode.tracking.head_model import HeadModel
 from hicode.training.adaptation import speaking_frames
@@ -42,6 +42,7 @@ from research.pretrain.corpus import (
     stored_tensors,
 )
 from research.pretrain.sources import LeftOut, Source, Sources
+from research.pretrain.sync_fit import fit_sync
 
 POINTS, HEADS, MOTION = "corpus-points", "corpus-head", "corpus-motion"
 CANVAS = 512  # px: the longer side of every clip, so that all clips of a speaker share a camera

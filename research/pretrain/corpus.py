@@ -28,7 +28,7 @@ from hicode.audio import SAMPLES_PER_FEATURE
 from hicode.errors import FileFormatError
 from hicode.files import load_tensors, read_json, save_tensors, write_json
 from hicode.progress import progress_bar
-from hicode.speech.encoder import AudioEncoder, create_encoder, match_frames
+from hicode.speech.encoders import AudioEncoder, create_encoder, match_frames
 from hicode.speech.loudness import speech_level
 from hicode.training.adaptation import SpeechExample
 from research.pretrain import espeak, synthetic

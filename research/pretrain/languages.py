@@ -14,7 +14,7 @@ from torch import Tensor
 from hicode.errors import InputError
 from hicode.evaluation.lips import CLOSED, Closure, closure
 from hicode.motion import LEFT_EYE_OUTER, RIGHT_EYE_OUTER
-from hicode.speech.faceformer import lip_gap
+from hicode.speech.lip_closure import lip_gap
 from research.pretrain.phones import BILABIAL, CLASSES, Phone, frame_classes, shapes_in_time
 
 SHORTEST_CLOSURE_S = 0.05  # shorter ones (a b in passing) may come between two frames

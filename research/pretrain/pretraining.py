@@ -18,13 +18,14 @@ from hicode.files import check_writable, sha256_of, write_json
 from hicode.progress import progress_bar
 from hicode.provenance import plain, provenance
 from hicode.runtime import tune_allocator
-from hicode.speech.encoder import create_encoder
-from hicode.speech.faceformer import SpeechModels
-from hicode.training.adaptation import PretrainConfig as FaceformerConfig
-from hicode.training.adaptation import SpeechExample, pretrain, save_generic
+from hicode.speech.encoders import create_encoder
+from hicode.speech.speech_model import SpeechModels
+from hicode.training.adaptation import SpeechExample
 from research.pretrain import espeak, synthetic
 from research.pretrain.build import BuildConfig, BuildParts, Built, build
 from research.pretrain.corpus import Step, learnable, load_synthetic, synthesise
+from research.pretrain.generic import PretrainConfig as FaceformerConfig
+from research.pretrain.generic import pretrain, save_generic
 from research.pretrain.report import errors, markdown
 from research.pretrain.sources import Sources, find_sources
 from research.pretrain.voice_activity import Recording, VoiceActivityTraining, learn_voice_activity
@@ -179,10 +180,9 @@ class _Pretraining:
         with progress_bar("Learning", self.visible) as show:
             models = pretrain(
                 examples,
-                self.encoder.name,
+                self.encoder.spec,
                 self._training,
                 progress=lambda done: show(round(100 * done), 100),
-                window=self.encoder.window,
             )
         self.steps["learn"] = Step(round(time.perf_counter() - started, 1), 2, 0)
         return models

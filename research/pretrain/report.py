@@ -2,8 +2,9 @@
 
 import torch
 
-from hicode.speech.faceformer import SpeechModels
-from hicode.training.adaptation import SpeechExample, Template, amplitude, mouth_metrics, predict_displacement
+from hicode.speech.speech_model import SpeechModels, Subject
+from hicode.training.adaptation import SpeechExample
+from hicode.training.faceformer import amplitude, mouth_metrics, predict_displacement
 from research.pretrain.build import Built
 from research.pretrain.voice_activity import CONDITIONS
 
@@ -23,7 +24,7 @@ def errors(models: SpeechModels, examples: list[SpeechExample]) -> list[dict]:
 
 def _speaker_errors(models: SpeechModels, examples: list[SpeechExample], speaker: str) -> dict:
     joined = {k: torch.cat([getattr(e, k) for e in examples]) for k in ("expression", "landmarks", "speaking")}
-    template = Template.of(**joined)
+    template = Subject.of(**joined)
     shown, frames = [], 0
     for e in examples:
         if frames < ERROR_FRAMES:

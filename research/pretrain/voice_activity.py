@@ -20,7 +20,7 @@ from torch import Tensor
 from hicode.audio import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE, SAMPLES_PER_FRAME
 from hicode.errors import TrainingError
 from hicode.progress import progress_bar
-from hicode.speech.encoder import AudioEncoder
+from hicode.speech.encoders import AudioEncoder
 from hicode.speech.loudness import speech_level
 from hicode.speech.voice_activity import SCHEMA, VoiceActivity
 from research.pretrain import espeak

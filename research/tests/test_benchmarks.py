@@ -159,8 +159,10 @@ def test_truth_and_a_still_mouth_ask_no_pair_and_score_all_or_nothing():
 def test_a_pair_once_trained_is_kept_for_its_examples_and_settings(tmp_path, monkeypatch):
     from research.benchmarks import lips
     from research.pretrain.corpus import Taken
+    from research.pretrain.generic import PretrainConfig
 
-    from hicode.training.adaptation import PretrainConfig, load_generic
+    from hicode.speech.encoders import default_spec
+    from hicode.training.adaptation import load_generic
 
     clips = [replace(_speech(60, seed)[1], speaker=name) for seed, name in enumerate("abccc")]
     taken = [Taken(e.speaker, str(i), "own", 60, 60, False, 0.0, 1.0) for i, e in enumerate(clips)]
@@ -177,7 +179,7 @@ def test_a_pair_once_trained_is_kept_for_its_examples_and_settings(tmp_path, mon
         (["a"], config),
     ):
         pair = lips.train(
-            data, names, settings, "embedded", lambda i: clips[i].features, None, None, tmp_path, visible=False
+            data, names, settings, default_spec("embedded"), lambda i: clips[i].features, None, tmp_path, visible=False
         )
     assert len(learned) == 3 and learned[0] == 3, "b, and two of the three sentences of c"
     generic = load_generic()

@@ -30,7 +30,8 @@ from hicode.files import load_tensors, read_json, save_tensors
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.media.audio import read_audio
 from hicode.preparation.clip import shift_audio
-from hicode.speech.encoder import LogMelEncoder, Window
+from hicode.speech.encoders import Window
+from hicode.speech.encoders.logmel import LogMelEncoder
 from hicode.tracking.fit import FitConfig
 from hicode.tracking.head_model import HeadModel
 from hicode.training import avatar as run
@@ -451,7 +452,7 @@ def test_the_same_seed_gives_the_same_weights_and_a_report(stage, copy, tmp_path
     reports = [learn(tmp_path / name) for name in ("a", "b")]
     assert reports[0]["sha256"] == reports[1]["sha256"] and len(reports[0]["sha256"]) == 2
     models = load_generic(tmp_path / "a" / "w.safetensors")
-    assert models.encoder == "logmel" and models.feature_dim == 160
+    assert models.encoder.name == "logmel" and models.encoder.dim == 160
     report, page = read_json(tmp_path / "a" / "w.json", "hicode-pretraining", 2), (tmp_path / "a" / "w.md").read_text()
     assert {row["speaker"]: row["terms"] for row in report["learned_from"]} == {
         "ann": "hers",
@@ -508,6 +509,7 @@ def test_the_score_of_speech_is_kept_while_what_it_was_made_of_holds(stage, tmp_
 def test_weights_that_hear_by_another_encoder_are_refused(tmp_path):
     models = load_generic()
     tensors, config = models.state()
-    save_tensors(tmp_path / "w.safetensors", tensors, "hicode-speech", 1, config | {"encoder": "hubert"})
-    with pytest.raises(InputError, match="hears by hubert"):
+    config["encoder"]["name"] = "hubert"
+    save_tensors(tmp_path / "w.safetensors", tensors, "hicode-speech", 2, config)
+    with pytest.raises(InputError, match="for the hubert encoder"):
         run._generic(tmp_path / "w.safetensors")

@@ -33,6 +33,7 @@ from hicode.errors import InputError
 from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.preparation.clip import SCHEMA, VERSION, save_track, write_png
+from hicode.speech.encoders import default_spec
 from hicode.tracking.head_model import HeadModel
 from hicode.training.stages import ABLATIONS
 
@@ -323,8 +324,8 @@ def clips(clip, tmp_path_factory):
         path / "audio.wav", 0.1 * np.random.default_rng(0).standard_normal(640 * FRAMES).astype(np.float32), 16000
     )
     features = torch.randn(2 * FRAMES, 384, generator=torch.Generator().manual_seed(0))
-    config = {"encoder": "embedded", "dim": 384, "rate_hz": 50, "offset_frames": 0.0}
-    save_tensors(path / "audio.embedded.safetensors", {"features": features}, "hicode-speech-features", 1, config)
+    config = {"encoder": default_spec("embedded").to_json(), "offset_frames": 0.0}
+    save_tensors(path / "audio.embedded.safetensors", {"features": features}, "hicode-speech-features", 2, config)
     write_json(
         path / "clip.json",
         {
@@ -345,6 +346,7 @@ def clips(clip, tmp_path_factory):
             "report": {},
             "video": "drawn.mp4",
             "steps": {"faces": {"seconds": 1.0}},
+            "encoder": default_spec("embedded").to_json(),
         },
     )
     return path.parent

@@ -21,7 +21,7 @@ from research.pretrain.voice_activity import (
 
 from hicode.errors import AssetError, InputError, TrainingError
 from hicode.media.audio import read_audio
-from hicode.speech.encoder import create_encoder
+from hicode.speech.encoders import create_encoder
 from hicode.speech.loudness import speech_level
 from hicode.speech.voice_activity import VoiceActivity
 

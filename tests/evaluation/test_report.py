@@ -24,13 +24,14 @@ from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.motion import LIPS, N_LANDMARKS, FaceTrack, Motion
 from hicode.preparation.clip import SCHEMA, VERSION, Clip, save_track, write_png
-from hicode.speech.encoder import EmbeddedEncoder
+from hicode.speech.encoders import create_encoder, default_spec
 
 pytestmark = pytest.mark.skipif(
     not assets.is_cached("perceptual"),
     reason="the asset `perceptual` is not in the cache: `hicode assets pull perceptual`",
 )
 
+ENCODER = replace(default_spec("embedded"), dim=3)  # small features
 SIZE, FRAMES, TRAIN = 72, 20, 12
 
 
@@ -80,15 +81,8 @@ def write_clip(path, sound=True, test=None, sha256="abc"):
     if sound:
         write_audio(path / "audio.wav", 0.3 * np.sin(np.arange(640 * FRAMES) / 9).astype(np.float32), 16000)
         features = torch.arange(2 * FRAMES)[:, None].repeat(1, 3).float()
-        config = {
-            "encoder": "embedded",
-            "variant": EmbeddedEncoder.variant,
-            "dim": 3,
-            "rate_hz": 50,
-            "offset_frames": 0.0,
-            "window": list(EmbeddedEncoder.window),
-        }
-        save_tensors(path / "audio.embedded.safetensors", {"features": features}, "hicode-speech-features", 1, config)
+        config = {"encoder": ENCODER.to_json(), "offset_frames": 0.0}
+        save_tensors(path / "audio.embedded.safetensors", {"features": features}, "hicode-speech-features", 2, config)
     write_json(
         path / "clip.json",
         {
@@ -97,18 +91,17 @@ def write_clip(path, sound=True, test=None, sha256="abc"):
             "train": [0, TRAIN], "test": test or [TRAIN, FRAMES],
             "source": {"name": "drawn.mp4", "path": "/drawn.mp4", "sha256": sha256}, "crop_box": [0, 0, SIZE], "start_s": 0.0,
             "audio_offset_frames": 0.0, "has_audio": sound, "report": {}, "steps": {"fit": {"seconds": 2.5}}, "video": "drawn.mp4",
+            "encoder": ENCODER.to_json(),
         },
     )  # fmt: skip
     return Clip.open(path)
 
 
 class FakeSpeech:
-    encoder, window = "embedded", None
+    encoder = ENCODER
 
     def encoder_for(self):
-        from hicode.speech.encoder import create_encoder
-
-        return create_encoder(self.encoder)
+        return create_encoder(self.encoder.name)
 
     def __init__(self):
         self.heard = None

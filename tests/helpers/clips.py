@@ -14,6 +14,7 @@ from hicode.preparation.clip import (
     split,
     write_png,
 )
+from hicode.speech.encoders import default_spec
 
 SIZE = 32
 
@@ -52,6 +53,7 @@ def write_clip(path, t: int = 60, size: int = SIZE, sound: bool = True, **change
         "width": size, "height": size, "video": "noise.mp4", "source": {"name": "noise.mp4", "path": "/noise.mp4", "sha256": "0"},
         "train": [train.start, train.stop], "test": [test.start, test.stop], "crop_box": [0, 0, size], "start_s": 0.0,
         "audio_offset_frames": 0.0, "has_audio": sound, "report": {}, "steps": {},
+        "encoder": default_spec("embedded").to_json(),
     }  # fmt: skip
     write_json(path / "clip.json", {**config, **changes})
     return path, frames

@@ -12,7 +12,9 @@ from hicode.camera import Camera
 from hicode.motion import Motion, MotionFrame
 from hicode.render import Rendering
 from hicode.session.session import Frame
-from hicode.speech.faceformer import Faceformer, FaceformerConfig, SpeechModels
+from hicode.speech.encoders import default_spec
+from hicode.speech.faceformer import Faceformer, FaceformerConfig
+from hicode.speech.speech_model import SpeechModels, Subject
 
 SIZE = 64
 DRIVING = 20
@@ -34,7 +36,8 @@ def speech_models(seed: int = 0) -> SpeechModels:
         torch.nn.init.normal_(model.output.weight, std=0.3)
         torch.nn.init.normal_(model.basis, std=0.1)
         models.append(model)
-    return SpeechModels(*models, "logmel", torch.zeros(64), torch.zeros(478, 3), torch.zeros(20, 478, 3))
+    subject = Subject(torch.zeros(64), torch.zeros(478, 3), torch.zeros(20, 478, 3))
+    return SpeechModels(*models, default_spec("logmel"), subject)
 
 
 @dataclass

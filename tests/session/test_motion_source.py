@@ -6,7 +6,7 @@ from helpers.fake_avatar import FakeAvatar, motion_of, speechlike
 from hicode.avatar.driving import merge_motion, resting_mouth
 from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion
 from hicode.session.speak import synthesize
-from hicode.speech.encoder import create_encoder
+from hicode.speech.encoders import create_encoder
 
 
 def test_speech_moves_the_mouth_and_the_track_everything_else():

@@ -21,9 +21,9 @@ from hicode.session.config import SpeakConfig
 from hicode.session.motion_source import DrivingTrack
 from hicode.session.session import Frame, Session
 from hicode.session.speak import READ_AHEAD, drained, synthesize
-from hicode.speech.encoder import create_encoder
-from hicode.speech.faceformer import SpeechModels
+from hicode.speech.encoders import default_spec
 from hicode.speech.loudness import speech_level
+from hicode.speech.speech_model import SpeechModels
 
 SECOND = SAMPLE_RATE_HZ
 
@@ -226,7 +226,7 @@ def test_memory_does_not_grow_with_the_sound():
     class Speechless:
         """Two features in, one frame of rest out."""
 
-        encoder, look_ahead = "logmel", 0
+        encoder, look_ahead = default_spec("logmel"), 0
 
         def stream(self):
             return self
@@ -569,7 +569,7 @@ def test_an_avatar_without_speech_says_so():
 
 def test_another_encoder_than_the_avatars_is_refused():
     with pytest.raises(InputError, match="logmel encoder, not other"):
-        Session(FakeAvatar(), encoder=SimpleNamespace(name="other"))
+        Session(FakeAvatar(), encoder=SimpleNamespace(name="other", spec=default_spec("embedded")))
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from hicode.errors import FileFormatError
-from hicode.speech.encoder import Window
-from hicode.speech.faceformer import Faceformer, FaceformerConfig, LipClosure, SpeechModels, lip_gap, periodic_positions
+from hicode.speech.encoders import EncoderSpec, Window
+from hicode.speech.faceformer import Faceformer, FaceformerConfig, periodic_positions
+from hicode.speech.lip_closure import ClosureConfig, LipClosure, lip_gap
+from hicode.speech.speech_model import SpeechModels, Subject
 
+ENCODER = EncoderSpec("test", 12, Window(8, 2, 2))
 CONFIG = FaceformerConfig(feature_dim=12, outputs=64, components=8, width=16, window=30, look_ahead=3, look_back=2)
 
 
@@ -30,14 +33,15 @@ def _pair(trained: bool = True) -> SpeechModels:
     models[1].style_basis.normal_()
     if trained:
         torch.nn.init.normal_(models[1].style.weight)
-    return SpeechModels(*models, "embedded", torch.randn(64), torch.randn(478, 3), torch.randn(20, 478, 3), 1.1, 0.9)
+    subject = Subject(torch.randn(64), torch.randn(478, 3), torch.randn(20, 478, 3), 1.1, 0.9)
+    return SpeechModels(*models, ENCODER, subject)
 
 
 def test_an_untrained_model_says_the_template():
     pair = _pair(trained=False)
     expression, landmarks = pair.predict(torch.randn(20, 12))
-    assert torch.equal(expression, pair.expression_template.expand(10, 64))
-    assert torch.equal(landmarks, pair.landmark_template.expand(10, 478, 3))
+    assert torch.equal(expression, pair.subject.expression.expand(10, 64))
+    assert torch.equal(landmarks, pair.subject.landmarks.expand(10, 478, 3))
 
 
 def test_cached_decoding_equals_uncached():
@@ -77,7 +81,7 @@ def test_attention_is_the_published_one_within_the_window():
             j > i, float("-inf")
         )
         alignment = torch.full((t, 2 * t), float("-inf")).masked_fill(torch.arange(2 * t) // 2 == i, 0.0)
-        tokens = model.remember(previous) + model.start + periodic_positions(5, 16)[torch.arange(t) % 5]
+        tokens = model.project_previous(previous) + model.start + periodic_positions(5, 16)[torch.arange(t) % 5]
         expected = model.output(layer(tokens, memory, tgt_mask=bias, memory_mask=alignment))
         torch.testing.assert_close(model(memory, previous, model.start), expected, atol=1e-5, rtol=1e-4)
 
@@ -107,8 +111,9 @@ def test_memory_of_a_stream_does_not_grow():
         expression, landmarks = stream.push(torch.randn(20, 12))
         assert expression.isfinite().all() and landmarks.isfinite().all()
     for part in (stream._expression, stream._landmarks):
-        assert part._decoding._keys.shape[1] == part._decoding._values.shape[1] == 2 * CONFIG.window
-        assert len(part._heard) <= 2 * (part.config.look_back + part.config.look_ahead + 1) and part._heard.base is None
+        assert part._decoder._keys.shape[1] == part._decoder._values.shape[1] == 2 * CONFIG.window
+        assert len(part._encoded) <= 2 * (part.config.look_back + part.config.look_ahead + 1)
+        assert part._encoded.base is None
 
 
 def test_a_frame_hears_its_look_ahead_and_no_further():
@@ -128,14 +133,14 @@ def test_the_stream_is_late_by_its_look_ahead():
 
 def test_gain_scales_the_movement_about_the_template():
     pair, features = _pair(), torch.randn(30, 12)
-    before = pair.predict(features)[0] - pair.expression_template
-    pair.expression_gain *= 2
-    torch.testing.assert_close(pair.predict(features)[0] - pair.expression_template, 2 * before, atol=1e-5, rtol=1e-4)
+    before = pair.predict(features)[0] - pair.subject.expression
+    pair.subject = replace(pair.subject, expression_gain=2 * pair.subject.expression_gain)
+    torch.testing.assert_close(pair.predict(features)[0] - pair.subject.expression, 2 * before, atol=1e-5, rtol=1e-4)
 
 
 def test_identity_frames_in_any_order_are_the_same_style():
     pair = _pair()
-    frames = pair.identity_frames
+    frames = pair.subject.identity_frames
     a, b = (pair.landmarks.identity_style(f) for f in (frames, frames.flip(0)))
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(a, pair.landmarks.identity_style(frames + 1))
@@ -168,22 +173,11 @@ def _closing_pair() -> SpeechModels:
             if k:
                 other.style_basis.copy_(model.style_basis)
         made.append(other)
-    closure = LipClosure(12, back=3, ahead=2, from_odds=0.3, to_odds=0.8, narrow=(0.5, 3.0))
+    closure = LipClosure(ClosureConfig(12, back=3, ahead=2, probability=(0.3, 0.8), gap_shares=(0.5, 3.0)))
     closure.weight.normal_(std=0.3)
     closure.landmarks[13, 1], closure.landmarks[14, 1], closure.landmarks[17, 1] = 0.3, -0.7, -0.6
     closure.expression[5] = 0.4
-    return SpeechModels(
-        *made,
-        "embedded",
-        pair.expression_template,
-        pair.landmark_template,
-        pair.identity_frames,
-        1.1,
-        0.9,
-        closure,
-        0.01,
-        Window(8, 2, 2),
-    )
+    return SpeechModels(*made, ENCODER, replace(pair.subject, closed_gap=0.01), closure)
 
 
 def test_with_linear_answer_and_closure_pieces_still_equal_the_whole():
@@ -213,15 +207,16 @@ def test_a_stream_says_what_the_models_say(size):
         model.feature_std.uniform_(0.5, 2)
     with torch.no_grad():
         frames = torch.nn.functional.pad(
-            pair.expression.frame_features(features[None])[0], (0, 0, pair.closure.back, pair.closure.ahead)
+            pair.expression.frame_features(features[None])[0],
+            (0, 0, pair.closure.config.back, pair.closure.config.ahead),
         )
         expression, landmarks = (
             (model.predict(features[None], model.identity_style(faces)) @ model.basis)[0]
-            for model, faces in ((pair.expression, None), (pair.landmarks, pair.identity_frames))
+            for model, faces in ((pair.expression, None), (pair.landmarks, pair.subject.identity_frames))
         )
-        expected = pair.closure.command(
-            pair.closure.odds(frames), pair.expression_template + pair.expression_gain * expression,
-            pair.landmark_template + pair.landmark_gain * landmarks.unflatten(1, (478, 3)), pair.closed_gap, pair.usual_gap,
+        expected = pair.closure.close(
+            pair.closure.probability(frames), pair.subject.expression + pair.subject.expression_gain * expression,
+            pair.subject.landmarks + pair.subject.landmark_gain * landmarks.unflatten(1, (478, 3)), pair.subject.closed_gap, pair.subject.usual_gap,
         )  # fmt: skip
         stream = pair.stream()
         parts = [*(stream.push(piece) for piece in features.split(size)), stream.finish()]
@@ -259,17 +254,21 @@ def test_a_whole_sound_is_the_mean_of_both_answers():
 
 def test_a_sure_closure_closes_and_nothing_ever_opens():
     closure = _closing_pair().closure
-    closure.narrow = None
+    closure.config = replace(closure.config, gap_shares=None)
     landmarks = 0.1 * torch.randn(40, 478, 3)
     expression, gap = torch.zeros(40, 64), lip_gap(landmarks)
-    moved, shut = closure.command(torch.ones(40), expression, landmarks, 0.01, 0.1)
+    moved, shut = closure.close(torch.ones(40), expression, landmarks, 0.01, 0.1)
     torch.testing.assert_close(lip_gap(shut), gap.clamp(max=0.01))
     torch.testing.assert_close(moved[:, 5], 0.4 * (0.01 - gap).clamp(max=0))  # both heads by the same amount
-    half = closure.command(
-        torch.full((40,), (closure.from_odds + closure.to_odds) / 2), expression, landmarks, 0.01, 0.1
+    half = closure.close(
+        torch.full((40,), (closure.config.probability[0] + closure.config.probability[1]) / 2),
+        expression,
+        landmarks,
+        0.01,
+        0.1,
     )[1]
     torch.testing.assert_close(lip_gap(half), torch.where(gap > 0.01, (gap + 0.01) / 2, gap))
-    same = closure.command(torch.full((40,), closure.from_odds), expression, landmarks, 0.01, 0.1)
+    same = closure.close(torch.full((40,), closure.config.probability[0]), expression, landmarks, 0.01, 0.1)
     assert torch.equal(same[0], expression) and torch.equal(same[1], landmarks)
 
 
@@ -278,9 +277,9 @@ def test_only_lips_that_are_nearly_closed_are_told_to_close():
     closure = _closing_pair().closure
     landmarks = torch.zeros(4, 478, 3)
     landmarks[:, 13, 1] = torch.tensor([0.02, 0.05, 0.175, 0.31])
-    moved = closure.command(torch.ones(4), torch.zeros(4, 64), landmarks, 0.01, 0.1)[1]
+    moved = closure.close(torch.ones(4), torch.zeros(4, 64), landmarks, 0.01, 0.1)[1]
     torch.testing.assert_close(lip_gap(moved), torch.tensor([0.01, 0.01, 0.0925, 0.31]))
-    moved = closure.command(torch.ones(4), torch.zeros(4, 64), landmarks, 0.01, -0.1)[1]
+    moved = closure.close(torch.ones(4), torch.zeros(4, 64), landmarks, 0.01, -0.1)[1]
     torch.testing.assert_close(lip_gap(moved)[2:], torch.tensor([0.175, 0.31]))
     assert lip_gap(moved).isfinite().all()
 
@@ -291,19 +290,17 @@ def test_the_gap_is_what_is_seen_from_the_front():
     assert abs(float(lip_gap(points)) - 0.03) < 1e-7
 
 
-def test_state_keeps_closure_and_window_and_files_from_before_have_neither():
+def test_state_keeps_closure_encoder_and_subject():
     pair = _closing_pair()
-    tensors, config = pair.state()
-    again = SpeechModels.from_state(tensors, config)
-    features = torch.randn(40, 12)
+    again, features = SpeechModels.from_state(*pair.state()), torch.randn(40, 12)
     for a, b in zip(pair.predict(features), again.predict(features), strict=True):
         assert torch.equal(a, b)
-    assert again.window == Window(8, 2, 2) and again.closed_gap == 0.01 and again.look_ahead == pair.look_ahead
-    assert (again.closure.from_odds, again.closure.to_odds, again.closure.narrow) == (0.3, 0.8, (0.5, 3.0))
-    config["closure"] = {"back": 3, "ahead": 2}  # as files were before they said when to close
-    old = SpeechModels.from_state(tensors, config).closure
-    assert (old.from_odds, old.to_odds, old.narrow) == (0.25, 0.55, None), "what the code said then"
+    assert again.encoder == ENCODER and again.subject.closed_gap == 0.01 and again.look_ahead == pair.look_ahead
+    assert again.closure.config == pair.closure.config
+
+
+def test_models_of_another_feature_size_than_the_encoders_are_refused():
     tensors, config = _pair().state()
-    del config["window"]
-    before = SpeechModels.from_state(tensors, config)
-    assert before.closure is None and before.window == Window(88, 4, 8), "the only window that there was"
+    config["encoder"]["dim"] = 13
+    with pytest.raises(FileFormatError, match="speech models are damaged"):
+        SpeechModels.from_state(tensors, config)

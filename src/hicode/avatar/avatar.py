@@ -26,7 +26,7 @@ from hicode.gaussians import Gaussians
 from hicode.media.images import Images
 from hicode.motion import Motion, MotionFrame
 from hicode.render import Backend, Rendering, rasterize
-from hicode.speech.faceformer import SpeechModels
+from hicode.speech.speech_model import SpeechModels
 
 SCHEMA, VERSION = "hicode-avatar", 2
 MAX_DRIVING_FRAMES = 1500  # one minute: about 90 MB of JPEG

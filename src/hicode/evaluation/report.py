@@ -55,7 +55,7 @@ from hicode.preparation.clip import Clip
 from hicode.progress import progress_bar
 from hicode.provenance import provenance
 from hicode.runtime import Device, peak_memory_mb, resolve_device
-from hicode.speech.encoder import AudioEncoder, Window
+from hicode.speech.encoders import AudioEncoder, EncoderSpec
 from hicode.speech.voice_activity import VadGate
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ WORST_SHOWN, SPREAD_SHOWN, STRIP_SHOWN = 6, 2, 24
 class Speaker(Protocol):
     """The part of `SpeechModels` that is used here."""
 
-    encoder: str
-    window: Window | None
+    encoder: EncoderSpec
 
     def encoder_for(self) -> AudioEncoder: ...
 
@@ -240,7 +239,7 @@ class _Work:
         from hicode.speech.loudness import speech_level
 
         first, end = self.test[0], self.test[-1] + 1
-        features = self.clip.speech_features(speech.encoder, speech.window)[2 * first : 2 * end]
+        features = self.clip.speech_features(speech.encoder)[2 * first : 2 * end]
         started = time.perf_counter()
         with torch.inference_mode():
             expression, landmarks = speech.predict(features)
@@ -261,7 +260,7 @@ class _Work:
             encoder = speech.encoder_for()
         except (HicodeError, OSError, ImportError) as error:
             # A hub's model that is not here: its features came with the clip, only its time is unknown.
-            self.findings.notes.append(f"fps leaves the {speech.encoder} encoder out: it is not here ({error}).")
+            self.findings.notes.append(f"fps leaves the {speech.encoder.name} encoder out: it is not here ({error}).")
             return 0.0
         started = time.perf_counter()
         encoder.encode(heard)

@@ -282,7 +282,7 @@ def _heard(samples: np.ndarray | None, count: int) -> Heard | None:
 
     @cache
     def features(name: str) -> torch.Tensor:
-        from hicode.speech.encoder import create_encoder, match_frames
+        from hicode.speech.encoders import create_encoder, match_frames
 
         return match_frames(create_encoder(name).encode(samples), count)
 

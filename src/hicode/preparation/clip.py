@@ -29,15 +29,7 @@ from hicode.camera import Camera
 from hicode.errors import FileFormatError, InputError
 from hicode.files import load_tensors, read_json, save_tensors
 from hicode.motion import FaceTrack, Motion
-from hicode.speech.encoder import (
-    AudioEncoder,
-    EncoderName,
-    Window,
-    create_encoder,
-    match_frames,
-    usual_variant,
-    usual_window,
-)
+from hicode.speech.encoders import AudioEncoder, EncoderSpec, default_spec, encoder_of, match_frames
 
 SCHEMA, VERSION = "hicode-clip", 2
 CACHE_BYTES = 128 << 20
@@ -162,7 +154,7 @@ class Clip:
         """The head's track."""
         return load_track(self.path / "track.safetensors")
 
-    def hear(self, encoder: EncoderName = "embedded") -> None:
+    def hear(self, encoder: EncoderSpec | str | None = None) -> None:
         """Give the track's motion the sound's features, a frame's two rows next to each other.
 
         For avatars that are moved by them directly (row None of Table 2). Raises InputError for a video without sound.
@@ -202,48 +194,43 @@ class Clip:
         assert rate_hz == SAMPLE_RATE_HZ, rate_hz
         return shift_audio(samples, self.audio_offset_frames, self.frame_count)
 
-    def speech_features(
-        self, encoder: EncoderName = "embedded", window: Window | None = None
-    ) -> Float[Tensor, "t d"] | None:
-        """Two rows a frame from the named encoder, made and stored on first use; None for a video without sound.
+    @property
+    def encoder(self) -> EncoderSpec:
+        """The speech encoder that the clip was prepared with."""
+        return EncoderSpec.from_json(self.config["encoder"])
 
-        `window` replaces the encoder's own; such features are not stored.
+    def speech_features(self, encoder: EncoderSpec | str | None = None) -> Float[Tensor, "s d"] | None:
+        """Two rows a frame, made and stored on first use; None for a video without sound.
+
+        encoder  the clip's own if None; a name means the clip's own of that name, or one that needs no weights
+
+        Raises InputError where features are to be made and the encoder's weights are gone.
         """
         samples = self.audio()
         if samples is None:
             return None
-        usual = usual_window(encoder)
-        window = window or usual
-        file = self.path / f"audio.{encoder}.safetensors"
+        if not isinstance(encoder, EncoderSpec):
+            encoder = self.encoder if encoder in (None, self.encoder.name) else default_spec(encoder)
+        file = self.path / f"audio.{encoder.name}.safetensors"
         if file.exists():
-            tensors, config = load_tensors(file, FEATURES_SCHEMA, 1)
-            same = config["offset_frames"] == self.audio_offset_frames and config.get("window") == list(window)
-            same = same and config.get("variant") == usual_variant(encoder)
+            tensors, config = load_tensors(file, FEATURES_SCHEMA, FEATURES_VERSION)
+            same = EncoderSpec.from_json(config["encoder"]) == encoder
+            same = same and config["offset_frames"] == self.audio_offset_frames
             if same and len(tensors["features"]) == 2 * self.frame_count:
                 return tensors["features"]
-        made = create_encoder(encoder, window=window)
-        features, config = frame_features(made, samples, self.frame_count, self.audio_offset_frames)
-        if window == usual:
-            save_tensors(file, {"features": features}, FEATURES_SCHEMA, 1, config)
+        made = encoder_of(encoder)
+        features = match_frames(made.encode(samples), self.frame_count)
+        save_features(file, features, made, self.audio_offset_frames)
         return features
 
 
-FEATURES_SCHEMA = "hicode-speech-features"
+FEATURES_SCHEMA, FEATURES_VERSION = "hicode-speech-features", 2
 
 
-def frame_features(
-    encoder: AudioEncoder, samples: Float32[np.ndarray, "n"], frames: int, offset_frames: float
-) -> tuple[Float[Tensor, "2*t d"], dict]:
-    """What a clip stores of a sound that is moved by `offset_frames` already: features, and how they were made."""
-    config = {
-        "encoder": encoder.name,
-        "variant": encoder.variant,
-        "dim": encoder.dim,
-        "rate_hz": encoder.rate_hz,
-        "window": list(encoder.window),
-        "offset_frames": offset_frames,
-    }
-    return match_frames(encoder.encode(samples), frames), config
+def save_features(file: Path, features: Float[Tensor, "s d"], encoder: AudioEncoder, offset_frames: float) -> None:
+    """Store the features of a sound that was moved by `offset_frames`, and how they were made."""
+    config = {"encoder": encoder.spec.to_json(), "offset_frames": offset_frames}
+    save_tensors(file, {"features": features}, FEATURES_SCHEMA, FEATURES_VERSION, config)
 
 
 class _Pictures:

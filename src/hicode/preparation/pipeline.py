@@ -42,7 +42,8 @@ from hicode.preparation.sound import Features, Offset, Sound, SoundConfig, measu
 from hicode.preparation.steps import Step, StepCache, make_folder, open_state, whole_folder
 from hicode.progress import progress_bar
 from hicode.runtime import require_memory_for_frames
-from hicode.speech.encoder import EncoderName
+from hicode.speech.encoders import EncoderName, default_spec
+from hicode.speech.encoders.hubert import weights_variant
 from hicode.tracking.config import TrackConfig
 from hicode.tracking.depth import head_depth
 from hicode.tracking.face_tracker import track_faces
@@ -66,6 +67,8 @@ class PrepareConfig:
     """Seconds to use; the whole video if not given."""
     encoder: EncoderName = "embedded"
     """Whose speech features are stored with the clip."""
+    encoder_weights: Path | None = None
+    """Local folder of the hubert encoder's weights."""
     max_missing: float = 0.1
     """Largest share of frames that may lack a face; they are interpolated."""
     max_light: float = 1.6
@@ -234,15 +237,18 @@ class _Preparation:
         config, cache, folder = self.config, self.cache, self.folder
         store = lambda: store_sound(folder, self.info.path, config.start, frame_count, config.sound)
         sound = cache.run(Step("sound", 2, cut | {"sound": config.sound}, ("crop",)), Sound, store)
-        cache.state.update(has_audio=sound.usable, audio_offset_frames=0.0)
+        cache.state.update(has_audio=sound.usable, audio_offset_frames=0.0, encoder=default_spec("embedded").to_json())
         if not sound.usable:
             return sound, None
         step = Step("offset", 5, {}, ("sound", "track"))
         offset = cache.run(step, Offset, lambda: measure_offset(folder, train))
         cache.state["audio_offset_frames"] = offset.frames
         file = f"audio.{config.encoder}.safetensors"
-        step = Step("features", 4, {"encoder": config.encoder}, ("sound", "offset"), (file,))
-        cache.run(step, Features, lambda: store_features(folder, config.encoder, frame_count, offset.frames))
+        settings = {"encoder": config.encoder, "variant": _weights_variant(config)}
+        step = Step("features", 5, settings, ("sound", "offset"), (file,))
+        chosen = config.encoder, config.encoder_weights
+        features = cache.run(step, Features, lambda: store_features(folder, *chosen, frame_count, offset.frames))
+        cache.state["encoder"] = features.encoder
         return sound, offset
 
     # ---- reading ----
@@ -429,6 +435,18 @@ def _check_config(config: PrepareConfig) -> None:
     encoders = get_args(EncoderName)
     if config.encoder not in encoders:
         raise InputError(f"No speech encoder is called {config.encoder!r}. There are: {', '.join(encoders)}.")
+    _weights_variant(config)
+
+
+def _weights_variant(config: PrepareConfig) -> str | None:
+    """Hash of the hubert encoder's weights, None for other encoders. Raises InputError where the two do not agree."""
+    if config.encoder != "hubert":
+        if config.encoder_weights is not None:
+            raise InputError(f"The {config.encoder} encoder takes no --encoder-weights. Leave them out.")
+        return None
+    if config.encoder_weights is None:
+        raise InputError("The hubert encoder needs its weights. Name their folder with --encoder-weights.")
+    return weights_variant(config.encoder_weights)
 
 
 def _check_length(info: VideoInfo, config: PrepareConfig) -> None:

@@ -9,10 +9,9 @@ import soundfile
 from jaxtyping import Float32
 
 from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
-from hicode.files import save_tensors
 from hicode.media.audio import level_db, read_audio, write_audio
-from hicode.preparation.clip import FEATURES_SCHEMA, frame_features, load_track, shift_audio
-from hicode.speech.encoder import EncoderName, create_encoder, match_frames
+from hicode.preparation.clip import load_track, save_features, shift_audio
+from hicode.speech.encoders import EncoderName, create_encoder, match_frames
 from hicode.speech.sync import SyncModel, estimate_offset
 
 
@@ -47,9 +46,9 @@ class Offset:
 
 @dataclass(frozen=True)
 class Features:
-    """Width of the stored speech features."""
+    """The encoder of the stored speech features, as `EncoderSpec.to_json` has it."""
 
-    dim: int
+    encoder: dict
 
 
 def store_sound(folder: Path, video: Path, start_s: float, frame_count: int, config: SoundConfig) -> Sound:
@@ -83,10 +82,11 @@ def measure_offset(folder: Path, train: range) -> Offset:
     return Offset(frames if found.reliable else 0.0, found.reliable, frames, round(found.margin, 3))
 
 
-def store_features(folder: Path, encoder_name: EncoderName, frame_count: int, offset_frames: float) -> Features:
+def store_features(
+    folder: Path, encoder_name: EncoderName, encoder_weights: Path | None, frame_count: int, offset_frames: float
+) -> Features:
     """Write the speech features of the sound, moved onto the picture."""
-    encoder = create_encoder(encoder_name)
-    samples = shift_audio(_stored_sound(folder), offset_frames, frame_count)
-    features, config = frame_features(encoder, samples, frame_count, offset_frames)
-    save_tensors(folder / f"audio.{encoder_name}.safetensors", {"features": features}, FEATURES_SCHEMA, 1, config)
-    return Features(encoder.dim)
+    encoder = create_encoder(encoder_name, encoder_weights)
+    features = match_frames(encoder.encode(shift_audio(_stored_sound(folder), offset_frames, frame_count)), frame_count)
+    save_features(folder / f"audio.{encoder_name}.safetensors", features, encoder, offset_frames)
+    return Features(encoder.spec.to_json())

@@ -27,6 +27,8 @@ class SpeakConfig:
     """Of generated blinks, gaze and head movements."""
     region: Region = "face"
     """Part of the rendered head that goes into the driving frame. With --still always the whole head."""
+    encoder_weights: Path | None = None
+    """Where the weights of the avatar's speech encoder lie, if they have moved (hubert only)."""
     film_grain: bool = True
     """Add the recording's own grain to the rendered head."""
     level: Annotated[float | None, tyro.conf.Suppress] = None

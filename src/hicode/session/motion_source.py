@@ -25,8 +25,8 @@ from hicode.errors import InputError
 from hicode.motion import Motion, ping_pong
 from hicode.session.config import SpeakConfig
 from hicode.session.timings import Timings
-from hicode.speech.encoder import AudioEncoder
-from hicode.speech.faceformer import SpeechModels
+from hicode.speech.encoders import AudioEncoder
+from hicode.speech.speech_model import SpeechModels
 from hicode.speech.voice_activity import VadGate, VoiceActivity
 
 if TYPE_CHECKING:

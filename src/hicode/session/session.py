@@ -30,7 +30,7 @@ from hicode.session.idle_frames import IdleFrames
 from hicode.session.motion_source import PIECE, Animation, Base, DrivingTrack, MotionSource, Mouth
 from hicode.session.rendering import FrameRenderer
 from hicode.session.timings import Timings
-from hicode.speech.encoder import AudioEncoder
+from hicode.speech.encoders import AudioEncoder
 from hicode.speech.voice_activity import VoiceActivity
 from hicode.threads import frame_pool
 
@@ -110,10 +110,10 @@ class Session:
     ):
         if avatar.speech is None:
             raise InputError("The avatar has no speech models: its clip had no sound. Train it on a clip with sound.")
-        encoder = encoder or avatar.speech.encoder_for()
-        if encoder.name != avatar.speech.encoder:
+        encoder = encoder or avatar.speech.encoder_for(config.encoder_weights)
+        if encoder.spec != avatar.speech.encoder:
             raise InputError(
-                f"The avatar's speech models take features of the {avatar.speech.encoder} encoder, "
+                f"The avatar's speech models take features of the {avatar.speech.encoder.name} encoder, "
                 f"not {encoder.name}. Leave the encoder out."
             )
         if driving is not None and config.still:

@@ -1,52 +1,53 @@
 """Audio-video offset: how many frames the mouth is later than the sound.
 
-Sound and mouth are turned into the same DIRECTIONS numbers a frame: the mouth by filters over seven frames of four
-measures (opening, width, lip height, jaw), the sound by the ridge regression that predicts them from six frames of
-speech features. The filters are those that sound predicts best, so they see how a mouth moves, not only how it stands:
-what makes two seconds tell one lag from the next. The lag at which both correlate best is the offset. It ships with
-weights learned from speakers that are in no evaluation clip (docs/weights.md says which), so it also serves as
-a score; it is not SyncNet, and is never called AVConf. Every score has a control: the same features rotated in time.
-`python -m benchmarks.sync` measures it on speakers that it has not seen.
+Sound and mouth are mapped to the same k = DIRECTIONS numbers a frame. The mouth: filters over seven frames of four
+measures (opening, width, lip height, jaw). The sound: a ridge regression of those from six frames of speech features. The
+filters are the ones that sound predicts best. The lag at which both correlate best is the offset. The weights that ship
+were learned from speakers in no evaluation clip, so the correlation is also a score; it is not SyncNet, and is never
+called AVConf. Every score has a control: the same features rotated in time.
 
-Lags are in frames, positive where the mouth is later than the sound. k = DIRECTIONS.
+Lags are in frames, positive where the mouth is later than the sound.
 """
 
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from hicode.audio import FEATURES_PER_FRAME
 from hicode.errors import InputError
 from hicode.files import load_tensors, save_tensors
 from hicode.motion import LEFT_EYE_OUTER, MOUTH_CORNERS_INNER, RIGHT_EYE_OUTER
 
 MAX_LAG_FRAMES = 10
-PRINCIPAL = 96
-CONTEXT_FRAMES = range(-2, 4)  # frames of features that predict a frame: lips move before they are heard
+CONTEXT_FRAMES = range(-2, 4)  # frames of features that predict a frame: lips move before the sound
 MOUTH_FRAMES = range(-3, 4)  # frames of mouth that a filter sees
 DIRECTIONS = 8
 WINDOW_FRAMES = 50
-# Margins of clips of 9 speakers that the fit had not seen, with their sound (21 stretches of 8 s) and with another
-# speaker's (336): with their own .34 and more, with others' .10 in the median, .22 at 99 %, .26 at most. Chance falls
-# with the length: its 99 % are .49, .36, .33, .26, .22 at 2, 3, 4, 6, 8 s, or CHANCE / √frames. Their own sound's
-# offset was within a frame in every stretch of every length, whatever its margin.
+# Margins on 9 speakers that the fit had not seen: with their own sound .34 and more (21 stretches of 8 s), with another
+# speaker's .10 in the median, .22 at 99 %, .26 at most (336). Chance falls with length: 99 % of foreign margins are below
+# .49, .36, .33, .26, .22 at 2, 3, 4, 6, 8 s, which is CHANCE_MARGIN / √frames. The own sound's offset was right within a
+# frame in every stretch of every length.
 RELIABLE_MARGIN = 0.25
 CHANCE_MARGIN = 3.3
 
-_WEIGHTS = Path(__file__).parent.parent / "weights" / "sync.safetensors"
-_SCHEMA, _VERSION = "hicode-sync", 2
+SCHEMA, VERSION = "hicode-sync", 2
+WEIGHTS = Path(__file__).parent.parent / "weights" / "sync.safetensors"
 
 
 @dataclass(frozen=True)
 class SyncResult:
-    """offset_frames: positive where the mouth is later than the sound, to a fraction of a frame. margin: correlation at
-    the best lag minus its median over all lags. correlation: at the best lag. frames: of the clip. reliable: whether an
-    offset so estimated should be believed, which takes a larger margin of a shorter clip."""
+    """An estimated offset.
+
+    offset_frames  positive where the mouth is later than the sound, to a fraction of a frame
+    margin         correlation at the best lag minus the median over all lags
+    correlation    at the best lag
+    frames         of the clip
+    """
 
     offset_frames: float
     margin: float
@@ -55,13 +56,17 @@ class SyncResult:
 
     @property
     def reliable(self) -> bool:
+        """Whether to trust the offset. A shorter clip needs a larger margin."""
         return self.margin >= max(RELIABLE_MARGIN, CHANCE_MARGIN / max(self.frames, 1) ** 0.5)
 
 
 @dataclass(frozen=True, eq=False)
 class SyncModel:
-    """Standardised features in context, and standardised mouth measures in context, → k numbers each. `learned_from`
-    names the training clips."""
+    """Maps of features in context and of mouth measures in context to k numbers each.
+
+    encoder       name of the encoder whose features it takes
+    learned_from  names of the training clips
+    """
 
     encoder: str
     mean: Float[Tensor, "c"]
@@ -70,31 +75,37 @@ class SyncModel:
     mouth: Float[Tensor, "m k"]
     learned_from: tuple[str, ...]
 
-    def hear(self, features: Float[Tensor, "2*t d"]) -> Float[Tensor, "t k"]:
+    def embed_sound(self, features: Float[Tensor, "s d"]) -> Float[Tensor, "t k"]:
+        """Of t frames, from two features a frame."""
         return ((in_context(features) - self.mean) / self.std) @ self.weight
 
-    def see(self, landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t k"]:
-        """Landmarks in any unit, posed or not. Measures are standardised over the clip; one that does not move is 0."""
-        return _beside(_standardised(mouth_measures(landmarks)), MOUTH_FRAMES) @ self.mouth
+    def embed_mouth(self, landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t k"]:
+        """Landmarks in any unit, posed or not. Measures are standardised over the clip; one that is still is 0."""
+        return stacked(standardised(mouth_measures(landmarks)), MOUTH_FRAMES) @ self.mouth
 
-    def save(self, path: Path | str = _WEIGHTS) -> None:
+    def save(self, path: Path | str) -> None:
+        """Write it in half precision."""
         tensors = {"mean": self.mean, "std": self.std, "weight": self.weight, "mouth": self.mouth}
         config = {"encoder": self.encoder, "learned_from": list(self.learned_from)}
-        save_tensors(path, {k: v.half() for k, v in tensors.items()}, _SCHEMA, _VERSION, config)
+        save_tensors(path, {k: v.half() for k, v in tensors.items()}, SCHEMA, VERSION, config)
 
     @staticmethod
     @cache
-    def load(path: Path | str = _WEIGHTS) -> "SyncModel":
-        """The shipped weights, or another file of that kind."""
-        tensors, config = load_tensors(path, _SCHEMA, _VERSION)
-        return SyncModel(
-            config["encoder"], **{k: v.float() for k, v in tensors.items()}, learned_from=tuple(config["learned_from"])
-        )
+    def load(path: Path | str = WEIGHTS) -> "SyncModel":
+        """The shipped weights, or another file that `save` wrote."""
+        tensors, config = load_tensors(path, SCHEMA, VERSION)
+        parts = {k: v.float() for k, v in tensors.items()}
+        return SyncModel(config["encoder"], **parts, learned_from=tuple(config["learned_from"]))
+
+
+# --- inputs ---
 
 
 def mouth_measures(landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t 4"]:
-    """Opening, width, lip height and jaw drop over the distance of the outer eye corners; distances in space, so scale
-    and pose drop out."""
+    """Opening, width, lip height and jaw drop over the distance of the outer eye corners.
+
+    Distances are in space, so scale and pose drop out.
+    """
 
     def distance(a: int, b: int) -> Tensor:
         return (landmarks[:, a] - landmarks[:, b]).norm(dim=-1)
@@ -104,137 +115,107 @@ def mouth_measures(landmarks: Float[Tensor, "t 478 3"]) -> Float[Tensor, "t 4"]:
     return torch.stack(measures, 1) / distance(RIGHT_EYE_OUTER, LEFT_EYE_OUTER)[:, None].clamp(min=1e-6)
 
 
-def in_context(features: Float[Tensor, "2*t d"]) -> Float[Tensor, "t c"]:
-    """The mean of each frame's two features beside its neighbours'; the ends repeat."""
-    return _beside(features.unflatten(0, (-1, 2)).mean(1), CONTEXT_FRAMES)
+def in_context(features: Float[Tensor, "s d"]) -> Float[Tensor, "t c"]:
+    """The mean of each frame's two features next to its neighbours'; the ends repeat."""
+    return stacked(features.unflatten(0, (-1, FEATURES_PER_FRAME)).mean(1), CONTEXT_FRAMES)
 
 
-def _beside(x: Float[Tensor, "t d"], around: range) -> Float[Tensor, "t c"]:
-    index = torch.arange(len(x))[:, None] + torch.tensor(around)
+def stacked(x: Float[Tensor, "t d"], offsets: range) -> Float[Tensor, "t c"]:
+    """The rows at these offsets from each row, side by side; the ends repeat."""
+    index = torch.arange(len(x))[:, None] + torch.tensor(offsets)
     return x[index.clamp(0, len(x) - 1)].flatten(1)
 
 
-def fit_sync(
-    pairs: list[tuple[Float[Tensor, "2*t d"], Float[Tensor, "t 478 3"]]],
-    encoder: str,
-    learned_from: tuple[str, ...],
-    anchor: int | None = None,
-    ridge: float = 3.0,
-) -> tuple[SyncModel, list[SyncResult]]:
-    """Filters over clips (a pair each, best one a speaker), and each clip's offset, found together in four rounds from
-    none.
-
-    In each round a clip's offset and margin come from a model of the other clips, so a clip cannot vouch for itself. Offsets are
-    only relative: the clip number `anchor` is in sync by definition; without one, the median clip is. A clip weighs as
-    the square root of its length, since speakers teach more than minutes do. Features are reduced to their PRINCIPAL
-    strongest directions, which costs no accuracy and makes each of the many small regressions cheap; the model folds
-    the reduction in.
-    """
-    frames = torch.cat([f.unflatten(0, (-1, 2)).mean(1) for f, _ in pairs]).double()
-    mean, std = frames.mean(0), frames.std(0) + 1e-3
-    _, vectors = torch.linalg.eigh(torch.cov(((frames - mean) / std).T).reshape(len(mean), len(mean)))
-    directions = vectors[:, -min(PRINCIPAL, frames.shape[1]) :]  # "d p"
-    inputs = [in_context(((f.double() - mean) / std) @ directions) for f, _ in pairs]
-    targets = [_beside(_standardised(mouth_measures(points)).double(), MOUTH_FRAMES) for _, points in pairs]
-    offsets, curves = [0.0] * len(pairs), [torch.zeros(2 * MAX_LAG_FRAMES + 1)] * len(pairs)
-    for _ in range(4 if len(pairs) > 1 else 0):
-        moments = [_Moments.of(*_lagged(x, y, round(offset))) for x, y, offset in zip(inputs, targets, offsets)]
-        curves = []
-        for k, (x, y) in enumerate(zip(inputs, targets)):
-            weight, mouth = _solve(moments[:k] + moments[k + 1 :], ridge)
-            curves.append(lag_curve(x @ weight, y @ mouth))
-        found = [_peak(curve) for curve in curves]
-        # Unrounded: an anchor at half a frame would move everyone by a whole one, or not, as chance has it.
-        zero = found[anchor] if anchor is not None else float(np.median(found))
-        offsets = [offset - zero for offset in found]
-    weight, mouth = _solve(
-        [_Moments.of(*_lagged(x, y, round(offset))) for x, y, offset in zip(inputs, targets, offsets)], ridge
-    )
-    n = len(CONTEXT_FRAMES)
-    weight = torch.einsum("dp,cpk->cdk", directions, weight.unflatten(0, (n, -1))).flatten(0, 1)
-    model = SyncModel(
-        encoder, mean.repeat(n).float(), std.repeat(n).float(), weight.float(), mouth.float(), learned_from
-    )
-    found = [
-        SyncResult(offset, float(c.max() - c.median()), float(c.max()), len(y))
-        for offset, c, y in zip(offsets, curves, targets)
-    ]
-    return model, found
-
-
-class _Moments(NamedTuple):
-    """What regression needs to know of a clip of sound x and mouth y; both are centred already. Sums over frames times
-    `weight`."""
-
-    xx: Float[Tensor, "c c"]
-    xy: Float[Tensor, "c m"]
-    yy: Float[Tensor, "m m"]
-    weight: float
-    frames: int
-
-    @staticmethod
-    def of(x: Float[Tensor, "t c"], y: Float[Tensor, "t m"]) -> "_Moments":
-        weight = len(x) ** -0.5
-        return _Moments(weight * x.T @ x, weight * x.T @ y, weight * y.T @ y, weight, len(x))
-
-
-def _solve(moments: list[_Moments], strength: float) -> tuple[Float[Tensor, "c k"], Float[Tensor, "m k"]]:
-    """Ridge regression of the mouth on the sound, then the k directions of mouth of which it predicts the largest share
-    (unit variance each)."""
-    frames = sum(m.frames for m in moments)
-    scale = frames / sum(m.weight * m.frames for m in moments)
-    xx, xy, yy = (scale * sum(m[i] for m in moments) for i in range(3))
-    weight = torch.linalg.solve(xx + strength * frames**0.5 * torch.eye(len(xx), dtype=xx.dtype), xy)
-    explained = weight.T @ xy
-    # A hundredth of the mean variance keeps directions that hardly move, mere jitter of the tracker, from being chosen.
-    floor = 0.01 * yy.diagonal().mean() + 1e-9
-    inverse = torch.linalg.inv(torch.linalg.cholesky(yy + floor * torch.eye(len(yy), dtype=yy.dtype)))
-    _, vectors = torch.linalg.eigh(inverse @ (explained + explained.T) @ inverse.T)
-    mouth = frames**0.5 * inverse.T @ vectors[:, -DIRECTIONS:]
-    return weight @ mouth, mouth
-
-
-def _standardised(x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
+def standardised(x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
     """Mean 0, deviation 1 over time; 0 where nothing but rounding moves."""
     x = x - x.mean(0)
     deviation = x.square().mean(0).sqrt()
     return torch.where(deviation > 1e-5, x / deviation.clamp(min=1e-5), 0.0)
 
 
-def _lagged(sound: Tensor, mouth: Tensor, lag: int) -> tuple[Tensor, Tensor]:
-    """The overlap of both when the mouth is `lag` frames later."""
+# --- lags ---
+
+
+def lagged(sound: Float[Tensor, "s a"], mouth: Float[Tensor, "t b"], lag: int) -> tuple[Tensor, Tensor]:
+    """The overlap of both if the mouth is `lag` frames later."""
     n = min(len(sound), len(mouth))
     return sound[max(0, -lag) : n - max(0, lag)], mouth[max(0, lag) : n - max(0, -lag)]
 
 
-def _correlation(heard: Float[Tensor, "*w t k"], seen: Float[Tensor, "*w t k"]) -> Float[Tensor, "*w"]:
-    """One correlation of all k numbers over time, so that the better predicted count for more; 0 where either is
-    still."""
-    a, b = heard - heard.mean(-2, keepdim=True), seen - seen.mean(-2, keepdim=True)
+def correlation(sound: Float[Tensor, "*w t k"], mouth: Float[Tensor, "*w t k"]) -> Float[Tensor, "*w"]:
+    """One correlation of all k numbers over time, so that well predicted ones count for more; 0 where one is still."""
+    a, b = sound - sound.mean(-2, keepdim=True), mouth - mouth.mean(-2, keepdim=True)
     moves = (a.square().mean((-2, -1)) > 1e-8) & (b.square().mean((-2, -1)) > 1e-8)
     scale = (a.square().sum((-2, -1)) * b.square().sum((-2, -1))).sqrt().clamp(min=1e-9)
     return torch.where(moves, (a * b).sum((-2, -1)) / scale, 0.0)
 
 
-def lag_curve(heard: Float[Tensor, "t k"], seen: Float[Tensor, "t k"]) -> Float[Tensor, "21"]:
+def lag_curve(sound: Float[Tensor, "s k"], mouth: Float[Tensor, "t k"]) -> Float[Tensor, "21"]:
     """Correlation at lags -10 … 10 (positive: mouth later); 0 where nothing moves."""
-    return torch.stack([_correlation(*_lagged(heard, seen, lag)) for lag in range(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)])
+    lags = range(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)
+    return torch.stack([correlation(*lagged(sound, mouth, lag)) for lag in lags])
+
+
+def peak_lag(curve: Float[Tensor, "21"]) -> float:
+    """The lag of the highest correlation, to a fraction: the top of the parabola through it and its neighbours."""
+    best = int(curve.argmax())
+    fraction = 0.0
+    if 0 < best < len(curve) - 1:
+        before, top, after = curve[best - 1 : best + 2].tolist()
+        bend = before - 2 * top + after
+        fraction = 0.5 * (before - after) / bend if bend < 0 else 0.0
+    return best - MAX_LAG_FRAMES + fraction
+
+
+def _result(curve: Float[Tensor, "21"], frames: int) -> SyncResult:
+    curve = curve.double()
+    best = float(curve.max())
+    if best <= 0:
+        return SyncResult(0.0, 0.0, best, frames)
+    return SyncResult(peak_lag(curve), best - float(curve.median()), best, frames)
+
+
+def estimate_offset(
+    features: Float[Tensor, "s d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None
+) -> SyncResult:
+    """Offset of a clip, from features of the model's encoder and landmarks in any unit, posed or not.
+
+    Clips under two seconds, silent ones and still ones give offset 0 with margin 0.
+    """
+    model = model or SyncModel.load()
+    frames = min(len(features) // FEATURES_PER_FRAME, len(landmarks))
+    if frames < WINDOW_FRAMES:
+        return SyncResult(0.0, 0.0, 0.0, frames)
+    sound = model.embed_sound(features[: FEATURES_PER_FRAME * frames])
+    return _result(lag_curve(sound, model.embed_mouth(landmarks[:frames])), frames)
+
+
+def shuffled_control(
+    features: Float[Tensor, "s d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None, seed: int = 0
+) -> SyncResult:
+    """`estimate_offset` with the sound rotated by a third to two thirds of the clip: chance, with the same rhythm."""
+    frames = min(len(features) // FEATURES_PER_FRAME, len(landmarks))
+    shift = int(np.random.default_rng(seed).integers(frames // 3, max(2 * frames // 3, frames // 3 + 1)))
+    rotated = features[: FEATURES_PER_FRAME * frames].roll(FEATURES_PER_FRAME * shift, 0)
+    return estimate_offset(rotated, landmarks[:frames], model)
+
+
+# --- windows ---
 
 
 def window_scores(
-    heard: Float[Tensor, "t k"], seen: Float[Tensor, "t k"], window: int = WINDOW_FRAMES, step: int = 10
+    sound: Float[Tensor, "s k"], mouth: Float[Tensor, "t k"], window: int = WINDOW_FRAMES, step: int = 10
 ) -> tuple[list[int], Float[Tensor, "w 21"]]:
     """First frames of windows of mouth, every `step`, and their correlation with the sound at lags -10 … 10.
 
-    A score reads `window` frames of each and no others (but what the encoder itself hears about them): filters that
-    would reach beyond are left out. Windows for which the sound of some lag is missing are too: none in clips under
-    window + 20 frames.
+    A score depends on `window` frames of each and no others: filters that reach beyond are left out. So are windows for
+    which the sound of some lag is missing: clips under window + 20 frames have none.
     """
-    n = min(len(heard), len(seen))
+    n = min(len(sound), len(mouth))
     starts = list(range(MAX_LAG_FRAMES, n - window - MAX_LAG_FRAMES + 1, step))
     index = torch.tensor(starts, dtype=torch.long)[:, None] + torch.arange(window)[_inner(window)]
     lags = range(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)
-    return starts, torch.stack([_correlation(heard[index - lag], seen[index]) for lag in lags], 1)
+    return starts, torch.stack([correlation(sound[index - lag], mouth[index]) for lag in lags], 1)
 
 
 def _inner(window: int) -> slice:
@@ -242,109 +223,60 @@ def _inner(window: int) -> slice:
     return slice(-min(MOUTH_FRAMES[0], CONTEXT_FRAMES[0]), window - max(MOUTH_FRAMES[-1], CONTEXT_FRAMES[-1]))
 
 
-def estimate_offset(
-    features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None
-) -> SyncResult:
-    """How much later the mouth is than the sound, from features of the model's encoder and landmarks in any unit, posed
-    or not.
-
-    Clips under two seconds, silent ones and still ones give offset 0 with margin 0: nothing to go by.
-    """
-    model = model or SyncModel.load()
-    frames = min(len(features) // 2, len(landmarks))
-    if frames < 50:
-        return SyncResult(0.0, 0.0, 0.0, frames)
-    return _result(lag_curve(model.hear(features[: 2 * frames]), model.see(landmarks[:frames])), frames)
-
-
 def windowed_offsets(
-    features: Float[Tensor, "2*t d"],
+    features: Float[Tensor, "s d"],
     landmarks: Float[Tensor, "t 478 3"],
     model: SyncModel | None = None,
-    window: int = WINDOW_FRAMES,
     step: int = 10,
 ) -> list[tuple[int, SyncResult]]:
-    """Offset and margin of each window of two seconds, with the frame where it begins: drift, a cut, a stretch of
-    another voice show here.
+    """First frame and offset of each window of two seconds: drift, a cut, a stretch of another voice show here.
 
-    Two seconds are little: few windows are `reliable` one by one, though their offsets are nearly all right. Empty for
-    clips too short for one (`window_scores`).
+    Few windows are `reliable` one by one, though nearly all offsets are right. Clips too short for one give none.
     """
     model = model or SyncModel.load()
-    starts, curves = window_scores(model.hear(features), model.see(landmarks), window, step)
-    return [(start, _result(curve, window)) for start, curve in zip(starts, curves)]
-
-
-def _result(curve: Float[Tensor, "21"], frames: int) -> SyncResult:
-    curve = curve.double()
-    correlation = float(curve.max())
-    if correlation <= 0:
-        return SyncResult(0.0, 0.0, correlation, frames)
-    return SyncResult(_peak(curve), correlation - float(curve.median()), correlation, frames)
-
-
-def _peak(curve: Float[Tensor, "21"]) -> float:
-    """The lag of the highest correlation, to a fraction: the top of the parabola through it and its neighbours."""
-    best = int(curve.argmax())
-    fraction = 0.0
-    if 0 < best < len(curve) - 1:
-        left, top, right = curve[best - 1 : best + 2].tolist()
-        bend = left - 2 * top + right
-        fraction = 0.5 * (left - right) / bend if bend < 0 else 0.0
-    return best - MAX_LAG_FRAMES + fraction
-
-
-def shuffled_control(
-    features: Float[Tensor, "2*t d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None, seed: int = 0
-) -> SyncResult:
-    """`estimate_offset` with the sound rotated by a third to two thirds of the clip: what chance gives on it, the
-    sound's own rhythm kept."""
-    frames = min(len(features) // 2, len(landmarks))
-    turn = 2 * int(np.random.default_rng(seed).integers(frames // 3, max(2 * frames // 3, frames // 3 + 1)))
-    return estimate_offset(features[: 2 * frames].roll(turn, 0), landmarks[:frames], model)
+    starts, curves = window_scores(model.embed_sound(features), model.embed_mouth(landmarks), step=step)
+    return [(start, _result(curve, WINDOW_FRAMES)) for start, curve in zip(starts, curves, strict=True)]
 
 
 def sync_auc(
-    features: Float[Tensor, "2*t d"],
+    features: Float[Tensor, "s d"],
     landmarks: Float[Tensor, "t 478 3"],
-    others: list[Float[Tensor, "2*s d"]] | None = None,
+    others: list[Float[Tensor, "_ d"]] | None = None,
     offset_frames: int = 0,
-    window: int = WINDOW_FRAMES,
     model: SyncModel | None = None,
 ) -> tuple[float, float]:
-    """How surely windows of two seconds tell the right sound from (the same shifted by 5 … 10 frames, other sounds):
-    areas under the ROC curve.
+    """How well windows of two seconds tell the right sound from wrong ones: areas under the ROC curve.
 
-    NaN where there is nothing to compare. Raises InputError where `offset_frames` is beyond the lags that are looked
-    at.
+    Wrong sounds are the same shifted by 5 … 10 frames, and `others`. NaN where there is nothing to compare. Raises
+    InputError for an `offset_frames` beyond the lags.
     """
     if abs(offset_frames) > MAX_LAG_FRAMES:
         raise InputError(f"An offset of {offset_frames} frames is beyond ±{MAX_LAG_FRAMES}. Correct the sound first.")
     model = model or SyncModel.load()
-    seen = model.see(landmarks)
-    starts, curves = window_scores(model.hear(features), seen, window)
+    mouth = model.embed_mouth(landmarks)
+    starts, curves = window_scores(model.embed_sound(features), mouth)
     lags = torch.arange(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)
     right, shifted = curves[:, lags == offset_frames], curves[:, (lags - offset_frames).abs() >= 5]
-    mismatched = [mismatched_scores(model.hear(sound), seen, starts, window) for sound in others or []]
-    return area_under_curve(right, shifted), area_under_curve(
-        right, torch.cat(mismatched) if mismatched else torch.zeros(0)
-    )
+    mismatched = [mismatched_scores(model.embed_sound(sound), mouth, starts) for sound in others or []]
+    return area_under_curve(right, shifted), area_under_curve(right, torch.cat([torch.zeros(0), *mismatched]))
 
 
 def mismatched_scores(
-    heard: Float[Tensor, "s k"], seen: Float[Tensor, "t k"], starts: list[int], window: int = WINDOW_FRAMES
+    sound: Float[Tensor, "s k"], mouth: Float[Tensor, "t k"], starts: list[int], window: int = WINDOW_FRAMES
 ) -> Float[Tensor, "v"]:
-    """Correlations of windows of mouth with another recording's sound: from the same places, modulo its length (none
-    where it is too short)."""
-    places = len(heard) - window + 1
+    """Correlations of windows of mouth with another recording's sound at the same places, modulo its length.
+
+    None where that sound is too short.
+    """
+    places = len(sound) - window + 1
     if places < 1 or not starts:
         return torch.zeros(0)
     inside = torch.arange(window)[_inner(window)]
     at = torch.tensor(starts)[:, None]
-    return _correlation(heard[at % places + inside], seen[at + inside])
+    return correlation(sound[at % places + inside], mouth[at + inside])
 
 
-def area_under_curve(right: Float[Tensor, "*a"], wrong: Float[Tensor, "*b"]) -> float:
+def area_under_curve(right: Shaped[Tensor, "*a"], wrong: Shaped[Tensor, "*b"]) -> float:
     """The chance that a right score lies above a wrong one, ties counting half; NaN where either is empty."""
     right, wrong = right.flatten().double(), wrong.flatten().double().sort().values
     if not len(right) or not len(wrong):

@@ -37,9 +37,11 @@ from hicode.runtime import (
     require_memory_for_frames,
     resolve_device,
 )
-from hicode.speech.faceformer import SpeechModels
+from hicode.speech.speech_model import SpeechModels
 from hicode.tracking.head_model import HeadModel
-from hicode.training.adaptation import GENERIC, AdaptConfig, adapt_example, example_of, load_generic
+from hicode.training.adaptation import GENERIC, AdaptConfig, example_of, learn_speech_models, load_generic
+from hicode.training.adaptation import SCHEMA as SPEECH_SCHEMA
+from hicode.training.adaptation import VERSION as SPEECH_VERSION
 from hicode.training.film_grain import learn_film_grain
 from hicode.training.head import HeadState, deform, train_head
 from hicode.training.refiner import CompositorTraining, train_compositor
@@ -119,13 +121,13 @@ def train(
 
 
 def _generic(weights: Path | str | None) -> SpeechModels | None:
-    """The user's weights; None for those that ship. InputError where they hear by another encoder than avatars do."""
+    """The user's weights; None for those that ship. InputError where they are for another encoder."""
     if weights is None:
         return None
     models, shipped = load_generic(weights), load_generic()
-    if (models.encoder, models.feature_dim) != (shipped.encoder, shipped.feature_dim):
+    if models.encoder.name != shipped.encoder.name:
         raise InputError(
-            f"{weights} hears by {models.encoder} ({models.feature_dim} features), avatars by {shipped.encoder} ({shipped.feature_dim}). "
+            f"{weights} is for the {models.encoder.name} encoder, not for {shipped.encoder.name}. "
             "Make it anew: hicode pretrain."
         )
     return models
@@ -143,21 +145,29 @@ def learn_speech(
     `generic` are the models in the file `weights`; None for those that ship.
     """
     generic, config = generic or load_generic(), AdaptConfig()
-    example = example_of(clip, config.encoder, generic.window)
-    digest = hashlib.sha256(json.dumps([asdict(config), sha256_of(weights or GENERIC)], sort_keys=True).encode())
+    encoder = generic.encoder if clip.encoder.name == generic.encoder.name else clip.encoder
+    example = example_of(clip, encoder)
+    digest = hashlib.sha256(
+        json.dumps([asdict(config), sha256_of(weights or GENERIC), encoder.variant], sort_keys=True).encode()
+    )
     for tensor in (example.features, example.expression, example.landmarks, example.speaking):
         digest.update(repr(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
     made_of = digest.hexdigest()[:16]
     if file.exists():
-        tensors, header = load_tensors(file, "hicode-speech", 1)
+        tensors, header = load_tensors(file, SPEECH_SCHEMA, SPEECH_VERSION)
         if header.get("made_of") == made_of:
             return SpeechModels.from_state(tensors, header)
         print(
             f"{file} was learned from other sound, track or speech weights than these, or by an earlier hicode: speech is learned anew."
         )
-    speech, _ = adapt_example(example, progress, config, generic)
+    if encoder != generic.encoder and example.speaking.any():
+        print(
+            f"No generic speech models exist for the {encoder.name} encoder: speech is learned from this clip alone. "
+            "Expect less exact lips."
+        )
+    speech, _ = learn_speech_models(example, encoder, generic, config, progress)
     tensors, header = speech.state()
-    save_tensors(file, tensors, "hicode-speech", 1, header | {"made_of": made_of})
+    save_tensors(file, tensors, SPEECH_SCHEMA, SPEECH_VERSION, header | {"made_of": made_of})
     return speech
 
 
