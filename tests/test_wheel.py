@@ -28,7 +28,9 @@ def wheel(tmp_path_factory) -> list[str]:
 def test_every_source_and_every_weight_is_in_it(wheel):
     package = REPOSITORY / "src"
     kinds = {".py", ".typed", ".json", ".safetensors"}
-    needed = {p.relative_to(package).as_posix() for p in package.rglob("*") if p.suffix in kinds or p.name == "py.typed"}
+    needed = {
+        p.relative_to(package).as_posix() for p in package.rglob("*") if p.suffix in kinds or p.name == "py.typed"
+    }
     assert needed == {name for name in wheel if name.startswith("hicode/")}
 
 
