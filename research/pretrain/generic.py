@@ -1,7 +1,7 @@
 """Generic Faceformers from many speakers.
 
-Learned *within* speakers: features are taken relative to the speaker's own mean, as displacements are. Whose voice it is
-says nothing of how lips move about a mean face, yet with a dozen speakers it passes for a cause. What is learned is
+Learned *within* speakers: features are taken relative to the speaker's own mean, as displacements are. Whose voice it
+is says nothing of how lips move about a mean face, yet with a dozen speakers it passes for a cause. What is learned is
 relative to the mean voice, the models' `feature_mean`, so nothing needs to be known of a new speaker.
 """
 

@@ -37,9 +37,9 @@ def fit_sync(
     """The model of all clips, and each clip's offset, found together from none.
 
     A pair is features and landmarks of a clip, best one a speaker. In each round the offset and margin of a clip come
-    from a model of the other clips, so that no clip vouches for itself. Offsets are relative: clip `anchor` is in sync by
-    definition; without one, the median clip is. A clip weighs as the square root of its length, since speakers teach more
-    than minutes do.
+    from a model of the other clips, so that no clip vouches for itself. Offsets are relative: clip `anchor` is in sync
+    by definition; without one, the median clip is. A clip weighs as the square root of its length, since speakers teach
+    more than minutes do.
     """
     frames = torch.cat([f.unflatten(0, (-1, 2)).mean(1) for f, _ in pairs]).double()
     mean, std = frames.mean(0), frames.std(0) + 1e-3

@@ -148,7 +148,7 @@ def test_truth_and_a_still_mouth_ask_no_pair_and_score_all_or_nothing():
     data = lips.Data(taken, clips, [], {})
     nobody = lambda i: pytest.fail("a pair was asked")
     truth, still = (
-        lips.score(data, [(["a"], None)], None, lambda m: m, nobody, nobody, shown) for shown in ("truth", "still")
+        lips.score(data, [(["a"], None)], None, lambda m: m, (nobody, nobody), shown) for shown in ("truth", "still")
     )
     for scores in (truth.speakers["a"], truth.many):
         assert scores["opening"] == pytest.approx(1) and scores["less"] == 100
@@ -170,6 +170,7 @@ def test_a_pair_once_trained_is_kept_for_its_examples_and_settings(tmp_path, mon
     monkeypatch.setattr(
         lips, "pretrain", lambda examples, *more, **options: learned.append(len(examples)) or load_generic()
     )
+    features = lips.Features(default_spec("embedded"), lambda i: clips[i].features, lambda i: None)
     config = PretrainConfig()
     for names, settings in (
         (["a"], config),
@@ -178,9 +179,7 @@ def test_a_pair_once_trained_is_kept_for_its_examples_and_settings(tmp_path, mon
         (["a"], replace(config, steps=7)),
         (["a"], config),
     ):
-        pair = lips.train(
-            data, names, settings, default_spec("embedded"), lambda i: clips[i].features, None, tmp_path, visible=False
-        )
+        pair = lips.train(data, names, settings, features, tmp_path, visible=False)
     assert len(learned) == 3 and learned[0] == 3, "b, and two of the three sentences of c"
     generic = load_generic()
     assert all((a == b).all() for a, b in zip(pair.expression.parameters(), generic.expression.parameters()))

@@ -39,8 +39,10 @@ def _static_and_error(models: SpeechModels, example: SpeechExample) -> tuple[flo
 
 
 def test_whose_voice_it_is_is_not_taken_for_what_it_says(world):
-    """Speakers whose voices differ by far more than what they say, and who all close their mouths where another voice is open: within each of
-    them the sound decides, and what was learned holds for a voice near the mean. In the same sound as it is, nothing of the kind is found."""
+    """Speakers whose voices differ by far more than what they say, and who all close their mouths where another voice
+    is open: within each of them the sound decides, and what was learned holds for a voice near the mean. In the same
+    sound as it is, nothing of the kind is found.
+    """
     rng = np.random.default_rng(0)
     offsets = torch.from_numpy(10 * rng.standard_normal((6, DIM))).float()
     offsets -= offsets.mean(0)
