@@ -16,6 +16,7 @@ from helpers.clips import write_clip
 from helpers.terminal import the_one_line
 from helpers.videos import portrait, speech_like, swaying, write_video
 from hicode import assets, cli, runtime
+from hicode.avatar.avatar import VERSION
 from hicode.files import save_tensors
 from hicode.preparation import crop, pipeline, steps
 
@@ -69,8 +70,8 @@ def shelf(tmp_path_factory):
     (folder / "empty.hicode").touch()
     save_tensors(folder / "foreign.hicode", {"a": torch.zeros(3)}, "something-else", 1)
     save_tensors(folder / "newer.hicode", {"a": torch.zeros(3)}, "hicode-avatar", 999)
-    save_tensors(folder / "partless.hicode", {"a": torch.zeros(3)}, "hicode-avatar", 1)
-    save_tensors(folder / "cut.hicode", {"a": torch.zeros(3000)}, "hicode-avatar", 1)
+    save_tensors(folder / "partless.hicode", {"a": torch.zeros(3)}, "hicode-avatar", VERSION)
+    save_tensors(folder / "cut.hicode", {"a": torch.zeros(3000)}, "hicode-avatar", VERSION)
     (folder / "cut.hicode").write_bytes((folder / "cut.hicode").read_bytes()[:-100])
     torch.save({"gaussians": torch.zeros(3)}, folder / "pickle.hicode")
     return folder

@@ -181,12 +181,13 @@ def _codecs() -> Finding:
 
 
 def _codec(name: str, mode: Literal["r", "w"]) -> bool:
-    import av
+    from av import Codec
+    from av.error import FFmpegError
 
     try:
-        av.Codec(name, mode)
+        Codec(name, mode)
         return True
-    except (av.FFmpegError, ValueError):
+    except (FFmpegError, ValueError):
         return False
 
 

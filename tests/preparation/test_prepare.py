@@ -188,6 +188,8 @@ def test_models_that_are_given_are_used_and_none_is_loaded_twice(prepared, tmp_p
     _, video, config = prepared
 
     class Nobody:
+        crop_px, from_crops = 192, None
+
         def detect(self, image):
             return []
 

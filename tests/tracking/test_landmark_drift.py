@@ -10,6 +10,7 @@ import torch
 from helpers.tracked_head import FRAMES, KEYS, PX_PER_DM, TRAIN, drawn_head, swings, tracked
 from hicode.motion import FACE_OVAL, IRISES, LIPS
 from hicode.tracking import keyframes
+from hicode.tracking.head_model import HeadModel
 from hicode.tracking.landmark_drift import DriftConfig, correct_landmark_drift, solve_keyframes
 from hicode.tracking.rigid_pose import RigidPoints
 
@@ -32,7 +33,7 @@ def follow(monkeypatch):
         pictures = images or [d[0] for d in drawn]
         mask = lambda t: np.isfinite(drawn[t][1]).astype(np.uint8) * 255
         frames = SimpleNamespace(image=lambda t: pictures[t], head_mask=mask)
-        return correct_landmark_drift(frames, track, rigid, None, TRAIN, config), track
+        return correct_landmark_drift(frames, track, rigid, HeadModel.load(), TRAIN, config), track
 
     return run
 
@@ -128,5 +129,5 @@ def test_a_head_without_rigid_points_keeps_its_landmarks(monkeypatch):
     pictures = SimpleNamespace(
         image=lambda t: drawn[t][0], head_mask=lambda t: np.isfinite(drawn[t][1]).astype(np.uint8)
     )
-    found, report = correct_landmark_drift(pictures, track, nothing, None, TRAIN, CONFIG)
+    found, report = correct_landmark_drift(pictures, track, nothing, HeadModel.load(), TRAIN, CONFIG)
     assert torch.equal(found.motion.landmarks, track.motion.landmarks) and report.matches == 0

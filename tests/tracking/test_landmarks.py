@@ -2,7 +2,6 @@
 
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import cv2
@@ -242,7 +241,7 @@ def test_the_largest_face_that_stays_is_taken_and_said(landmarker, frame):
 class TwoFacesOneFalse:
     """A detector that reports a second face, which the mesh network then denies: its crop is at the left."""
 
-    mesh = SimpleNamespace(input_size=(192, 192))
+    crop_px = 192
 
     def detect(self, image):
         keypoints = np.array([[0.0, 0.0], [10.0, 0.0]])

@@ -21,6 +21,7 @@ from hicode.geometry import axis_angle_from_rotation, rigid, rotation_from_axis_
 from hicode.motion import FaceTrack, Motion
 from hicode.tracking import keyframes, rigid_pose
 from hicode.tracking.bundle import BundleConfig
+from hicode.tracking.head_model import HeadModel
 from hicode.tracking.keyframes import choose_keyframes
 from hicode.tracking.rigid_pose import (
     RigidPoints,
@@ -57,7 +58,7 @@ def aligned(scene, monkeypatch):
         track = tracked(poses, fit, confidence=confidence)
         mask = lambda t: cv2.erode(np.isfinite(depths[t]).astype(np.uint8) * 255, np.ones((7, 7), np.uint8))
         pictures = SimpleNamespace(image=lambda t: images[t], head_mask=mask)
-        found = refine_rigid_pose(pictures, track, None, TRAIN, config)
+        found = refine_rigid_pose(pictures, track, HeadModel.load(), TRAIN, config)
         return (found.poses, found.points, found.report), track
 
     return run

@@ -20,8 +20,8 @@ from hicode.errors import InputError
 from hicode.motion import CHIN, FOREHEAD_TOP, N_LANDMARKS
 from hicode.tracking.landmarks import (
     ROI_SCALE,
-    FaceLandmarker,
     Image,
+    LandmarkDetector,
     Roi,
     crop_face,
     crops_to_tensor,
@@ -71,7 +71,7 @@ class Landmarks:
 
 def track_faces(
     frames: Iterable[Image],
-    landmarker: FaceLandmarker,
+    landmarker: LandmarkDetector,
     progress: Callable[[int], None] | None = None,
     config: LandmarkConfig = LandmarkConfig(),
 ) -> Landmarks:
@@ -138,7 +138,7 @@ class _Track:
         this = self.rois[t]
         return float(np.hypot(*(roi[:2] - this[:2]))) < 0.33 * max(roi[2], this[2])
 
-    def follow(self, chunk: list[np.ndarray], start: int, landmarker: FaceLandmarker, config: LandmarkConfig) -> None:
+    def follow(self, chunk: list[np.ndarray], start: int, landmarker: LandmarkDetector, config: LandmarkConfig) -> None:
         """Find the face in a chunk from the last region, then outwards from the frames where it is found."""
         times = range(start, start + len(chunk))
         trial, used = {t: self.roi for t in times if t not in self.rois}, {}
@@ -158,7 +158,7 @@ class _Track:
                     trial[t] = self.rois[near]
         self.roi = next((self.rois[t] for t in reversed(times) if t in self.rois), self.roi)
 
-    def refine(self, chunk: list[np.ndarray], start: int, landmarker: FaceLandmarker, config: LandmarkConfig) -> None:
+    def refine(self, chunk: list[np.ndarray], start: int, landmarker: LandmarkDetector, config: LandmarkConfig) -> None:
         """Landmarks through smoothed regions, for the frames where `follow` found the face."""
         times = [t for t in range(start, start + len(chunk)) if t in self.rois]
         if times:
@@ -213,10 +213,10 @@ def _jittered(rois: Float[np.ndarray, "b 4"], k: int, n: int) -> Float[np.ndarra
 
 @torch.inference_mode()
 def _landmarks(
-    images: list[np.ndarray], rois: Float[np.ndarray, "b 4"], landmarker: FaceLandmarker
+    images: list[np.ndarray], rois: Float[np.ndarray, "b 4"], landmarker: LandmarkDetector
 ) -> tuple[Float[np.ndarray, "b 478 3"], Float[np.ndarray, "b"]]:
     """Landmarks (float64) and presence of one region of each image."""
-    size = landmarker.mesh.input_size[0]
+    size = landmarker.crop_px
     crops = crops_to_tensor(np.stack([crop_face(image, roi, size) for image, roi in zip(images, rois, strict=True)]))
     points, presence = landmarker.from_crops(crops, torch.from_numpy(rois))
     return points.double().numpy(), presence.numpy()
@@ -282,7 +282,7 @@ def _find(
     chunk: list[np.ndarray],
     start: int,
     tracks: list[_Track],
-    landmarker: FaceLandmarker,
+    landmarker: LandmarkDetector,
     config: LandmarkConfig,
     search: bool,
 ) -> None:

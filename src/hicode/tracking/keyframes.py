@@ -6,7 +6,7 @@ window that turns away is matched with a bias towards no turn at all: a degree o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -22,6 +22,7 @@ from hicode.tracking.head_model import HeadModel
 _STRIDE = 4  # the surface is smooth, so it is kept at a quarter of the size
 
 
+@runtime_checkable
 class Pictures(Protocol):
     """Frames and head masks of a clip, read one by one."""
 

@@ -11,7 +11,7 @@ correcting the crop would move them by `(size/192 - 1) / 2` px.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -56,11 +56,28 @@ class FaceBox:
         return np.array([x, y, ROI_SCALE * self.size_px, np.arctan2(across[1], across[0])])
 
 
+@runtime_checkable
 class FaceDetector(Protocol):
     """What finds the faces of an image, largest first."""
 
     def detect(self, image: Image) -> list[FaceBox]:
         """The faces of an RGB image."""
+        ...
+
+
+@runtime_checkable
+class LandmarkDetector(FaceDetector, Protocol):
+    """What finds faces and, in a crop around one, its landmarks."""
+
+    @property
+    def crop_px(self) -> int:
+        """Side of the crops."""
+        ...
+
+    def from_crops(
+        self, crops: Float[Tensor, "b 3 s s"], rois: Float[Tensor, "b 4"]
+    ) -> tuple[Float[Tensor, "b 478 3"], Float[Tensor, "b"]]:
+        """Points in px of the images that the crops were cut from, and the presence of a face in [0, 1]."""
         ...
 
 
@@ -121,6 +138,11 @@ class FaceLandmarker(nn.Module):
             self.far: _anchors([(4, 1)], self.far.input_size[0]),
         }
 
+    @property
+    def crop_px(self) -> int:
+        """Side of the mesh network's crops."""
+        return self.mesh.input_size[0]
+
     @torch.inference_mode()
     def detect(self, image: Image) -> list[FaceBox]:
         """The faces of an image, largest first: by the short-range network, else by the full-range one."""
@@ -132,14 +154,14 @@ class FaceLandmarker(nn.Module):
     ) -> tuple[Float[Tensor, "b 478 3"], Float[Tensor, "b"]]:
         """Points in px and the presence of a face in [0, 1], differentiable in the images (range [0, 1])."""
         rois = torch.as_tensor(rois, dtype=images.dtype, device=images.device)
-        return self.from_crops(crop_faces(images, rois, self.mesh.input_size[0]), rois)
+        return self.from_crops(crop_faces(images, rois, self.crop_px), rois)
 
     def from_crops(
         self, crops: Float[Tensor, "b 3 s s"], rois: Float[Tensor, "b 4"]
     ) -> tuple[Float[Tensor, "b 478 3"], Float[Tensor, "b"]]:
         """`landmarks` of crops that are cut already."""
         out = self.mesh(crops)
-        b, size = crops.shape[0], self.mesh.input_size[0]
+        b, size = crops.shape[0], self.crop_px
         points = out["output_mesh_identity"].reshape(b, _MESH, 3)
         xy, z = points[..., :2], points[..., 2]
         for name, indices in self._refined.items():  # the heads refine x and y; depth stays the base mesh's

@@ -3,7 +3,7 @@
 from functools import cached_property
 
 from hicode.tracking.head_model import HeadModel
-from hicode.tracking.landmarks import FaceLandmarker
+from hicode.tracking.landmarks import FaceLandmarker, LandmarkDetector
 from hicode.tracking.masks import Segmenter
 
 
@@ -15,7 +15,7 @@ class TrackingModels:
 
     def __init__(
         self,
-        landmarker: FaceLandmarker | None = None,
+        landmarker: LandmarkDetector | None = None,
         segmenter: Segmenter | None = None,
         head: HeadModel | None = None,
     ):
@@ -23,7 +23,7 @@ class TrackingModels:
         vars(self).update({name: model for name, model in given.items() if model is not None})
 
     @cached_property
-    def landmarker(self) -> FaceLandmarker:
+    def landmarker(self) -> LandmarkDetector:
         """Face detection and landmarks."""
         return FaceLandmarker()
 

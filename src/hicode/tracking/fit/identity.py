@@ -99,7 +99,7 @@ def identity_step(
     state.focal *= float(np.exp(move[-1]))
 
 
-def _by_identity(problem: Problem, linear: Linear) -> Float32[np.ndarray, "t 3*l 81"]:
+def _by_identity(problem: Problem, linear: Linear) -> Float32[np.ndarray, "t r 81"]:
     """Derivatives of the residuals by identity and log f."""
     basis = problem.basis.identity.transpose(1, 2, 0).astype(np.float32)
     G = np.empty((*linear.residual.shape, IDENTITY_DIM + 1), np.float32)

@@ -232,7 +232,7 @@ class Linear:
     """
 
     residual: Float[np.ndarray, "t l 3"]
-    by_frame: Float32[np.ndarray, "t 3*l 70"]
+    by_frame: Float32[np.ndarray, "t r 70"]
     by_shape: Float32[np.ndarray, "t l 3 3"]
     by_focal: Float[np.ndarray, "t l 3"]
 
