@@ -102,30 +102,16 @@ def test_training_that_will_not_fit_does_not_begin(little, tmp_path, capfd):
     assert not (tmp_path / "runs").exists()
 
 
-def test_frames_and_renders_take_less_where_there_is_less_and_say_so(little, tmp_path, capsys):
-    from hicode.training import avatar as run
+def test_decoded_frames_take_less_memory_where_there_is_less(little, tmp_path, capsys):
+    from hicode.training.avatar import affordable_preload
 
     clip = Clip.open(write_clip(tmp_path / "c", t=60, size=32)[0])
     little(1e12)
-    assert run._room_for_frames(clip, 10**9) == 10**9 and run._room_for_renders(clip, 120) == 120
+    assert affordable_preload(clip, 10**9) == 10**9
     assert capsys.readouterr().out == ""
     little(100_000)
-    assert run._room_for_frames(clip, 10**9) == 50_000
+    assert affordable_preload(clip, 10**9) == 50_000
     assert "read from disk" in capsys.readouterr().out
-    little(2 * 20 * run.POOL_PIXEL_BYTES * 32 * 32)
-    assert run._room_for_renders(clip, 120) == 20
-    assert "20 renders instead of 120" in capsys.readouterr().out
-
-
-def test_a_pool_render_takes_what_is_said(tmp_path):
-    """A pool item of a head that fills the frame, in bytes a pixel."""
-    from hicode.training import avatar as run
-    from hicode.training.refiner import _pool_item
-
-    mask = np.full((64, 64), 255, np.uint8)
-    frame = np.zeros((64, 64, 3), np.uint8)
-    item = _pool_item(lambda k, seed: (torch.zeros(64, 64, 3), torch.zeros(64, 64), frame, mask), 0, None, frame)
-    assert item.layers.nbytes + item.depth.nbytes == run.POOL_PIXEL_BYTES * 64 * 64
 
 
 def test_gaussians_that_cover_the_image_are_refused_before_their_pairs_are_laid_out(little, monkeypatch):
@@ -169,7 +155,7 @@ from hicode.preparation.clip import Clip
 from hicode.evaluation.report import _Work as Evaluation
 from hicode.tracking.fit import track_flow
 from hicode.preparation.capture_report import ReportConfig, survey_clip
-from hicode.training.head import TrainingFrames
+from hicode.training.frames import TrainingFrames
 
 hicode.preparation.clip.CACHE_BYTES = 8 << 20  # the cache has a bound of its own; what is held beside it is asked here
 
@@ -183,7 +169,7 @@ def walk(count):
         pass
     track_flow(frames(), np.zeros((count, 478, 3)), np.zeros(count, bool))
     survey_clip(clip, SimpleNamespace(landmarks_px=clip.track.landmarks_px[:count]), ReportConfig(), lambda *_: None)
-    few = TrainingFrames(clip, 4 << 20, 6)
+    few = TrainingFrames(clip, 4 << 20)
     for t in few.frames[:count]:
         few.image_and_mask(t)
     estimate_background((clip.image(t) for t in few.frames[:count]), (clip.head_mask(t) for t in few.frames[:count]))

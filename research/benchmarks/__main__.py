@@ -54,7 +54,7 @@ def raster() -> Timed:
     large.
     """
     clip = scene.drawn_clip(SIZE)
-    cloud, _ = scene.drawn_cloud(N, clip, HeadConfig(()))
+    cloud, _ = scene.drawn_cloud(N, clip, HeadConfig())
     camera, background = clip.track.camera_at(0), torch.ones(3)
     gradient = torch.randn(3, SIZE, SIZE).permute(1, 2, 0)
     cases = {}
@@ -79,7 +79,7 @@ def control() -> Timed:
     clip = scene.drawn_clip(SIZE)
     motion, cases = clip.track.motion, {}
     for anchors in (0, 2048, 4096):
-        cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig((), deformation=DeformationConfig(anchors=anchors)))
+        cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig(deformation=DeformationConfig(anchors=anchors)))
         parameters, signals = list(deformation.parameters()), motion[1]
         gradient = [torch.randn(N, k) for k in (3, 4, 3, 3)]
 
@@ -91,7 +91,7 @@ def control() -> Timed:
             torch.autograd.grad(deformation(cloud.means, signals), parameters, gradient)
 
         cases |= {f"control {anchors} forward": forward, f"control {anchors} both": both}
-    cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig(()))
+    cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig())
     deformer = FrameDeformer(deformation.requires_grad_(False), cloud)
     return cases | {"control 4096 speaking": lambda: _none(deformer(motion[1]))}
 
@@ -118,7 +118,7 @@ def step() -> Timed:
     def four():
         started = time.process_time()
         for _ in range(config.vgg_every):
-            training._iterate(state, frames, config, head_loss)
+            training.train_step(state, frames, config, head_loss)
         return {"step draft": 1e3 * (time.process_time() - started) / config.vgg_every}
 
     return {"step draft": four}

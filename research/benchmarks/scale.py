@@ -60,7 +60,7 @@ def training_point(n: int, size: int) -> dict:
 
     def four():
         for _ in range(config.vgg_every):
-            training._iterate(state, frames, config, loss)
+            training.train_step(state, frames, config, loss)
 
     return {
         "rasterise": rendering,
@@ -85,7 +85,7 @@ def speaking_point(n: int, size: int) -> dict:
 def clip_point(seconds: int) -> dict:
     from hicode.avatar.avatar import MAX_DRIVING_FRAMES
     from hicode.media.images import Images
-    from hicode.training.head import TrainingFrames
+    from hicode.training.frames import TrainingFrames
     from hicode.training.stages import HeadConfig
     from research.benchmarks import scene
 
@@ -98,7 +98,7 @@ def clip_point(seconds: int) -> dict:
         head_mask=pick(short.head_mask),
         depths=short.depths,
     )
-    frames = TrainingFrames(clip, HeadConfig(()).preload_bytes)
+    frames = TrainingFrames(clip, HeadConfig().preload_bytes)
     for t in frames.frames:
         frames.image_and_mask(t)
     held = sum(part.nbytes for pair in frames._cache.values() for part in pair) / 1e6
@@ -175,7 +175,7 @@ def draw(results: dict) -> None:
             axis.grid(alpha=0.3)
         axes[0, column].set(yscale="log", ylabel="processor ms, one thread")
         axes[1, column].set(ylim=(0, None), ylabel="peak memory of the process, MB")
-    budget = HeadConfig(()).preload_bytes / 1e6
+    budget = HeadConfig().preload_bytes / 1e6
     axes[1, 2].axhline(budget, color="grey", linestyle="--", label=f"budget of decoded frames, {budget:.0f} MB")
     axes[1, 2].set(ylabel="held in memory, MB", ylim=(0, 1.3 * budget))
     axes[0, 2].axis("off")

@@ -25,9 +25,10 @@ from hicode.speech.encoders import default_spec
 from hicode.speech.faceformer import Faceformer, FaceformerConfig
 from hicode.speech.speech_model import SpeechModels, Subject
 from hicode.tracking.head_model import HeadModel
-from hicode.training import head as training
+from hicode.training.checkpoint import HeadState, PoseRefinement, head_optimizer
 from hicode.training.density import GradientStatistics
-from hicode.training.stages import HeadConfig, Stage
+from hicode.training.frames import TrainingFrames
+from hicode.training.stages import HeadConfig
 
 HEAD_FOCAL = 2.75  # focal length over the image's side: the head fills about 45 % of the picture
 SKIN = np.array([0.8, 0.6, 0.5])
@@ -102,19 +103,16 @@ def drawn_cloud(n: int, clip: SimpleNamespace, config: HeadConfig) -> tuple[Gaus
     return cloud, deformation
 
 
-def training_state(
-    n: int, size: int, config: HeadConfig
-) -> tuple[training.HeadState, training.TrainingFrames, HeadConfig]:
+def training_state(n: int, size: int, config: HeadConfig) -> tuple[HeadState, TrainingFrames, HeadConfig]:
     """A training in its refining stage, its networks included."""
-    config = replace(config, stages=(Stage("refine", 1_000_000, "all", True, False),), vgg_start=0.0)
+    config = replace(config, initialise=0, deform=0, refine=1_000_000, vgg_start=0.0)
     clip = drawn_clip(size)
     cloud, deformation = drawn_cloud(n, clip, config)
     params = {k: torch.nn.Parameter(v.clone()) for k, v in cloud.tensors().items()}
-    frames = training.TrainingFrames(clip, config.preload_bytes)
-    poses = training.FrameTable.zeros(len(frames), 6)
-    optimizer = training._optimizer(params, deformation, config)
-    state = training.HeadState(params, deformation, optimizer, poses, GradientStatistics.zeros(n), iteration=1)
-    return state, frames, config
+    frames = TrainingFrames(clip, config.preload_bytes)
+    poses, statistics = PoseRefinement.zeros(len(frames)), GradientStatistics.zeros(n)
+    optimizer = head_optimizer(params, deformation, config)
+    return HeadState(params, deformation, optimizer, poses, statistics, iteration=1), frames, config
 
 
 def drawn_avatar(n: int, size: int, config: HeadConfig, encoder: str = "embedded", compositor: bool = True) -> Avatar:

@@ -31,7 +31,8 @@ from hicode.files import read_json, sha256_of, write_json
 from hicode.preparation.clip import Clip, read_png, write_png
 from hicode.preparation.pipeline import PrepareConfig, prepare
 from hicode.provenance import plain, provenance
-from hicode.training.avatar import PARTS, learn_speech, train
+from hicode.runtime import tune_allocator
+from hicode.training.avatar import PARTS, TrainConfig, learn_speech, train
 from hicode.training.stages import HeadConfig, Preset
 
 SCHEMA, VERSION = "hicode-cell", 1
@@ -191,16 +192,9 @@ def run_cell(cell: Cell) -> None:
         shutil.copyfile(cell.clip.speech, work / "run" / "speech.tmp")
         os.replace(work / "run" / "speech.tmp", work / "run" / "speech.safetensors")
     head = replace(cell.head, seed=cell.seed)
-    avatar = train(
-        clip,
-        work / "avatar.hicode",
-        cell.preset,
-        head=head,
-        run=work / "run",
-        seed=cell.seed,
-        compose=cell.compose,
-        progress=False,
-    )
+    refiner = None if cell.compose else False  # the preset's choice
+    config = TrainConfig(cell.preset, cell.seed, head, refiner, run=work / "run", progress=False)
+    avatar = train(clip, work / "avatar.hicode", config)
     recorder = _Recorder(replace(avatar, film_grain=None), _kept(len(clip.test)))
     report = evaluate(recorder, clip, progress=False, syncnet=cell.syncnet)
     cross = None if cell.cross is None else _speak_for(avatar, Clip.open(cell.cross.clip), cell.cross.source.name)
@@ -235,6 +229,7 @@ def run_cell(cell: Cell) -> None:
 
 
 def _begin(out: str, code: str, threads: int | None) -> None:
+    tune_allocator()
     if not Path(out).is_dir():
         raise InputError(
             f"{out} cannot be seen from this machine. Put -o on a folder that all machines of the cluster share."

@@ -17,7 +17,7 @@ from hicode.files import atomic_path, read_json, write_json
 from hicode.progress import progress_bar
 from hicode.provenance import plain, provenance
 from hicode.training.avatar import PARTS
-from hicode.training.stages import ABLATIONS, HeadConfig, Preset, head_preset
+from hicode.training.stages import ABLATIONS, Preset, head_preset
 from research.reproduce.cells import (
     Cell,
     Difference,
@@ -128,7 +128,7 @@ def plan(table: Table, sources: Sequence[Source], out: Path, config: ReproduceCo
     cells = []
     for seed in range(config.seeds or SEEDS[table]):
         for preset in config.preset:
-            head = _scaled(head_preset(preset), config.iterations_scale)
+            head = head_preset(preset).scaled(config.iterations_scale)
             if table == "table1":
                 for clip, following in zip(clips, clips[1:] + clips[:1], strict=True):
                     cross = following if len(clips) > 1 else None
@@ -139,11 +139,6 @@ def plan(table: Table, sources: Sequence[Source], out: Path, config: ReproduceCo
                 ablated = ABLATIONS[row].apply(head)
                 cells += [Cell(clip, row, preset, ablated, seed, False, None, syncnet, threads) for clip in clips]
     return cells
-
-
-def _scaled(config: HeadConfig, scale: float) -> HeadConfig:
-    stages = tuple(replace(s, iterations=max(1, round(scale * s.iterations))) for s in config.stages)
-    return replace(config, stages=stages)
 
 
 @dataclass

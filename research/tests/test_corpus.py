@@ -512,4 +512,4 @@ def test_weights_that_hear_by_another_encoder_are_refused(tmp_path):
     config["encoder"]["name"] = "hubert"
     save_tensors(tmp_path / "w.safetensors", tensors, "hicode-speech", 2, config)
     with pytest.raises(InputError, match="for the hubert encoder"):
-        run._generic(tmp_path / "w.safetensors")
+        run._generic_speech(tmp_path / "w.safetensors")

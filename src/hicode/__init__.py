@@ -3,7 +3,7 @@
 The same steps as the command line, importable by name; nothing heavy loads until a name is used.
 
     clip = hicode.prepare("me.mp4", "me.clip")
-    avatar = hicode.train(clip, "me.hicode", preset="draft")
+    avatar = hicode.train(clip, "me.hicode", hicode.TrainConfig(preset="draft"))
     hicode.speak(avatar, "hello.wav", "out.mp4")
 """
 
@@ -15,6 +15,7 @@ _HOME = {
     "prepare": "hicode.preparation.pipeline",
     "Clip": "hicode.preparation.clip",
     "train": "hicode.training.avatar",
+    "TrainConfig": "hicode.training.avatar",
     "Avatar": "hicode.avatar.avatar",
     "speak": "hicode.session.speak",
     "synthesize": "hicode.session.speak",

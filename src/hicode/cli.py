@@ -11,7 +11,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -60,20 +59,16 @@ def _prepare(argv: list[str]) -> Callable:
 
 
 def _train(argv: list[str]) -> Callable:
-    from hicode.training.avatar import train
-    from hicode.training.stages import HeadConfig
+    from hicode.training.avatar import TrainConfig, train
+    from hicode.training.stages import head_preset
 
-    preset_name, preset_config = _preset(argv)
+    preset = _preset(argv)
+    default = TrainConfig(preset=preset, head=head_preset(preset))
 
     def run(
         clip: ClipFolder,
         out: Out,
-        preset: Preset = preset_name,
-        head: HeadConfig = preset_config,
-        run_folder: Path | None = None,
-        speech_weights: Path | None = None,
-        seed: int = 0,
-        device: Device = "auto",
+        config: Annotated[TrainConfig, NoPrefix, tyro.conf.AvoidSubcommands] = default,
     ) -> None:
         """Learn an avatar from a clip.
 
@@ -82,28 +77,19 @@ def _train(argv: list[str]) -> Callable:
         Args:
             clip: What `hicode prepare` made.
             out: The avatar, one file; the usual ending is .hicode.
-            preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
-            run_folder: Where checkpoints, metrics and TensorBoard events go; runs/NAME next to the avatar if not given.
-            speech_weights: What `hicode pretrain` made, instead of the weights that ship.
-            seed: Of everything random.
-            device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
-        train(
-            clip, out, preset, head=replace(head, seed=seed), run=run_folder, seed=seed, device=device,
-            speech_weights=speech_weights,
-        )  # fmt: skip
+        train(clip, out, config)
         print(f"{out}. Next: hicode speak {out} AUDIO -o speech.mp4")
 
     return run
 
 
-def _preset(argv: list[str]) -> tuple[Preset, "HeadConfig"]:
+def _preset(argv: list[str]) -> Preset:
     """The chosen preset, whose values are the defaults of the other options."""
-    from hicode.training.stages import DEFAULT_PRESET, head_preset
+    from hicode.training.stages import DEFAULT_PRESET
 
     name = option(argv, "--preset")
-    name = name if name in get_args(Preset) else DEFAULT_PRESET  # a wrong name is the parser's to refuse
-    return name, head_preset(name)
+    return name if name in get_args(Preset) else DEFAULT_PRESET  # the parser refuses a wrong name
 
 
 def _speak(argv: list[str]) -> Callable:

@@ -39,7 +39,7 @@ def make(
     from hicode.runtime import resolve_device
     from hicode.session.speak import speak
     from hicode.training.adaptation import load_generic
-    from hicode.training.avatar import train
+    from hicode.training.avatar import TrainConfig, train
 
     out = Path(out)
     if out.suffix.lower() not in (".mp4", ".m4v", ".mov"):
@@ -61,7 +61,9 @@ def make(
     if stored.exists() and stored.stat().st_mtime >= (clip.path / "clip.json").stat().st_mtime:
         avatar = Avatar.load(stored)
     if avatar is None or avatar.info.get("speech_weights") != wanted:
-        avatar = train(clip, stored, preset, device=device, progress=progress, speech_weights=speech_weights)
+        weights = None if speech_weights is None else Path(speech_weights)
+        settings = TrainConfig(preset, device=device, progress=progress, speech_weights=weights)
+        avatar = train(clip, stored, settings)
     print(speak(avatar, audio, out, device=device, progress=progress))
     return out
 
@@ -92,7 +94,9 @@ def demo(
     speech = out / "speech.wav"
     if not speech.exists():
         write_audio(
-            speech, excerpt(read_speech(assets.path("demo_speech", "two_cities.wav")), DEMO_SPEECH_SECONDS), SAMPLE_RATE_HZ
+            speech,
+            excerpt(read_speech(assets.path("demo_speech", "two_cities.wav")), DEMO_SPEECH_SECONDS),
+            SAMPLE_RATE_HZ,
         )
     spoken, page = out / "talking.mp4", out / "report.html"
     make(video, speech, spoken, "draft", out, PrepareConfig(duration=seconds), device)

@@ -4,53 +4,15 @@ import cv2
 import numpy as np
 import torch
 
+from helpers.grainy_head import LANDMARKS, MASK, SIZE, smooth
 from hicode.avatar.blend import blend_region, compose
 from hicode.avatar.film_grain import GAIN, NEAREST, FilmGrain, FilmGrainLayer, lips_ellipse
 from hicode.motion import LIPS
-from hicode.training.film_grain import STRENGTH, fine_detail, learn_film_grain
-
-SIZE = 160
-rng = np.random.default_rng(0)
-# Landmarks over a disc of a head, lips in a patch of their own below the middle.
-LANDMARKS = np.stack(
-    [
-        SIZE / 2 + 0.3 * SIZE * np.sqrt(rng.random(478)) * np.cos(a := 7 * np.arange(478)),
-        SIZE / 2 + 0.3 * SIZE * np.sin(a),
-    ],
-    1,
-)
-LANDMARKS[LIPS] = [SIZE / 2, 0.65 * SIZE] + rng.uniform(-1, 1, (len(LIPS), 2)) * [12, 5]
-MASK = np.where(np.hypot(*(np.mgrid[:SIZE, :SIZE] - SIZE / 2)) < 0.4 * SIZE, 255, 0).astype(np.uint8)
-
-
-def smooth(seed: int = 1) -> np.ndarray:
-    """A picture without fine detail."""
-    coarse = np.random.default_rng(seed).uniform(60, 190, (6, 6, 3)).astype(np.float32)
-    return cv2.resize(coarse, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC).clip(20, 235).astype(np.uint8)
-
-
-def noisy(picture: np.ndarray, deviation: float, seed: int) -> np.ndarray:
-    noise = np.random.default_rng(seed).normal(0, deviation, picture.shape[:2])[..., None]
-    return np.clip(picture + noise + 0.5, 0, 255).astype(np.uint8)
 
 
 def grain_of(deviation: float = 8.0, k: int = 8, strength: float = 1.0) -> FilmGrain:
     fields = [np.random.default_rng(i).normal(0, deviation, (SIZE, SIZE)).astype(np.float32) for i in range(k)]
     return FilmGrain.of(fields, torch.from_numpy(np.stack([LANDMARKS] * k)), strength)
-
-
-def test_fine_detail_is_the_recordings_and_not_the_trackers_error():
-    render = smooth()
-    frame = noisy(np.roll(render, 1, 1), 6.0, 0)  # a pixel beside the render, with grain
-    found = fine_detail(frame, render, MASK, LANDMARKS)
-    inside = cv2.erode(MASK, np.ones((25, 25))) > 0
-    inside &= np.hypot(*(np.mgrid[:SIZE, :SIZE] - [[[0.65 * SIZE]], [[SIZE / 2]]])) > 30  # beyond the lips
-    assert 4.0 < found[inside].std() < 7.0, "white noise of 6 levels, less what is not fine"
-    without = fine_detail(np.roll(render, 1, 1), render, MASK, LANDMARKS)
-    assert without[inside].std() < 1.0, "a shifted picture alone has next to none"
-    assert not found[MASK == 0].any(), "none outside the head"
-    x, y = LANDMARKS[LIPS].mean(0).round().astype(int)
-    assert not found[y - 2 : y + 3, x - 4 : x + 5].any(), "none on the lips"
 
 
 def test_the_same_frame_has_the_same_grain_and_the_next_one_another():
@@ -103,57 +65,6 @@ def test_composition_adds_it_on_the_render_and_nowhere_else():
     elsewhere = cv2.erode(MASK, np.ones((5, 5))) > 0
     elsewhere[y - 30 : y + 30, x - 50 : x + 50] = False
     assert np.abs(more[elsewhere] - 10).max() <= 1, "40 levels of a field of gain 2, by half: 10 grey levels"
-
-
-class Drawn:
-    """Renders that lack the frames' grain, and are otherwise right."""
-
-    def __init__(self, deviation: float, first: int, count: int):
-        self.deviation, self.first, self.count = deviation, first, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __call__(self, k: int, perturbation=None):
-        picture = smooth(2)
-        alpha = (MASK / 255).astype(np.float32)
-        return (
-            alpha[..., None] * (picture / 255).astype(np.float32),
-            alpha,
-            noisy(picture, self.deviation, self.first + k),
-            MASK,
-        )
-
-
-class Plain:
-    background_plate, compositor = smooth(2), None
-
-    @staticmethod
-    def landmarks_px(motion, t):
-        return LANDMARKS
-
-
-def test_the_film_grain_of_a_recording_is_as_strong_as_configured():
-    grain = learn_film_grain(Plain, Drawn(6.0, 0, 12), None)
-    assert grain.strength == STRENGTH and len(grain.fields) == 12
-    plain, out = (
-        compose(*Drawn(6.0, 100, 1)(0), Plain.background_plate, None, layer)
-        for layer in (None, grain.layer(LANDMARKS, 0))
-    )
-    added = (out.astype(float) - plain)[cv2.erode(MASK, np.ones((41, 41))) > 0]
-    assert 0.3 * 6 < added.std() < 6 * STRENGTH  # what is not fine detail is left out
-
-
-def test_what_stands_out_of_the_grain_is_no_grain():
-    """An earring in a field would be a ghost on the cheek of every frame that the field is laid on."""
-    render, frame = smooth(2), noisy(smooth(2), 3.0, 1)
-    earring = np.zeros((SIZE, SIZE), np.uint8)
-    y, x = np.argwhere(cv2.erode(MASK, np.ones((41, 41))) > 0)[0]
-    cv2.circle(earring, (int(x), int(y)), 3, 1, -1)
-    wearing = np.where(earring[..., None] > 0, 255, frame).astype(np.uint8)
-    plain, field = (fine_detail(f, render, MASK, LANDMARKS) for f in (frame, wearing))
-    usual = np.abs(plain[MASK > 0]).std()
-    assert np.abs(wearing.astype(int) - frame)[earring > 0].mean() > 50 and np.abs(field).max() < 6 * usual
 
 
 def test_the_seam_box_is_where_the_field_is_read():

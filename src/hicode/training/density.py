@@ -5,6 +5,7 @@ each new row copies, and which rows start with zero optimiser moments. Parameter
 follow the same plan, so they stay consistent.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ class GradientStatistics:
 
 
 def plan_density(
-    params: dict[str, Tensor], statistics: GradientStatistics, config: DensityConfig, radius: float
+    params: Mapping[str, Tensor], statistics: GradientStatistics, config: DensityConfig, radius: float
 ) -> Plan:
     """Clone small Gaussians with a large gradient, split large ones, prune transparent and huge ones.
 
@@ -107,8 +108,8 @@ def plan_density(
 
 
 def apply_plan(
-    plan: Plan, params: dict[str, Tensor], optimizer: Optimizer, generator: torch.Generator
-) -> dict[str, Tensor]:
+    plan: Plan, params: Mapping[str, Tensor], optimizer: Optimizer, generator: torch.Generator
+) -> dict[str, torch.nn.Parameter]:
     """New parameters by the plan; the optimiser's groups and moments are replaced in place.
 
     The two halves of a split are drawn from the parent's Gaussian, and are smaller by 1.6. `params` must be the

@@ -27,6 +27,7 @@ __all__ = [
     "PerceptualLoss",
     "WingLandmarks",
     "check_finite",
+    "check_gradients",
     "crop_around",
     "depth_distortion",
     "fast_dtype",
@@ -122,3 +123,20 @@ def check_finite(step: int, terms: Mapping[str, Tensor], tensors: Mapping[str, T
         f"{of} {step}: loss term {bad[0]!r} is {float(terms[bad[0]].detach().flatten()[0]):g} ({where}). "
         "Resume from the last checkpoint with a lower learning rate, or report this clip."
     )
+
+
+def check_gradients(step: int, terms: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise TrainingError if a gradient is not finite; names the step, the tensors, and the loss terms' values.
+
+    Without it the optimiser would write the NaN into the tensors, and only the next rendering would fail.
+    """
+    sums = [tensor.grad.sum() for tensor in tensors.values() if tensor.grad is not None]
+    if not sums or bool(torch.stack(sums).sum().isfinite()):
+        return
+    broken = [k for k, v in tensors.items() if v.grad is not None and not bool(v.grad.isfinite().all())]
+    if broken:
+        values = ", ".join(f"{name} {float(term):.4g}" for name, term in terms.items())
+        raise TrainingError(
+            f"Step {step}: the gradient of {', '.join(broken[:4])}{' …' if len(broken) > 4 else ''} is not finite "
+            f"(loss terms: {values}). Resume from the last checkpoint with a lower learning rate, or report this clip."
+        )
