@@ -104,7 +104,7 @@ def _crc12(word: int) -> int:
 # ------------------------------------------------------------------------------------------------------------------ key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Key:
     """The waves (v, u), the phases of those that are always the same, and the codebook of those that carry symbols.
 
