@@ -1,8 +1,9 @@
 """Training and synthesis on another device: on a GPU with gsplat where there is one, and everywhere against a stand-in.
 
-The stand-in is a device of torch's own kind ("standin": the PrivateUse1 key, implemented here by the CPU kernels), so that what a GPU would refuse
-fails here too: operations that mix devices, `numpy()` of a tensor that is not on the CPU, kernels of ours that read CPU memory. gsplat is the stand-in of
-tests/test_render.py. What it cannot show: CUDA's and gsplat's own numerics, memory and speed.
+The stand-in is a device of torch's own kind ("standin": the PrivateUse1 key, implemented here by the CPU kernels), so
+that what a GPU would refuse fails here too: operations that mix devices, `numpy()` of a tensor that is not on the CPU,
+kernels of ours that read CPU memory. gsplat is the stand-in of tests/test_render.py. What it cannot show: CUDA's and
+gsplat's own numerics, memory and speed.
 
 A device must be registered before torch's first backward, so these tests run in a process of their own.
 """
@@ -55,7 +56,7 @@ def test_on_a_device_of_their_own():
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-# --- the device --------------------------------------------------------------------------------------------------------
+# -- the device --------------------------------------------------------------------------------------------------------
 
 # Operations that a GPU, too, takes CPU tensors in (copies between devices; indices).
 MIXED = {
@@ -66,7 +67,8 @@ MIXED = {
     "aten::index_put_",
     "aten::_index_put_impl_",
 }
-# Operators that torch makes, on a foreign device, of an empty result and an operator that resizes it, which a stand-in cannot be.
+# Operators that torch makes, on a foreign device, of an empty result and an operator that resizes it, which a stand-in
+# cannot be.
 FUNCTIONAL = ["abs", "arange", "arange.start", "arange.start_step", "eye", "eye.m"]
 _memory: dict[int, torch.Tensor] = {}  # by the address of a stand-in's storage, so that aliases find it
 
@@ -79,7 +81,9 @@ def on_device(raw: torch.Tensor) -> torch.Tensor:
 
 
 def memory_of(t: torch.Tensor) -> torch.Tensor:
-    """The CPU memory behind a stand-in, as it sees it: torch's own views share the storage and differ in shape and strides."""
+    """The CPU memory behind a stand-in, as it sees it: torch's own views share the storage and differ in shape and
+    strides.
+    """
     if t.device.type != "standin":
         return t
     raw = _memory[t.untyped_storage()._cdata]
@@ -172,7 +176,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(device):
     assert w.grad.device.type == device and torch.equal(w.grad.cpu(), torch.ones(3))
 
 
-# --- what runs on it ---------------------------------------------------------------------------------------------------
+# -- what runs on it ---------------------------------------------------------------------------------------------------
 
 
 @needs_device

@@ -115,7 +115,7 @@ def test_every_public_name_exists():
         if module.with_suffix(".py").exists() or (module / "__init__.py").exists() or name == "__version__":
             assert getattr(hicode, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
-        hicode.nonsense
+        _ = hicode.nonsense
 
 
 def test_the_module_is_the_command():

@@ -56,7 +56,7 @@ def trained_looking(seed: int = 0) -> Compositor:
     return compositor.for_inference()
 
 
-# --- the outline ---------------------------------------------------------------------------------------------------------
+#  the outline ---------------------------------------------------------------------------------------------------------
 
 
 def rendered_disc(centre: tuple[float, float], size: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,7 @@ def test_a_composed_face_leaves_the_rest_of_the_head_as_it_is():
     assert blend_box(np.zeros((256, 256), np.uint8)) is None
 
 
-# --- the composite -------------------------------------------------------------------------------------------------------
+#  the composite -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("generator", [None, trained_looking()], ids=["plain", "generator"])
@@ -148,7 +148,9 @@ def test_no_input_pixel_of_the_hidden_region_can_leak(generator):
 
 
 def test_hair_below_its_cut_is_the_frames_own():
-    """A mask cut level with a long lower half (`head_mask`'s hair): the frame shows through it, up to the cut; an edge that is merely soft stays hidden."""
+    """A mask cut level with a long lower half (`head_mask`'s hair): the frame shows through it, up to the cut; an edge
+    that is merely soft stays hidden.
+    """
     rows = np.arange(200)[:, None] + np.zeros((1, 200))
     drawn = np.where(rows < 100, 255, np.clip(127 - 8 * (rows - 100), 0, 255)).astype(np.uint8)
     drawn[:, :40] = drawn[:, 160:] = 0
@@ -177,12 +179,15 @@ def test_head_is_the_alpha_composite_over_the_background():
     rgb, alpha, _, mask, plate = scene()
     out = compose(rgb, alpha, plate, mask, plate)
     expected = 255 * (rgb + (1 - alpha)[..., None] * (plate / 255.0))
-    # The frame is the plate, so the fill is the plate; uint8 rounding leaves half a level, the feather nothing (both sides are equal).
+    # The frame is the plate, so the fill is the plate; uint8 rounding leaves half a level, the feather nothing (both
+    # sides are equal).
     assert np.abs(out - expected).max() <= 0.51
 
 
 def test_background_meets_a_brighter_frame_without_a_step():
-    """The plate was taken under other light: the fill follows the frame at hand, so no edge shows where nothing was rendered."""
+    """The plate was taken under other light: the fill follows the frame at hand, so no edge shows where nothing was
+    rendered.
+    """
     _, alpha, _, mask, plate = scene()
     frame = np.clip(plate.astype(int) + 30, 0, 255).astype(np.uint8)
     out = compose(np.zeros((*mask.shape, 3), np.float32), np.zeros_like(alpha), frame, mask, plate)
@@ -192,7 +197,9 @@ def test_background_meets_a_brighter_frame_without_a_step():
 
 
 def test_a_neck_beside_the_plates_wall_is_no_light_to_carry_on():
-    """The head has sunk: the frame shows neck where the plate has wall, and below it the plate has neck as well. Skin less wall, added to that neck, was orange."""
+    """The head has sunk: the frame shows neck where the plate has wall, and below it the plate has neck as well. Skin
+    less wall, added to that neck, was orange.
+    """
     skin, wall = np.array([150, 115, 90], np.uint8), np.array([50, 115, 250], np.uint8)
     mask = disc(radius=24)
     plate, frame = np.broadcast_to(wall, (128, 128, 3)).copy(), np.broadcast_to(wall, (128, 128, 3)).copy()
@@ -215,7 +222,9 @@ def test_a_neck_beside_the_plates_wall_is_no_light_to_carry_on():
 
 
 def test_the_fill_is_its_formula():
-    """Plate and light's membrane, and as far as the border shows something else the colours about; whole images instead of the kernels' blocks."""
+    """Plate and light's membrane, and as far as the border shows something else the colours about; whole images instead
+    of the kernels' blocks.
+    """
     rng, (h, w) = np.random.default_rng(0), (63, 50)
     smooth = lambda: cv2.resize(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), (w, h), interpolation=cv2.INTER_CUBIC)
     frame, plate, mask = smooth(), smooth(), np.zeros((h, w), np.uint8)
@@ -358,7 +367,8 @@ def test_generator_is_local_so_crops_train_the_whole():
     x = torch.rand(1, 11, 256, 256)
     with torch.inference_mode():
         whole, crop = generator(x), generator(x[..., 32:224, 32:224])
-    # 64 px in from the crop's border: the receptive field (some 100 px) is not fully inside, but its far part carries little.
+    # 64 px in from the crop's border: the receptive field (some 100 px) is not fully inside, but its far part carries
+    # little.
     assert (whole[..., 96:160, 96:160] - crop[..., 64:128, 64:128]).abs().max() < 0.02 * whole.abs().max()
 
 

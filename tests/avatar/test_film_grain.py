@@ -1,5 +1,7 @@
 """Film grain: what a recording's frames have over their renders, laid on the head again."""
 
+from itertools import pairwise
+
 import cv2
 import numpy as np
 import torch
@@ -20,14 +22,16 @@ def test_the_same_frame_has_the_same_grain_and_the_next_one_another():
     again = FilmGrain.from_state(*grain.state())
     layers = [grain.layer(LANDMARKS, i).field for i in range(12)]
     assert all(np.array_equal(layer, again.layer(LANDMARKS, i).field) for i, layer in enumerate(layers))
-    assert all(not np.array_equal(a, b) for a, b in zip(layers, layers[1:])), "none stays"
+    assert all(not np.array_equal(a, b) for a, b in pairwise(layers)), "none stays"
     assert len({layer.tobytes() for layer in layers}) > NEAREST, "shaken, so that there are more kinds than fields"
     correlation = np.corrcoef(layers[0][40:120, 40:120].ravel(), layers[1][40:120, 40:120].ravel())[0, 1]
     assert abs(correlation) < 0.1
 
 
 def test_grain_goes_with_the_head():
-    """A field with a mark at a landmark: wherever the head is, how large and how turned, the mark is there (but for the shake of 1.25 px)."""
+    """A field with a mark at a landmark: wherever the head is, how large and how turned, the mark is there (but for the
+    shake of 1.25 px).
+    """
     mark = np.zeros((SIZE, SIZE), np.float32)
     x, y = LANDMARKS[100].round().astype(int)
     mark[y - 3 : y + 4, x - 3 : x + 4] = 60

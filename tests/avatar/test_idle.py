@@ -38,7 +38,9 @@ EYE = {1: 0.3, 0: -0.3}  # x of the eyes' middle: left, right
 
 
 def face() -> torch.Tensor:
-    """Landmarks of a face as far as it matters here: two open eyes, brows (the rest of the upper half) and a mouth below."""
+    """Landmarks of a face as far as it matters here: two open eyes, brows (the rest of the upper half) and a mouth
+    below.
+    """
     points = torch.randn(478, 3, generator=torch.Generator().manual_seed(0)) * 0.01
     points[:, 1] -= 0.5
     points[:150, 1] += 1.2  # brow and forehead
@@ -72,7 +74,9 @@ def actions() -> torch.Tensor:
 
 
 def track(count: int, blinks: dict[int, float] | None = None, seed: int = 0) -> Motion:
-    """`count` frames of that face with its head at rest; at frame t the lids are down to a share of open, a frame before and after half way."""
+    """`count` frames of that face with its head at rest; at frame t the lids are down to a share of open, a frame
+    before and after half way.
+    """
     landmarks = face().repeat(count, 1, 1) + 2e-4 * torch.randn(
         count, 478, 3, generator=torch.Generator().manual_seed(seed)
     )
@@ -81,7 +85,8 @@ def track(count: int, blinks: dict[int, float] | None = None, seed: int = 0) -> 
         for at, depth in ((t - 1, 0.5), (t, 1.0), (t + 1, 0.5)):
             if 0 <= at < count:
                 for eye in (0, 1):
-                    # Lids close by 2 (the action would do 2.5 / 2 of it), with a trace of the person's own: the corners move out.
+                    # Lids close by 2 (the action would do 2.5 / 2 of it), with a trace of the person's own: the corners
+                    # move out.
                     landmarks[at] += depth * (1 - share) * 0.8 * actions()[idle.BLINK[eye]]
                     expression[at, idle.BLINK[eye]] = 0.3 + 0.4 * depth
     pose = torch.eye(4).repeat(count, 1, 1)
@@ -112,7 +117,7 @@ def an_hour():
     return hour()
 
 
-# --- statistics --------------------------------------------------------------------------------------------------------------------------
+# --- statistics -------------------------------------------------------------------------------------------------------
 
 
 def test_blinks_come_at_the_rate_asked_for_with_log_normal_pauses(an_hour):
@@ -156,7 +161,8 @@ def test_the_head_moves_slowly_and_within_its_limits(an_hour):
     power = (np.abs(np.fft.rfft(head * np.hanning(len(head))[:, None], axis=0)) ** 2).sum(1)
     hz = np.fft.rfftfreq(len(head), 1 / FPS)
     assert power[hz < 1].sum() > 0.98 * power.sum()  # the soft limit makes some harmonics
-    # Power 1 / f^2 between .05 and .8 Hz has (1/.05 - 1/.2) / (1/.2 - 1/.8) = 4 times as much below .2; twelve random frequencies scatter about it.
+    # Power 1 / f^2 between .05 and .8 Hz has (1/.05 - 1/.2) / (1/.2 - 1/.8) = 4 times as much below .2; twelve random
+    # frequencies scatter about it.
     assert power[hz < 0.2].sum() > 2 * power[(hz >= 0.2) & (hz < 0.8)].sum()
     assert np.abs(np.diff(head, axis=0)).max() < 0.5  # degrees a frame
 
@@ -171,7 +177,7 @@ def test_gaze_fixates_and_jumps(an_hour):
     assert 0.03 < away.mean() < 0.2 and np.abs(an_hour.gaze_deg).max() <= 5.0
 
 
-# --- determinism -------------------------------------------------------------------------------------------------------------------------
+# --- determinism ------------------------------------------------------------------------------------------------------
 
 
 def test_pieces_of_any_length_are_the_same_sequence_and_seeds_differ():
@@ -192,7 +198,7 @@ def test_hours_need_no_memory():
     assert abs(kept() - before) < 100  # integers are pickled in as many bytes as they need
 
 
-# --- the subject's eyes ------------------------------------------------------------------------------------------------------------------
+# --- the subject's eyes -----------------------------------------------------------------------------------------------
 
 
 def test_action_numbers_are_the_models():
@@ -336,7 +342,7 @@ def test_no_outline_of_the_head_moves_farther_than_composition_knows():
     assert head_room(avatar, 0, pivot, replace(config, head_deg=(2.0, 40.0, 40.0))) < 0.1
 
 
-# --- over a driving track ----------------------------------------------------------------------------------------------------------------
+# --- over a driving track ---------------------------------------------------------------------------------------------
 
 
 def motions(avatar, seconds: float, **options) -> Motion:
@@ -408,7 +414,7 @@ def test_nearness_of_own_blinks_is_counted_in_played_frames():
     assert np.flatnonzero(near).tolist() == [4, 5, 6, 7, 8, 9, 10]
 
 
-# --- a held frame ------------------------------------------------------------------------------------------------------------------------
+# --- a held frame -----------------------------------------------------------------------------------------------------
 
 
 def test_a_held_frame_blinks_looks_and_moves(spoken):

@@ -121,7 +121,11 @@ class FakeAvatar:
         self.remembered = []  # training frames asked for, and their own motion where it was said
         self.speech = FakeSpeech() if speech else None
         self.driving = clip.track.motion[: len(clip.train)]
-        self.background_plate, self.audio_driven, self.film_grain = np.zeros((clip.height, clip.width, 3), np.uint8), False, None
+        self.background_plate, self.audio_driven, self.film_grain = (
+            np.zeros((clip.height, clip.width, 3), np.uint8),
+            False,
+            None,
+        )
         self.mouth_expression = torch.arange(64) < 10
         self.mouth_landmark_weight = (torch.arange(478) < 100).float()
         self.info = {"preset": "draft", "seconds": {"speech": 1.0, "head": 20.0}, "peak_memory_mb": 321}

@@ -1,4 +1,5 @@
-"""Makes mediapipe_landmarks.npz, the oracle of tests/test_landmarks.py: what MediaPipe itself finds in the demo video's first frame.
+"""Makes mediapipe_landmarks.npz, the oracle of tests/test_landmarks.py: what MediaPipe itself finds in the demo video's
+first frame.
 
 Run by hand, in a virtual environment of its own: mediapipe 0.10.21 caps numpy below 2. Needs Python 3.11.
 

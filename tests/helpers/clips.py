@@ -49,11 +49,24 @@ def write_clip(path, t: int = 60, size: int = SIZE, sound: bool = True, **change
         write_audio(path / "audio.wav", 0.3 * np.sin(np.arange(640 * t) / 9).astype(np.float32), 16000)
     train, test = split(t)
     config = {
-        "schema": SCHEMA, "version": VERSION, "complete": True, "fps": 25.0, "frame_count": t,
-        "width": size, "height": size, "video": "noise.mp4", "source": {"name": "noise.mp4", "path": "/noise.mp4", "sha256": "0"},
-        "train": [train.start, train.stop], "test": [test.start, test.stop], "crop_box": [0, 0, size], "start_s": 0.0,
-        "audio_offset_frames": 0.0, "has_audio": sound, "report": {}, "steps": {},
+        "schema": SCHEMA,
+        "version": VERSION,
+        "complete": True,
+        "fps": 25.0,
+        "frame_count": t,
+        "width": size,
+        "height": size,
+        "video": "noise.mp4",
+        "source": {"name": "noise.mp4", "path": "/noise.mp4", "sha256": "0"},
+        "train": [train.start, train.stop],
+        "test": [test.start, test.stop],
+        "crop_box": [0, 0, size],
+        "start_s": 0.0,
+        "audio_offset_frames": 0.0,
+        "has_audio": sound,
+        "report": {},
+        "steps": {},
         "encoder": default_spec("embedded").to_json(),
-    }  # fmt: skip
+    }
     write_json(path / "clip.json", {**config, **changes})
     return path, frames

@@ -1,4 +1,4 @@
-"""A drawn clip: the fitted head model itself, shaded, seen by a small camera; and a head that trains on it in seconds."""
+"""A drawn clip: the fitted head model itself, shaded, seen by a small camera; a head that trains on it in seconds."""
 
 import json
 from dataclasses import replace
@@ -114,9 +114,17 @@ def drawn_avatar(clip, model: HeadModel, head: training.TrainedHead) -> Avatar:
     frames, masks = (clip.image(t) for t in clip.train), (clip.head_mask(t) for t in clip.train)
     plate = np.full((SIZE, SIZE, 3), 90, np.uint8)
     return Avatar(
-        head.gaussians, head.deformation, clip.track.camera, head.motion, Images.encode(frames, ".jpg"),
-        Images.encode(masks, ".png"), plate, model.mouth_expression, model.mouth_landmark_weight, source={"name": "drawn"},
-    )  # fmt: skip
+        head.gaussians,
+        head.deformation,
+        clip.track.camera,
+        head.motion,
+        Images.encode(frames, ".jpg"),
+        Images.encode(masks, ".png"),
+        plate,
+        model.mouth_expression,
+        model.mouth_landmark_weight,
+        source={"name": "drawn"},
+    )
 
 
 def clip_on_disk(path: Path, drawn, seconds: int = 2) -> Path:

@@ -32,16 +32,43 @@ def cloud(n: int, seed: int = 0, log_scale: float = -1.8, dtype=torch.float32) -
         return torch.randn(*shape, generator=r, dtype=torch.float64)
 
     return Gaussians(
-        normal(n, 3), log_scale + 0.6 * normal(n, 3), normal(n, 4), 2 * normal(n), torch.rand(n, 3, generator=r, dtype=torch.float64)
-    ).map(lambda t: t.to(dtype))  # fmt: skip
+        normal(n, 3),
+        log_scale + 0.6 * normal(n, 3),
+        normal(n, 4),
+        2 * normal(n),
+        torch.rand(n, 3, generator=r, dtype=torch.float64),
+    ).map(lambda t: t.to(dtype))
 
 
 def stand_in(
-    means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=0.01, far_plane=1e10, radius_clip=0.0, eps2d=0.3,
-    sh_degree=None, packed=True, tile_size=16, backgrounds=None, render_mode="RGB", sparse_grad=False, absgrad=False,
-    rasterize_mode="classic", channel_chunk=32, distributed=False, camera_model="pinhole", segmented=False, covars=None,
-):  # fmt: skip
-    """gsplat 1.5's `rasterization`, by our reference: takes activated scales and opacities and one camera in a batch."""
+    means,
+    quats,
+    scales,
+    opacities,
+    colors,
+    viewmats,
+    Ks,
+    width,
+    height,
+    near_plane=0.01,
+    far_plane=1e10,
+    radius_clip=0.0,
+    eps2d=0.3,
+    sh_degree=None,
+    packed=True,
+    tile_size=16,
+    backgrounds=None,
+    render_mode="RGB",
+    sparse_grad=False,
+    absgrad=False,
+    rasterize_mode="classic",
+    channel_chunk=32,
+    distributed=False,
+    camera_model="pinhole",
+    segmented=False,
+    covars=None,
+):
+    """gsplat 1.5's `rasterization`, by our reference: takes activated scales, opacities and one camera in a batch."""
     assert (near_plane, eps2d, packed, render_mode, camera_model) == (0.01, 0.3, False, "RGB", "pinhole")
     assert viewmats.shape == (1, 4, 4) and Ks.shape == (1, 3, 3) and backgrounds.shape == (1, 3)
     g = Gaussians(means, scales.log(), quats, torch.logit(opacities), colors)

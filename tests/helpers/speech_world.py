@@ -1,4 +1,4 @@
-"""A made-up world in which sound determines the mouth: two hidden signals that are heard and that move a few outputs."""
+"""A made-up world in which sound determines the mouth: two hidden signals are in the sound and move a few outputs."""
 
 from collections.abc import Callable
 

@@ -7,7 +7,9 @@ DIM = 6
 
 
 def sync_clip(frames: int, later: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features that drive a mouth's opening and width, which follow `later` frames after; and a face drifting through space."""
+    """Features that drive a mouth's opening and width, which follow `later` frames after; and a face drifting through
+    space.
+    """
     rng = np.random.default_rng(seed)
     pad = 16
     sound = np.stack(

@@ -280,10 +280,9 @@ def test_the_index_comes_first_so_that_players_can_start(tmp_path):
 
 
 def test_an_exception_leaves_no_video(tmp_path):
-    with pytest.raises(RuntimeError):
-        with VideoWriter(tmp_path / "out.mp4", 64, 48) as video:
-            video.write(grey(70))
-            raise RuntimeError("stopped")
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "out.mp4", 64, 48) as video:
+        video.write(grey(70))
+        raise RuntimeError("stopped")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -291,9 +290,8 @@ def test_writing_into_nowhere_is_said(tmp_path):
     with pytest.raises(OutputError, match="mp4"):
         VideoWriter(tmp_path / "out.txt", 64, 48)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="Cannot write"):
-        with VideoWriter(tmp_path / "file" / "out.mp4", 64, 48):
-            pass
+    with pytest.raises(OutputError, match="Cannot write"), VideoWriter(tmp_path / "file" / "out.mp4", 64, 48):
+        pass
 
 
 def test_wav_round_trip(tmp_path):
@@ -333,7 +331,7 @@ def test_level():
     ), "an offset is no sound"
 
 
-# --- channels and sample formats ----------------------------------------------------------------------------------------------------------------
+# --- channels and sample formats --------------------------------------------------------------------------------------
 
 
 def voice(seconds: float = 2.0, rate: int = 48000, seed: int = 0) -> np.ndarray:

@@ -70,7 +70,9 @@ def upstream(camera: Camera, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def brute_force(gaussians: Gaussians, camera: Camera, background) -> tuple[np.ndarray, np.ndarray]:
-    """Eqs 3-6 a pixel at a time in float64, written from the equations with numpy's own inverse: shares nothing with the package."""
+    """Eqs 3-6 a pixel at a time in float64, written from the equations with numpy's own inverse: shares nothing with
+    the package.
+    """
     means, log_scales, quats, logits, colors = (v.double().numpy() for v in gaussians.tensors().values())
     K, T = camera.K.double().numpy(), camera.T_camera_head.double().numpy()
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
@@ -113,7 +115,8 @@ def test_the_image_equals_a_brute_force_in_float64(backend):
     g, camera = cloud(60), head_camera(37, 26)
     rgb, alpha = brute_force(g, camera, (0.25, 0.5, 1.0))
     out = render(g, camera, backend=backend)
-    # float32 rounding; a pixel that sits on the 1/255 threshold may fall on its other side, which moves it by up to 1/255
+    # float32 rounding; a pixel that sits on the 1/255 threshold may fall on its other side, which moves it by up to
+    # 1/255
     tolerance = 1e-9 if backend == "reference" else 5e-6
     error = np.abs(out.rgb.cpu().double().numpy() - rgb).max(-1)
     assert np.quantile(error, 0.995) < tolerance and error.max() < 1 / 255
@@ -155,9 +158,12 @@ def test_an_isotropic_gaussian_on_the_axis_is_a_round_spot(backend):
     T[2, 3] = distance
     camera = Camera.pinhole(focal, 32, 24, T)
     g = Gaussians(
-        torch.zeros(1, 3), torch.full((1, 3), math.log(scale)), torch.tensor([[2.0, 0, 0, 0]]), torch.logit(torch.tensor([opacity])),
+        torch.zeros(1, 3),
+        torch.full((1, 3), math.log(scale)),
+        torch.tensor([[2.0, 0, 0, 0]]),
+        torch.logit(torch.tensor([opacity])),
         torch.tensor([[1.0, 0.5, 0.25]]),
-    )  # fmt: skip
+    )
     out = render(g, camera, (0, 0, 0), backend)
     rows, columns = torch.meshgrid(torch.arange(24) + 0.5 - 12, torch.arange(32) + 0.5 - 16, indexing="ij")
     variance = (focal * scale / distance) ** 2 + 0.3
@@ -198,7 +204,9 @@ def test_two_layers_blend_front_over_back(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])  # gsplat's limit on alpha differs between versions
 def test_alpha_is_clipped_and_a_finished_pixel_takes_no_more(backend):
-    """Opacity 1 blends as 0.99. T would be .01, 5e-4, then 5e-6: the third layer is left out, and so is the weak one behind it."""
+    """Opacity 1 blends as 0.99. T would be .01, 5e-4, then 5e-6: the third layer is left out, and so is the weak one
+    behind it.
+    """
     out = layers([0.5, 0.99, 0.95, 1 - 1e-7], [[1.0, 1, 1], [0, 1.0, 0], [0, 0, 0], [1.0, 0, 0]], backend)
     torch.testing.assert_close(out.rgb[3, 4].cpu().float(), torch.tensor([0.99, 0.0, 5e-4]), atol=1e-4, rtol=0)
     torch.testing.assert_close(out.alpha[3, 4].cpu().float(), torch.tensor(1 - 5e-4), atol=3e-5, rtol=0)
@@ -236,9 +244,12 @@ def test_what_is_not_seen_changes_nothing_and_gets_no_gradient(backend):
     camera = Camera.pinhole(40.0, 40, 30)
     means = torch.tensor([[0, 0, 5.0], [0, 0, -5], [0.3, 0.2, 0], [0, 0, 0.009], [50, 0, 5], [0, 0, 4]])
     g = Gaussians(
-        means, torch.tensor([[-1.0, -1.5, -2]]).repeat(6, 1), torch.tensor([[1.0, 0.3, 0, 0]]).repeat(6, 1),
-        torch.tensor([1.0, 1, 1, 1, 1, -7]), torch.rand(6, 3),
-    )  # fmt: skip
+        means,
+        torch.tensor([[-1.0, -1.5, -2]]).repeat(6, 1),
+        torch.tensor([[1.0, 0.3, 0, 0]]).repeat(6, 1),
+        torch.tensor([1.0, 1, 1, 1, 1, -7]),
+        torch.rand(6, 3),
+    )
     stats = RasterStats()
     alone = render(g.map(lambda t: t[:1]), camera, backend=backend)
     torch.testing.assert_close(render(g, camera, backend=backend, stats=stats).rgb, alone.rgb, atol=1e-7, rtol=0)
@@ -297,8 +308,8 @@ def test_gradients_equal_the_reference_on_a_scene_full_of_thresholds(backend):
     expected, stats = RasterStats(), RasterStats()
     want = gradients(g, camera, *weights, "reference", expected)
     found = gradients(g, camera, *weights, backend, stats)
-    # float32 against float64, relative to the tensor's largest gradient; a pixel that changes sides at a threshold adds its share. gsplat is compiled
-    # with fast approximations of exp and division (1.1e-4 on an H100).
+    # float32 against float64, relative to the tensor's largest gradient; a pixel that changes sides at a threshold adds
+    # its share. gsplat is compiled with fast approximations of exp and division (1.1e-4 on an H100).
     tolerance = 5e-4 if backend == "cuda" else 1e-4
     for name in want:
         assert float((found[name] - want[name]).abs().max()) < tolerance * float(want[name].abs().max()), name
@@ -414,7 +425,7 @@ def test_extreme_but_finite_gaussians_neither_crash_nor_make_nan():
 
 
 def test_the_kernels_refuse_other_float_types():
-    with pytest.raises(InputError, match="float64.*reads float32"):
+    with pytest.raises(InputError, match=r"float64.*reads float32"):
         rasterize(cloud(3, dtype=torch.float64), head_camera(8, 8), torch.ones(3), backend="cpu")
 
 
@@ -469,5 +480,5 @@ def test_the_gsplat_adapter_speaks_its_language(monkeypatch):
 
 def test_a_missing_gsplat_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "gsplat", None)
-    with pytest.raises(InputError, match="needs gsplat.*hicode.cuda"):
+    with pytest.raises(InputError, match=r"needs gsplat.*hicode.cuda"):
         rasterize(cloud(3), head_camera(8, 8), torch.ones(3), backend="cuda")

@@ -46,7 +46,7 @@ def _tiny_hubert(folder, seed: int = 0):
     return create_encoder("hubert", folder)
 
 
-# --- the contract ------------------------------------------------------------------------------------------------------------------------
+# --- the contract -----------------------------------------------------------------------------------------------------
 
 
 def test_fifty_features_a_second_of_the_declared_size(encoder):
@@ -88,7 +88,9 @@ def test_loudness_does_not_matter(encoder):
 
 
 def test_an_offset_does_not_matter(encoder):
-    """A constant is no sound: neither level nor features hear it. Before the sound, where it did not sound either, is silence."""
+    """A constant is no sound: neither level nor features hear it. Before the sound, where it did not sound either, is
+    silence.
+    """
     sound = _sound(2)
     offset = (sound + 0.3).astype(np.float32)
     assert speech_level(offset) == pytest.approx(speech_level(sound), rel=1e-3)
@@ -110,7 +112,8 @@ def test_the_past_beyond_the_window_is_forgotten(encoder):
     level = speech_level(sound)
     a, b = encoder.encode(sound, level), encoder.encode(other, level)
     settled = 6 * 50 + encoder.window.rows + 50  # the high-pass forgets within a second
-    # What is remembered of steady noise fades within some seconds: a hundredth of what features differ by is left of it.
+    # What is remembered of steady noise fades within some seconds: a hundredth of what features differ by is left of
+    # it.
     atol = 2e-2 if encoder.name == "embedded" else 1e-4
     torch.testing.assert_close(a[settled:], b[settled:], atol=atol, rtol=1e-4)
 
@@ -127,13 +130,13 @@ def test_a_later_sound_gives_the_same_features_later(encoder):
 def test_sound_that_is_not_a_number_is_refused(encoder):
     sound = _sound(1)
     sound[100] = np.nan
-    with pytest.raises(InputError, match="1 samples that are not numbers.*first at 100"):
+    with pytest.raises(InputError, match=r"1 samples that are not numbers.*first at 100"):
         encoder.encode(sound)
     with pytest.raises(InputError, match="mono"):
         encoder.encode(np.zeros((100, 2), np.float32))
 
 
-# --- particulars -------------------------------------------------------------------------------------------------------------------------
+# --- particulars ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["embedded", "logmel"])
@@ -168,7 +171,7 @@ def test_log_mel_follows_its_definition():
 
 
 def test_the_embedded_encoder_matches_the_graph_it_was_taken_from():
-    """onnxruntime on the same 8 s window, asked for `add_268`. Its activations are int8, ours float: close, not equal."""
+    """onnxruntime on the same 8 s window, asked for `add_268`. Its activations are int8, ours float: close only."""
     ort = pytest.importorskip("onnxruntime")
     ours = _embedded()
     path = assets.path("speech_encoder")
@@ -218,7 +221,7 @@ def test_features_are_fitted_to_the_picture():
 def test_unknown_encoders_and_missing_weights_say_what_to_do(tmp_path):
     with pytest.raises(InputError, match="embedded, hubert, logmel"):
         create_encoder("wav2vec")
-    with pytest.raises(InputError, match="needs its weights.*--encoder-weights"):
+    with pytest.raises(InputError, match=r"needs its weights.*--encoder-weights"):
         create_encoder("hubert")
     with pytest.raises(InputError, match="No HuBERT model at"):
         create_encoder("hubert", tmp_path / "nothing")

@@ -1,4 +1,6 @@
-"""Faceformers: decoding in a stream equals decoding at once, for any length; untrained they are still; files give them back."""
+"""Faceformers: decoding in a stream equals decoding at once, for any length; untrained they are still; files give them
+back.
+"""
 
 from dataclasses import replace
 
@@ -69,9 +71,14 @@ def test_attention_is_the_published_one_within_the_window():
         layer.multihead_attn.in_proj_weight.copy_(torch.cat([model.cross_q.weight, model.cross_kv.weight]))
         layer.multihead_attn.in_proj_bias.copy_(torch.cat([model.cross_q.bias, model.cross_kv.bias]))
         pairs = [
-            (layer.self_attn.out_proj, model.self_out), (layer.multihead_attn.out_proj, model.cross_out), (layer.linear1, model.up),
-            (layer.linear2, model.down), (layer.norm1, model.norm1), (layer.norm2, model.norm2), (layer.norm3, model.norm3),
-        ]  # fmt: skip
+            (layer.self_attn.out_proj, model.self_out),
+            (layer.multihead_attn.out_proj, model.cross_out),
+            (layer.linear1, model.up),
+            (layer.linear2, model.down),
+            (layer.norm1, model.norm1),
+            (layer.norm2, model.norm2),
+            (layer.norm3, model.norm3),
+        ]
         for theirs, ours in pairs:
             theirs.load_state_dict(ours.state_dict())
         t = 23
@@ -160,7 +167,7 @@ def test_damaged_state_is_refused():
         SpeechModels.from_state(tensors, config)
 
 
-# --- the linear answer and the closure ----------------------------------------------------------------------------------------------------
+# --- the linear answer and the closure --------------------------------------------------------------------------------
 
 
 def _closing_pair() -> SpeechModels:
@@ -193,8 +200,10 @@ def test_with_linear_answer_and_closure_pieces_still_equal_the_whole():
 
 @pytest.mark.parametrize("size", [1, 4, 5, 700])
 def test_a_stream_says_what_the_models_say(size):
-    """Numpy's folded weights against the torch modules, over more than eight windows: 250 frames. What is not a model's own, the closure and the
-    subject's gains, is applied by hand. Tolerance: 1e-4 of the motion's spread, since every frame's rounding enters the next one."""
+    """Numpy's folded weights against the torch modules, over more than eight windows: 250 frames. What is not a model's
+    own, the closure and the subject's gains, is applied by hand. Tolerance: 1e-4 of the motion's spread, since every
+    frame's rounding enters the next one.
+    """
     pair, features = _closing_pair(), torch.randn(500, 12)
     for model in (pair.expression, pair.landmarks):
         for (
@@ -215,9 +224,12 @@ def test_a_stream_says_what_the_models_say(size):
             for model, faces in ((pair.expression, None), (pair.landmarks, pair.subject.identity_frames))
         )
         expected = pair.closure.close(
-            pair.closure.probability(frames), pair.subject.expression + pair.subject.expression_gain * expression,
-            pair.subject.landmarks + pair.subject.landmark_gain * landmarks.unflatten(1, (478, 3)), pair.subject.closed_gap, pair.subject.usual_gap,
-        )  # fmt: skip
+            pair.closure.probability(frames),
+            pair.subject.expression + pair.subject.expression_gain * expression,
+            pair.subject.landmarks + pair.subject.landmark_gain * landmarks.unflatten(1, (478, 3)),
+            pair.subject.closed_gap,
+            pair.subject.usual_gap,
+        )
         stream = pair.stream()
         parts = [*(stream.push(piece) for piece in features.split(size)), stream.finish()]
     for k, moved in enumerate((expression, landmarks)):
@@ -273,7 +285,9 @@ def test_a_sure_closure_closes_and_nothing_ever_opens():
 
 
 def test_only_lips_that_are_nearly_closed_are_told_to_close():
-    """Half the usual gap and less: closed; three times: as it was; between, in between. Where hardly anything is usual, a floor stands in for it."""
+    """Half the usual gap and less: closed; three times: as it was; between, in between. Where hardly anything is usual,
+    a floor stands in for it.
+    """
     closure = _closing_pair().closure
     landmarks = torch.zeros(4, 478, 3)
     landmarks[:, 13, 1] = torch.tensor([0.02, 0.05, 0.175, 0.31])

@@ -84,7 +84,9 @@ def test_windows_show_where_the_offset_changes(model):
 
 
 def test_a_window_reads_its_own_frames_and_no_others(model):
-    """Everything else in disorder (the same frames, so that standardisation over the clip stays as it was), the score is the same."""
+    """Everything else in disorder (the same frames, so that standardisation over the clip stays as it was), the score
+    is the same.
+    """
     features, landmarks = sync_clip(120, 0, 13)
     starts, scores = window_scores(model.embed_sound(features), model.embed_mouth(landmarks), step=25)
     order = np.random.default_rng(0).permutation([*range(35), *range(85, 120)])

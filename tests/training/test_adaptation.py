@@ -1,4 +1,4 @@
-"""A person's speech models: adapted from generic ones, learned from a clip alone, and clips that give nothing to learn."""
+"""A person's speech models: adapted from generic ones, from a clip alone, and from clips without anything to learn."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -99,7 +99,9 @@ def test_the_linear_prediction_is_ridge_regression_and_adds_to_what_was():
 
 
 def test_closures_are_learned_from_a_speaker_and_close_both_heads():
-    """A speaker whose lips meet where one feature is high: found on sound that was not learned from; in noise that is labelled so, closed."""
+    """A speaker whose lips meet where one feature is high: found on sound that was not learned from; in noise that is
+    labelled so, closed.
+    """
     head = HeadModel.load()
     jaw = head.expression_names.index("jawOpen")
 
