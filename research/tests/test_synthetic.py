@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from research.pretrain import espeak as espeak_module
-from research.pretrain.espeak import RATE_HZ, VARIANTS, Espeak, installed, sentences
+from research.pretrain.espeak import VARIANTS, Espeak, installed, sentences
 from research.pretrain.languages import closure_rates, closures_due, landmark_gap, lines, measure_languages
 from research.pretrain.phones import (
     CLASSES,
@@ -23,6 +23,7 @@ from research.pretrain.phones import (
 from research.pretrain.synthetic import NEGATIVES, CorpusConfig, Speaker, corpus, negative, spoken, unspoken
 from research.pretrain.visemes import SHAPES, Style, as_tracked, still, viseme_expression
 
+from hicode.audio import SAMPLE_RATE_HZ
 from hicode.errors import InputError
 from hicode.motion import LOWER_LIP_INNER, UPPER_LIP_INNER
 from hicode.speech.sync import mouth_measures
@@ -299,7 +300,9 @@ def test_phones_follow_each_other_and_last_as_long_as_the_sound(everything):
                 a.end_s == pytest.approx(b.start_s, abs=1e-9) and a.end_s >= a.start_s for a, b in pairwise(u.phones)
             )
             # The resampler rounds to a sample; espeak-ng may begin with a few ms before the first phone.
-            assert u.phones[0].start_s < 0.1 and u.phones[-1].end_s == pytest.approx(len(u.samples) / RATE_HZ, abs=2e-3)
+            assert u.phones[0].start_s < 0.1 and u.phones[-1].end_s == pytest.approx(
+                len(u.samples) / SAMPLE_RATE_HZ, abs=2e-3
+            )
 
 
 @needs_espeak
@@ -311,7 +314,7 @@ def test_stops_are_quiet_while_held_and_open_vowels_loud(everything):
             level = np.sqrt((u.samples**2).mean())
             for p in u.phones:
                 end = p.start_s + 0.5 * (p.end_s - p.start_s)
-                part = u.samples[int(p.start_s * RATE_HZ) : int(end * RATE_HZ)]
+                part = u.samples[int(p.start_s * SAMPLE_RATE_HZ) : int(end * SAMPLE_RATE_HZ)]
                 if len(part) > 240 and (p.ipa in ("p", "t", "k") or "a" in letters_of(p.ipa)[:1]):
                     (held if p.ipa in ("p", "t", "k") else vowels).append(np.sqrt((part**2).mean()) / level)
     assert len(held) > 200 and len(vowels) > 200
@@ -381,7 +384,7 @@ def test_what_cannot_be_said_is_told_in_one_line(synthesiser):
         with pytest.raises(InputError, match=message) as error:
             synthesiser.say(text, voice, **options)
         assert "\n" not in str(error.value)
-    assert len(synthesiser.say("It goes on after a mistake.", "en").samples) > RATE_HZ
+    assert len(synthesiser.say("It goes on after a mistake.", "en").samples) > SAMPLE_RATE_HZ
     with pytest.raises(InputError, match="no sentences in tlh"):
         corpus(no_features, CorpusConfig(languages=("tlh",)))
 
