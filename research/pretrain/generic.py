@@ -110,15 +110,20 @@ def pretrain(
         models.append(model)
     faces = [subjects[s] for s in people]
     mean = Subject(
-        *(torch.stack([getattr(f, k) for f in faces]).mean(0) for k in ("expression", "landmarks", "identity_frames"))
+        expression=torch.stack([f.expression for f in faces]).mean(0),
+        landmarks=torch.stack([f.landmarks for f in faces]).mean(0),
+        identity_frames=torch.stack([f.identity_frames for f in faces]).mean(0),
     )
     closure = generic_closure(models[0], examples, config) if config.linear_share else None
-    return SpeechModels(*models, encoder, mean, closure)
+    return SpeechModels(models[0], models[1], encoder, mean, closure)
 
 
 def _subject(examples: list[SpeechExample], speaker: str) -> Subject:
     own = [e for e in examples if e.speaker == speaker]
-    return Subject.of(*(torch.cat([getattr(e, k) for e in own]) for k in ("expression", "landmarks", "speaking")))
+    expression, landmarks, speaking = (
+        torch.cat([getattr(e, k) for e in own]) for k in ("expression", "landmarks", "speaking")
+    )
+    return Subject.of(expression, landmarks, speaking)
 
 
 def _scaled_displacements(

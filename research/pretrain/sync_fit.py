@@ -93,7 +93,7 @@ def _solve(moments: list[_Moments], strength: float) -> tuple[Float[Tensor, "c k
     """Ridge regression of the mouth on the sound, then the k mouth directions that it predicts best (unit variance)."""
     frames = sum(m.frames for m in moments)
     scale = frames / sum(m.weight * m.frames for m in moments)
-    xx, xy, yy = (scale * torch.stack([m[i] for m in moments]).sum(0) for i in range(3))
+    xx, xy, yy = (scale * torch.stack([getattr(m, k) for m in moments]).sum(0) for k in ("xx", "xy", "yy"))
     weight = torch.linalg.solve(xx + strength * frames**0.5 * torch.eye(len(xx), dtype=xx.dtype), xy)
     explained = weight.T @ xy
     # A hundredth of the mean variance keeps directions that hardly move, the tracker's jitter, from being chosen.

@@ -38,6 +38,7 @@ class FaceformerStream:
         self._encoded = np.zeros((FEATURES_PER_FRAME * c.look_back, c.width), np.float32)
         self._linear = None
         if c.linear_share:
+            assert model.linear.bias is not None
             self._linear = FrameConvolution(
                 model, model.linear.weight, model.linear.bias, back=c.linear_back, ahead=c.look_ahead
             )
@@ -86,13 +87,14 @@ class FaceformerStream:
 class Decoder:
     """`Faceformer.step` for one sequence.
 
-    Attention over a frame's two memory rows m0, m1 depends on their difference alone, since a softmax of two scores is a
-    sigmoid of their difference:
+    Attention over a frame's two memory rows m0, m1 depends on their difference alone, since a softmax of two scores is
+    a sigmoid of their difference:
 
         out = Wo (Wv m1 + bv) + bo + sum over heads of sigmoid((Wq x + bq) . Wk (m0 - m1) / sqrt(c)) Wo Wv (m0 - m1)
 
-    `frames` computes for all frames at once a query vector, an offset and a direction for each head; `_step` is left with
-    two small products. Keys and values lie in a ring buffer that is written twice, so that the window is one slice.
+    `frames` computes for all frames at once a query vector, an offset and a direction for each head; `_step` is left
+    with two small products. Keys and values lie in a ring buffer that is written twice, so that the window is one
+    slice.
     """
 
     def __init__(self, model: Faceformer, style: Float[Tensor, "w"]):
@@ -105,7 +107,7 @@ class Decoder:
         self._output_bias = np.concatenate([w["output.bias"], w["project_previous.weight"] @ w["output.bias"]])
         self._previous = np.zeros(c.width, np.float32)
         self._tokens = model.positions.cpu().numpy() + to_array(style) + w["project_previous.bias"]
-        scale = np.repeat(np.float32([size**-0.5, 1, 1]), c.width)
+        scale = np.repeat(np.array([size**-0.5, 1, 1], np.float32), c.width)
         self._qkv, self._qkv_bias = w["self_qkv.weight"] * scale[:, None], w["self_qkv.bias"] * scale
         self._self_out, self._self_out_bias = w["self_out.weight"], w["self_out.bias"]
         self._norms = [(w[f"norm{i}.weight"], w[f"norm{i}.bias"]) for i in (1, 2, 3)]

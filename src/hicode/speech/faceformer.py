@@ -12,7 +12,8 @@ Differences from the published Faceformer:
 - A convolution lets a feature see `look_back` frames of past and `look_ahead` frames of coming sound, since lips move
   before the sound. `look_ahead` is the model's latency. The alignment mask is as published.
 - Self-attention stops at `window` frames. The published bias never quite does.
-- Outputs are k coefficients of a fixed PCA basis instead of n free numbers: there are 1434 landmark coordinates and only
+- Outputs are k coefficients of a fixed PCA basis instead of n free numbers: there are 1434 landmark coordinates and
+only
   minutes of speech to learn from.
 - The 20 identity frames share one linear map, since their order is random, after projection on the principal faces of
   the training speakers.
@@ -104,6 +105,7 @@ class Faceformer(nn.Module):
         if c.linear_share:
             # Solved in closed form (training.faceformer.fit_linear), not by descent.
             self.linear = nn.Conv1d(c.feature_dim, c.components, c.linear_back + 1 + c.look_ahead).requires_grad_(False)
+            assert self.linear.bias is not None
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
         self.positions: Tensor

@@ -39,7 +39,8 @@ class ClosureConfig:
     probability: tuple[float, float] = (0.2, 0.5)
     """no closure below the first, full closure from the second on"""
     gap_shares: tuple[float, float] | None = (0.4, 0.9)
-    """of the usual gap: full closure where the Faceformers' gap is below the first, none above the second; None: any gap
+    """of the usual gap: full closure where the Faceformers' gap is below the first, none above the second; None: any
+    gap
 
     Faceformers and closure read the same sound with different errors. A mouth wrongly shut in an open vowel is visible.
     """

@@ -1,8 +1,8 @@
 """Steady noise, subtracted from the mel power of a sound that has much of it.
 
-t frames at 100 Hz, m mel bands. A low quantile of each band's power, tracked in small steps, estimates the noise. It needs
-no pauses and no look-ahead, and its state is three numbers a band. Quiet recordings are left alone: models that learned
-with room noise do worse without it. So the noise's share of the mean power decides how much is subtracted.
+t frames at 100 Hz, m mel bands. A low quantile of each band's power, tracked in small steps, estimates the noise. It
+needs no pauses and no look-ahead, and its state is three numbers a band. Quiet recordings are left alone: models that
+learned with room noise do worse without it. So the noise's share of the mean power decides how much is subtracted.
 """
 
 import numpy as np
@@ -14,8 +14,8 @@ class NoiseReducer:
 
     The noise is `OVER` times the `QUANTILE` of the power of the last few seconds. At least the share `FLOOR` of a band
     remains, since empty bands disturb an encoder more than noisy ones. Nothing is subtracted while the noise's share of
-    the mean power (half-life 20 s) is below the first of `SHARES`, all of it from the second on. The sound is at level 1
-    (`loudness.speech_level`). After digital silence the quantile starts anew, with larger steps.
+    the mean power (half-life 20 s) is below the first of `SHARES`, all of it from the second on. The sound is at level
+    1 (`loudness.speech_level`). After digital silence the quantile starts anew, with larger steps.
     """
 
     # Chosen by mouth opening at 10 dB SNR, on unseen speakers.

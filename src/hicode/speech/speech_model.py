@@ -1,7 +1,7 @@
 """The speech models of an avatar: two Faceformers, lip closure, and what is the subject's own.
 
-s features at 50 Hz, t or m frames at 25 fps, d feature dimensions. One Faceformer predicts the 64 expression parameters,
-the other the 478 canonical landmarks; both predict displacements from the subject's mean face.
+s features at 50 Hz, t or m frames at 25 fps, d feature dimensions. One Faceformer predicts the 64 expression
+parameters, the other the 478 canonical landmarks; both predict displacements from the subject's mean face.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -126,16 +126,15 @@ class SpeechModels:
         Raises FileFormatError where something is missing.
         """
         try:
-            modules = {
-                "expression": Faceformer(FaceformerConfig(**config["expression"])),
-                "landmarks": Faceformer(FaceformerConfig(**config["landmarks"])),
-            }
+            expression, landmarks = (Faceformer(FaceformerConfig(**config[k])) for k in ("expression", "landmarks"))
+            closure = None
             if "closure" in config:
-                modules["closure"] = LipClosure(ClosureConfig(**_with_tuples(config["closure"])))
-            for part, module in modules.items():
-                module.load_state_dict(_part(tensors, part))
+                closure = LipClosure(ClosureConfig(**_with_tuples(config["closure"])))
+                closure.load_state_dict(_part(tensors, "closure"))
+            expression.load_state_dict(_part(tensors, "expression"))
+            landmarks.load_state_dict(_part(tensors, "landmarks"))
             subject = Subject(**_part(tensors, "subject"), **config["subject"])
-            return SpeechModels(encoder=EncoderSpec.from_json(config["encoder"]), subject=subject, **modules)
+            return SpeechModels(expression, landmarks, EncoderSpec.from_json(config["encoder"]), subject, closure)
         except (KeyError, TypeError, RuntimeError, AssertionError) as error:
             raise FileFormatError(
                 f"The speech models are damaged or from another version ({error!s:.200}). Train the avatar anew."

@@ -1,10 +1,10 @@
 """Audio-video offset: how many frames the mouth is later than the sound.
 
 Sound and mouth are mapped to the same k = DIRECTIONS numbers a frame. The mouth: filters over seven frames of four
-measures (opening, width, lip height, jaw). The sound: a ridge regression of those from six frames of speech features. The
-filters are the ones that sound predicts best. The lag at which both correlate best is the offset. The weights that ship
-were learned from speakers in no evaluation clip, so the correlation is also a score; it is not SyncNet, and is never
-called AVConf. Every score has a control: the same features rotated in time.
+measures (opening, width, lip height, jaw). The sound: a ridge regression of those from six frames of speech features.
+The filters are the ones that sound predicts best. The lag at which both correlate best is the offset. The weights that
+ship were learned from speakers in no evaluation clip, so the correlation is also a score; it is not SyncNet, and is
+never called AVConf. Every score has a control: the same features rotated in time.
 
 Lags are in frames, positive where the mouth is later than the sound.
 """
@@ -29,9 +29,9 @@ MOUTH_FRAMES = range(-3, 4)  # frames of mouth that a filter sees
 DIRECTIONS = 8
 WINDOW_FRAMES = 50
 # Margins on 9 speakers that the fit had not seen: with their own sound .34 and more (21 stretches of 8 s), with another
-# speaker's .10 in the median, .22 at 99 %, .26 at most (336). Chance falls with length: 99 % of foreign margins are below
-# .49, .36, .33, .26, .22 at 2, 3, 4, 6, 8 s, which is CHANCE_MARGIN / √frames. The own sound's offset was right within a
-# frame in every stretch of every length.
+# speaker's .10 in the median, .22 at 99 %, .26 at most (336). Chance falls with length: 99 % of foreign margins are
+# below .49, .36, .33, .26, .22 at 2, 3, 4, 6, 8 s, which is CHANCE_MARGIN / √frames. The own sound's offset was right
+# within a frame in every stretch of every length.
 RELIABLE_MARGIN = 0.25
 CHANCE_MARGIN = 3.3
 

@@ -1,9 +1,9 @@
 """Voice activity: whether somebody speaks, and how much of the mouth's motion is speech's.
 
-`VoiceActivity` is one linear score of the speech features that the Faceformers read anyway, so it is almost free. A score
-is a logit: speech against all other sound (silence, a room, hum, music, breath), which loudness cannot tell apart.
-`VadGate` turns loudness and scores into a weight in [0, 1] a frame. s features at 50 Hz, t frames at 25 fps, d the
-features' size. `hicode pretrain` learns the weights that ship, for the embedded encoder.
+`VoiceActivity` is one linear score of the speech features that the Faceformers read anyway, so it is almost free. A
+score is a logit: speech against all other sound (silence, a room, hum, music, breath), which loudness cannot tell
+apart. `VadGate` turns loudness and scores into a weight in [0, 1] a frame. s features at 50 Hz, t frames at 25 fps, d
+the features' size. `hicode pretrain` learns the weights that ship, for the embedded encoder.
 """
 
 from dataclasses import dataclass

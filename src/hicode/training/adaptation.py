@@ -167,10 +167,10 @@ def learn_speech_models(
 ) -> tuple[SpeechModels, AdaptReport]:
     """A person's models for features of `encoder`, from the training part of their clip.
 
-    Generic models of the same encoder are adapted: mean face and gain, and from `fine_tune_from_s` seconds of speech also
-    weights, kept only if validation improves. For another encoder the models are learned from the clip alone. Without
-    speech, the generic models get the person's mean face and amplitude. Raises TrainingError for values that are not
-    finite.
+    Generic models of the same encoder are adapted: mean face and gain, and from `fine_tune_from_s` seconds of speech
+    also weights, kept only if validation improves. For another encoder the models are learned from the clip alone.
+    Without speech, the generic models get the person's mean face and amplitude. Raises TrainingError for values that are
+    not finite.
     """
     for name in ("features", "expression", "landmarks"):
         bad = int((~getattr(example, name).isfinite()).sum())
@@ -185,24 +185,30 @@ def learn_speech_models(
         return _without_speech(example, subject, generic)
     assert example.features.shape[-1] == encoder.dim, (example.features.shape, encoder)
     adapting = encoder == generic.encoder
-    parts = []
+    learned = []
     for k in (0, 1):
         report = None if progress is None else lambda done, k=k: progress((k + done) / 2)
         part = _Part.of(k, example, subject, config)
         if adapting:
             start = (generic.expression, generic.landmarks)[k]
-            parts.append(_best(part, start, start.config, config, report))
+            learned.append(_best(part, start, start.config, config, report))
         else:
             start = part.closed_form(encoder.dim, config.alone_ridge)
             alone = replace(config, steps=config.alone_steps, learning_rate=config.alone_learning_rate)
-            parts.append(_best(part, start, replace(start.config, linear_share=0.5), alone, report))
+            learned.append(_best(part, start, replace(start.config, linear_share=0.5), alone, report))
         if progress:
             progress((k + 1) / 2)
-    models, gains, still, first, final, tuned = zip(*parts, strict=True)
-    subject = replace(subject, expression_gain=gains[0], landmark_gain=gains[1])
-    closure = generic.closure if adapting else closure_of(models[0], example)
-    speech_s = float(example.speaking.sum()) / FPS
-    return SpeechModels(*models, encoder, subject, closure), AdaptReport(speech_s, gains, still, first, final, tuned)
+    a, b = learned
+    subject = replace(subject, expression_gain=a.gain, landmark_gain=b.gain)
+    closure = generic.closure if adapting else closure_of(a.model, example)
+    return SpeechModels(a.model, b.model, encoder, subject, closure), AdaptReport(
+        speech_s=float(example.speaking.sum()) / FPS,
+        gain=(a.gain, b.gain),
+        still_mm=(a.still_mm, b.still_mm),
+        start_mm=(a.start_mm, b.start_mm),
+        final_mm=(a.final_mm, b.final_mm),
+        fine_tuned=(a.fine_tuned, b.fine_tuned),
+    )
 
 
 def _without_speech(
@@ -210,11 +216,13 @@ def _without_speech(
 ) -> tuple[SpeechModels, AdaptReport]:
     pair = generic.expression, generic.landmarks
     moved = example.displacements(subject)
-    gains = tuple(usual_gain(m, d, example.speaking, metric) for m, d, metric in zip(pair, moved, mouth_metrics()))
+    gains = [
+        usual_gain(m, d, example.speaking, metric) for m, d, metric in zip(pair, moved, mouth_metrics(), strict=True)
+    ]
     subject = replace(subject, expression_gain=gains[0], landmark_gain=gains[1])
-    nothing = (float("nan"),) * 2
+    nothing = float("nan"), float("nan")
     models = SpeechModels(*pair, generic.encoder, subject, generic.closure)
-    return models, AdaptReport(0.0, gains, nothing, nothing, nothing, (False, False))
+    return models, AdaptReport(0.0, (gains[0], gains[1]), nothing, nothing, nothing, (False, False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,10 +266,20 @@ class _Part:
         return model.eval()
 
 
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    model: Faceformer
+    gain: float
+    still_mm: float
+    start_mm: float
+    final_mm: float
+    fine_tuned: bool
+
+
 def _best(
     part: _Part, start: Faceformer, tuned_shape: FaceformerConfig, config: AdaptConfig, progress: Progress | None
-) -> tuple[Faceformer, float, float, float, float, bool]:
-    """(model, gain, errors of a still mouth, of `start`, of the result, whether tuned): the best on validation."""
+) -> _Learned:
+    """The best on validation: `start` with its usual or a fitted gain, or a fine-tuned copy."""
     learned, target = part.example[: part.cut], part.target[: part.cut]
     predicted = predict_displacement(start, part.example.features[0], part.identity_frames)
     usual = usual_gain(start, target, learned.speaking, part.metric)
@@ -274,7 +292,8 @@ def _best(
         gain = fit_gain(predicted[: part.cut], target, part.metric, config.gain_prior_s, usual)
         candidates.append((part.error_mm(gain * predicted), gain, tuned))
     error, gain, model = min(candidates, key=lambda c: c[0])
-    return model, gain, part.error_mm(torch.zeros_like(part.target)), candidates[0][0], error, model is not start
+    still = part.error_mm(torch.zeros_like(part.target))
+    return _Learned(model, gain, still, candidates[0][0], error, fine_tuned=model is not start)
 
 
 def usual_gain(model: Faceformer, target: Float[Tensor, "t n"], speaking: Bool[Tensor, "t"], metric: Metric) -> float:
@@ -290,7 +309,7 @@ def fit_gain(
     prior_s: float,
     prior_gain: float = 1.0,
 ) -> float:
-    """The factor on a prediction that is nearest the target, drawn to `prior_gain` with the weight of `prior_s` seconds."""
+    """The factor on a prediction that is nearest the target, drawn to `prior_gain` as by `prior_s` s of speech."""
     p, y = metric(predicted), metric(target)
     prior = FPS * prior_s * float(p.square().sum(-1).mean())
     return float(((p * y).sum() + prior * prior_gain) / (p.square().sum() + prior).clamp(min=1e-12))

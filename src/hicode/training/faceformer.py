@@ -1,9 +1,9 @@
 """Learning a Faceformer: what an error weighs, training by descent, and what is solved in closed form.
 
 t frames, n outputs (64 expression parameters, or 478 x 3 landmark coordinates), k coefficients of a model's basis, d
-feature dimensions. A displacement is motion minus the speaker's mean face. Speech says nothing of brows, gaze or pose, so
-errors are measured in a metric that weighs an output by how much of mouth and jaw it moves (a deviation from Eqs 13-14,
-which weigh all alike). A velocity term is added to the loss.
+feature dimensions. A displacement is motion minus the speaker's mean face. Speech says nothing of brows, gaze or pose,
+so errors are measured in a metric that weighs an output by how much of mouth and jaw it moves (a deviation from Eqs
+13-14, which weigh all alike). A velocity term is added to the loss.
 """
 
 import math
@@ -66,7 +66,7 @@ def mouth_metrics() -> tuple[Metric, Metric]:
 
 
 def fit_basis(displacements: list[Float[Tensor, "_ n"]], components: int, metric: Metric) -> Float[Tensor, "k n"]:
-    """Principal movements in the metric, each scaled to its standard deviation. Every speaker (an entry) counts alike."""
+    """Principal movements in the metric, each scaled to its standard deviation. Speakers (entries) count alike."""
     weighted = torch.cat([metric(d) / len(d) ** 0.5 for d in displacements]) / len(displacements) ** 0.5
     value, vector = torch.linalg.eigh((weighted.T @ weighted).double())
     value, vector = value[-components:].flip(0).clamp(min=1e-12), vector[:, -components:].flip(1)

@@ -10,7 +10,7 @@ Another encoder is a class with `AudioEncoder`'s members and a line in `create_e
 """
 
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,17 +39,23 @@ __all__ = [
 EncoderName = Literal["embedded", "hubert", "logmel"]
 
 
+@runtime_checkable
 class AudioEncoder(Protocol):
     """Turns 16 kHz mono sound into features, at once or as it comes.
 
     A feature is complete `window` and `margin` (samples) after its sound.
     """
 
-    name: str
-    variant: str | None
-    dim: int
-    window: Window
-    margin: int
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def variant(self) -> str | None: ...  # noqa: D102
+    @property
+    def dim(self) -> int: ...  # noqa: D102
+    @property
+    def window(self) -> Window: ...  # noqa: D102
+    @property
+    def margin(self) -> int: ...  # noqa: D102
 
     @property
     def spec(self) -> EncoderSpec:

@@ -52,7 +52,8 @@ class EncoderSpec:
     @staticmethod
     def from_json(value: dict[str, Any]) -> "EncoderSpec":
         """Raises KeyError or TypeError where something is missing."""
-        return EncoderSpec(**value | {"window": Window(*value["window"])})
+        parts: dict[str, Any] = value | {"window": Window(*value["window"])}
+        return EncoderSpec(**parts)
 
 
 class WindowedEncoder:
