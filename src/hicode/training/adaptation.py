@@ -169,8 +169,8 @@ def learn_speech_models(
 
     Generic models of the same encoder are adapted: mean face and gain, and from `fine_tune_from_s` seconds of speech
     also weights, kept only if validation improves. For another encoder the models are learned from the clip alone.
-    Without speech, the generic models get the person's mean face and amplitude. Raises TrainingError for values that are
-    not finite.
+    Without speech, the generic models get the person's mean face and amplitude. Raises TrainingError for values that
+    are not finite.
     """
     for name in ("features", "expression", "landmarks"):
         bad = int((~getattr(example, name).isfinite()).sum())
