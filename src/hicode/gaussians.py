@@ -29,10 +29,12 @@ class Gaussians:
 
     @property
     def scales(self) -> Float[Tensor, "n 3"]:
+        """Standard deviations along the axes."""
         return self.log_scales.exp()
 
     @property
     def opacities(self) -> Float[Tensor, "n"]:
+        """In [0, 1]."""
         return self.opacity_logits.sigmoid()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -46,7 +48,7 @@ class Gaussians:
     def deformed(
         self, d_means: Tensor, d_quats: Tensor, d_log_scales: Tensor, d_colors: Tensor | float = 0.0
     ) -> "Gaussians":
-        """Eq. 8: offsets of location, raw quaternion and log-scale; beyond the paper, of colour. Opacity stays canonical."""
+        """Eq. 8: add offsets of location, raw quaternion, log-scale and (not in the paper) colour. Opacity stays."""
         return replace(
             self,
             means=self.means + d_means,

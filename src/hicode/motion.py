@@ -60,6 +60,7 @@ class MotionFrame:
     speech: Float[Tensor, "s"] | None = None
 
     def to(self, device: torch.device | str) -> "MotionFrame":
+        """A copy on a device."""
         speech = None if self.speech is None else self.speech.to(device)
         return MotionFrame(self.expression.to(device), self.landmarks.to(device), self.head_rotation.to(device), speech)
 
@@ -126,6 +127,7 @@ class FaceTrack:
         return len(self.motion)
 
     def camera_at(self, t: int) -> Camera:
+        """The camera with the head pose of frame t."""
         return self.camera.with_pose(self.motion.T_camera_head[t])
 
     def mouth_box(self, t: int, padding: float = 0.35) -> tuple[int, int, int, int]:

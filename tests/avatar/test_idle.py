@@ -9,25 +9,21 @@ import torch
 
 from helpers.fake_avatar import FakeAvatar, source_video, speechlike
 from hicode.audio import SAMPLE_RATE_HZ
-from hicode.avatar import idle
+from hicode.avatar import eyes as eyes_module
+from hicode.avatar.eyes import Eyes, eye_gap, near_tracked_blinks, runs, tracked_blinks
 from hicode.avatar.idle import (
-    Eyes,
     IdleConfig,
     Idler,
     IdleSource,
     blink_profile,
-    eye_gap,
     head_room,
-    near_own_blinks,
     neck,
-    own_blinks,
-    runs,
+    rotation_about,
     still_frame,
-    turned_about,
 )
 from hicode.errors import InputError
 from hicode.geometry import axis_angle_from_rotation, transform
-from hicode.motion import Motion, ping_pong
+from hicode.motion import CHIN, Motion, ping_pong
 from hicode.session.config import SpeakConfig, VideoConfig
 from hicode.session.session import Session
 from hicode.session.speak import speak, synthesize
@@ -44,14 +40,14 @@ def face() -> torch.Tensor:
     points = torch.randn(478, 3, generator=torch.Generator().manual_seed(0)) * 0.01
     points[:, 1] -= 0.5
     points[:150, 1] += 1.2  # brow and forehead
-    for eye, (ring, iris) in enumerate(zip(idle.RINGS, idle.IRISES)):
+    for eye, (ring, iris) in enumerate(zip(eyes_module.RINGS, eyes_module.IRISES)):
         # A ring runs along the lower lid to the other corner, then back along the upper lid.
         angle = torch.arange(16) / 16 * 2 * torch.pi
         points[ring] = torch.stack([EYE[eye] - 0.15 * angle.cos(), 0.35 - 0.05 * angle.sin(), torch.zeros(16)], 1)
         if eye == 1:
             points[ring, 0] = 2 * EYE[1] - points[ring, 0]
         points[iris] = torch.tensor([EYE[eye], 0.35, -0.02])
-    points[idle.CHIN] = torch.tensor([0.0, -0.75, 0.0])
+    points[CHIN] = torch.tensor([0.0, -0.75, 0.0])
     return points
 
 
@@ -59,17 +55,17 @@ def actions() -> torch.Tensor:
     """Of the 3DMM: blinks bring the upper lids down, looks move the irises."""
     basis = torch.zeros(64, 478, 3)
     for eye in (0, 1):
-        ring = torch.from_numpy(idle.RINGS[eye])
+        ring = torch.from_numpy(eyes_module.RINGS[eye])
         rest = face()[ring]
-        basis[idle.BLINK[eye], ring, 1] = -(rest[:, 1] - 0.35).clamp(min=0) * 2.5
+        basis[eyes_module.BLINK[eye], ring, 1] = -(rest[:, 1] - 0.35).clamp(min=0) * 2.5
         side = 1.0 if eye == 1 else -1.0
         for action, way in (
-            (idle.LOOK_OUT, (side, 0, 0)),
-            (idle.LOOK_IN, (-side, 0, 0)),
-            (idle.LOOK_UP, (0, 1, 0)),
-            (idle.LOOK_DOWN, (0, -1, 0)),
+            (eyes_module.LOOK_OUT, (side, 0, 0)),
+            (eyes_module.LOOK_IN, (-side, 0, 0)),
+            (eyes_module.LOOK_UP, (0, 1, 0)),
+            (eyes_module.LOOK_DOWN, (0, -1, 0)),
         ):
-            basis[action[eye], idle.IRISES[eye]] = 0.05 * torch.tensor(way)
+            basis[action[eye], eyes_module.IRISES[eye]] = 0.05 * torch.tensor(way)
     return basis
 
 
@@ -87,8 +83,8 @@ def track(count: int, blinks: dict[int, float] | None = None, seed: int = 0) -> 
                 for eye in (0, 1):
                     # Lids close by 2 (the action would do 2.5 / 2 of it), with a trace of the person's own: the corners
                     # move out.
-                    landmarks[at] += depth * (1 - share) * 0.8 * actions()[idle.BLINK[eye]]
-                    expression[at, idle.BLINK[eye]] = 0.3 + 0.4 * depth
+                    landmarks[at] += depth * (1 - share) * 0.8 * actions()[eyes_module.BLINK[eye]]
+                    expression[at, eyes_module.BLINK[eye]] = 0.3 + 0.4 * depth
     pose = torch.eye(4).repeat(count, 1, 1)
     pose[:, 2, 3] = 6.0
     pose[:, 1, 1] = pose[:, 2, 2] = -1
@@ -210,22 +206,27 @@ def test_action_numbers_are_the_models():
     except AssetError:
         pytest.skip("the head model is not here and cannot be fetched")
     names = model.expression_names
-    assert [names[i] for i in idle.BLINK] == ["eyeBlinkRight", "eyeBlinkLeft"]
-    for action, name in ((idle.LOOK_DOWN, "Down"), (idle.LOOK_UP, "Up"), (idle.LOOK_IN, "In"), (idle.LOOK_OUT, "Out")):
+    assert [names[i] for i in eyes_module.BLINK] == ["eyeBlinkRight", "eyeBlinkLeft"]
+    for action, name in (
+        (eyes_module.LOOK_DOWN, "Down"),
+        (eyes_module.LOOK_UP, "Up"),
+        (eyes_module.LOOK_IN, "In"),
+        (eyes_module.LOOK_OUT, "Out"),
+    ):
         assert [names[i] for i in action] == [f"eyeLook{name}Right", f"eyeLook{name}Left"]
-    assert {names[i] for side in idle.EYE_ACTIONS for i in side} == {n for n in names if n.startswith("eye")}
-    assert not model.mouth_expression[[i for side in idle.EYE_ACTIONS for i in side]].any()
-    assert (model.mouth_landmark_weight[np.concatenate([*idle.RINGS, *idle.IRISES])] == 0).all()
+    assert {names[i] for side in eyes_module.EYE_ACTIONS for i in side} == {n for n in names if n.startswith("eye")}
+    assert not model.mouth_expression[[i for side in eyes_module.EYE_ACTIONS for i in side]].any()
+    assert (model.mouth_landmark_weight[np.concatenate([*eyes_module.RINGS, *eyes_module.IRISES])] == 0).all()
     # Left is +x for names, rings and irises; a look to the left moves both irises there, by the angle asked for.
     head = model.landmarks(model.mean)
     basis = model.landmarks(model.expression_basis)
     eyes = Eyes.of(
         Motion(torch.rand(30, 64), head.repeat(30, 1, 1), torch.eye(4).repeat(30, 1, 1)), Modelled(model, basis)
     )
-    assert head[idle.IRISES[1], 0].min() > 0 > head[idle.IRISES[0], 0].max()
-    per_degree = idle.IRIS_GAIN * idle.EYEBALL * np.pi / 180
+    assert head[eyes_module.IRISES[1], 0].min() > 0 > head[eyes_module.IRISES[0], 0].max()
+    per_degree = eyes_module.IRIS_GAIN * eyes_module.EYEBALL * np.pi / 180
     for way, axis, sign in ((0, 0, 1), (1, 0, -1), (2, 1, 1), (3, 1, -1)):
-        for iris in idle.IRISES:
+        for iris in eyes_module.IRISES:
             assert sign * float(eyes.look_landmarks[way, iris[0], axis]) == pytest.approx(
                 per_degree, rel=0.15
             )  # Down also draws back a little
@@ -249,17 +250,17 @@ class Modelled:
         return self._basis
 
 
-def test_own_blinks_are_found_and_slow_changes_are_not():
-    assert runs(own_blinks(track(200, {50: 0.1, 120: 0.5}))) == [
+def test_tracked_blinks_are_found_and_slow_changes_are_not():
+    assert runs(tracked_blinks(track(200, {50: 0.1, 120: 0.5}))) == [
         (49, 52),
         (120, 121),
     ]  # the second's flanks are within a dip's threshold
     squint = track(200)
     for eye in (0, 1):
         squint.landmarks.add_(
-            0.24 * torch.linspace(0, 1, 200)[:, None, None] * actions()[idle.BLINK[eye]]
+            0.24 * torch.linspace(0, 1, 200)[:, None, None] * actions()[eyes_module.BLINK[eye]]
         )  # slowly to .7 of open
-    assert not own_blinks(squint).any()
+    assert not tracked_blinks(squint).any()
 
 
 @pytest.mark.parametrize("blinks, learned", [({60: 0.1}, True), ({60: 0.55}, False), ({}, False)])
@@ -279,11 +280,11 @@ def test_lids_close_whether_learned_from_the_track_or_taken_from_the_model(blink
 
 def test_a_wink_teaches_one_eye_only():
     driving = track(200)
-    driving.landmarks[60] += 0.75 * actions()[idle.BLINK[0]] * 1.1
-    driving.landmarks[60] += 0.75 * actions()[idle.BLINK[1]] * 0.3
+    driving.landmarks[60] += 0.75 * actions()[eyes_module.BLINK[0]] * 1.1
+    driving.landmarks[60] += 0.75 * actions()[eyes_module.BLINK[1]] * 0.3
     eyes = Eyes.of(driving, Face(driving))
     assert (
-        eyes.learned and float(eyes.shut_expression[1, idle.BLINK[1]]) > 0.3
+        eyes.learned and float(eyes.shut_expression[1, eyes_module.BLINK[1]]) > 0.3
     )  # the left eye's is the model's action, not an enlarged twitch
     for eye in (0, 1):
         assert abs(float(eye_gap(face() + eyes.shut_landmarks[eye])[eye])) < 0.25 * float(eyes.open_gap[eye])
@@ -306,9 +307,9 @@ def test_eyes_turn_against_the_head():
     avatar = Face()
     idler = Idler(avatar.driving, avatar, still=True)
     _, landmarks, pose = idler._frame(avatar.driving, 0, 0.0, np.zeros(2), np.array([2.0, 0.0, 0.0]))
-    moved = (landmarks - avatar.driving.landmarks[0])[idle.IRISES[0][0]]
+    moved = (landmarks - avatar.driving.landmarks[0])[eyes_module.IRISES[0][0]]
     assert moved[0] < 0 and abs(float(moved[0])) == pytest.approx(
-        2 * idle.IRIS_GAIN * idle.EYEBALL * np.pi / 180, rel=0.05
+        2 * eyes_module.IRIS_GAIN * eyes_module.EYEBALL * np.pi / 180, rel=0.05
     )
     turned = axis_angle_from_rotation(avatar.driving.T_camera_head[0, :3, :3].T @ pose[:3, :3])
     torch.testing.assert_close(turned, torch.tensor([0.0, 2 * idle.RADIANS, 0.0]), atol=1e-5, rtol=0)
@@ -316,16 +317,16 @@ def test_eyes_turn_against_the_head():
 
 def test_the_head_turns_about_the_neck():
     pivot = torch.tensor([0.1, -1.0, -0.7])
-    T = turned_about(pivot, np.array([3.0, -2.0, 1.0]))
+    T = rotation_about(pivot, np.array([3.0, -2.0, 1.0]))
     torch.testing.assert_close(transform(T, pivot[None])[0], pivot, atol=1e-6, rtol=0)
     nose = torch.tensor([[0.0, 0.0, 0.5]])
     assert (
-        transform(turned_about(torch.zeros(3), np.array([5.0, 0, 0])), nose)[0, 0] > 0
+        transform(rotation_about(torch.zeros(3), np.array([5.0, 0, 0])), nose)[0, 0] > 0
     )  # yaw: to the subject's left, +x
-    assert transform(turned_about(torch.zeros(3), np.array([0, 5.0, 0])), nose)[0, 1] > 0  # pitch: up
+    assert transform(rotation_about(torch.zeros(3), np.array([0, 5.0, 0])), nose)[0, 1] > 0  # pitch: up
     crown = torch.tensor([[0.0, 1.0, 0.0]])
     assert (
-        transform(turned_about(torch.zeros(3), np.array([0, 0, 5.0])), crown)[0, 0] > 0
+        transform(rotation_about(torch.zeros(3), np.array([0, 0, 5.0])), crown)[0, 0] > 0
     )  # roll: towards the left shoulder
 
 
@@ -395,10 +396,10 @@ def test_nothing_is_added_to_a_track_that_blinks_itself():
     )
 
 
-def test_a_long_pause_between_own_blinks_is_filled_and_none_is_doubled():
+def test_a_long_pause_between_tracked_blinks_is_filled_and_none_is_doubled():
     driving, played, within = track(1000, {30: 0.1, 970: 0.1}), ping_pong(1000, 0, 4000), 100
-    own = own_blinks(driving)
-    near = near_own_blinks(own, ping_pong(1000, -within, 4000 + 2 * within), within)
+    own = tracked_blinks(driving)
+    near = near_tracked_blinks(own, ping_pong(1000, -within, 4000 + 2 * within), within)
     after = Idler(driving, Face(driving))(driving[played], near)
     added = [begin for begin, _ in runs((after.landmarks != driving.landmarks[played]).flatten(1).any(1).numpy())]
     assert len(added) >= 20
@@ -407,10 +408,10 @@ def test_a_long_pause_between_own_blinks_is_filled_and_none_is_doubled():
     assert not (own[played] & (after.landmarks != driving.landmarks[played]).flatten(1).any(1).numpy()).any()
 
 
-def test_nearness_of_own_blinks_is_counted_in_played_frames():
+def test_nearness_of_tracked_blinks_is_counted_in_played_frames():
     own = np.zeros(30, bool)
     own[10] = True
-    near = near_own_blinks(own, ping_pong(30, 0, 20 + 6), 3)  # answers for 3 ... 22
+    near = near_tracked_blinks(own, ping_pong(30, 0, 20 + 6), 3)  # answers for 3 ... 22
     assert np.flatnonzero(near).tolist() == [4, 5, 6, 7, 8, 9, 10]
 
 
@@ -448,7 +449,7 @@ def test_a_held_frame_can_be_chosen_and_must_exist():
 def test_the_frame_that_holds_best_has_open_eyes_and_a_usual_head():
     driving = track(120, {20: 0.1, 60: 0.1, 100: 0.1})
     poses = driving.T_camera_head.clone()
-    poses[:50, :3, :3] = poses[:50, :3, :3] @ turned_about(torch.zeros(3), np.array([15.0, 0, 0]))[:3, :3]
+    poses[:50, :3, :3] = poses[:50, :3, :3] @ rotation_about(torch.zeros(3), np.array([15.0, 0, 0]))[:3, :3]
     t = still_frame(replace(driving, T_camera_head=poses))
     assert t >= 51 and min(abs(t - b) for b in (20, 60, 100)) > 5
 

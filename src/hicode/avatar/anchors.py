@@ -21,6 +21,7 @@ class Anchors:
     weight: Float[Tensor, "n 4"]
 
     def tensors(self) -> dict[str, Tensor]:
+        """By name."""
         return {k: getattr(self, k) for k in ("points", "index", "weight")}
 
     def interpolate(self, values: Float[Tensor, "m c"]) -> Float[Tensor, "n c"]:

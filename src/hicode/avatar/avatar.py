@@ -68,9 +68,11 @@ class Avatar:
         self._fast = FrameDeformer(self.deformation, self.gaussians) if supported else None
 
     def driving_frame(self, t: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Picture t of the driving track."""
         return self.driving_frames[t]
 
     def driving_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
+        """Soft head mask t of the driving track."""
         return self.driving_masks[t]
 
     def to(self, device: torch.device | str) -> "Avatar":

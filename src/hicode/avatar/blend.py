@@ -73,6 +73,7 @@ class BlendRegion:
 
     @property
     def window(self) -> tuple[slice, slice]:
+        """The box as an index of images."""
         x0, y0, x1, y1 = self.box
         return slice(y0, y1), slice(x0, x1)
 
@@ -89,6 +90,7 @@ class PlainComposite:
 
     @property
     def plain(self) -> Float32[np.ndarray, "bh bw 3"]:
+        """rgb + (1 - alpha) fill."""
         return self.layers[..., RGB] + (1 - self.layers[..., ALPHA]) * self.layers[..., FILL]
 
     def output(self, residual: Float32[np.ndarray, "bh bw 3"] | float = 0.0) -> Float32[np.ndarray, "bh bw 3"]:
@@ -146,8 +148,8 @@ def blend_box(head_mask: UInt8[np.ndarray, "h w"]) -> Box | None:
 def _hair_cut(head_mask: UInt8[np.ndarray, "h w"], unit: float) -> np.ndarray:
     """Detects the straight lower cut through long hair, where the mask fades slowly downwards.
 
-    The frame has the same hair there, so it is not hidden: a plate behind half a render would show as a line. `unit`: px
-    per 1/512 of the image.
+    The frame has the same hair there, so it is not hidden: a plate behind half a render would show as a line.
+    `unit`: px per 1/512 of the image.
     """
     down, aside = max(1, round(3 * unit)), max(1, round(2 * unit))
     below = cv2.copyMakeBorder(head_mask, 0, down, 0, 0, cv2.BORDER_REPLICATE)[down:]
@@ -193,9 +195,9 @@ def compose(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The final frame: the head rendered over black (`rgb`, `alpha`) pasted into `frame` within the dilated head mask.
 
-    Pixels outside the dilated mask are the frame's, bit for bit; the result does not depend on the frame's pixels in the
-    hidden region. Without a refiner, the plain composite with a feathered edge. An empty mask gives the frame back.
-    Film grain lies on what is rendered, times its alpha.
+    Pixels outside the dilated mask are the frame's, bit for bit. Those of the hidden region are not read. Without a
+    refiner, the plain composite with a feathered edge. An empty mask gives the frame back. Film grain is added times
+    alpha.
     """
     region = blend_region(head_mask)
     out = frame.copy()
@@ -284,7 +286,9 @@ def _borders_halved(frame, plate, hidden, light, of_light, around, known):
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
-def _lay(rgb, alpha, frame, plate, hidden, weight, light, around, layers):
+def _lay(  # noqa: PLR0913 (a kernel takes its arrays one by one)
+    rgb, alpha, frame, plate, hidden, weight, light, around, layers
+):
     """Writes `PlainComposite.layers` in one pass. In the hidden region the fill is made of the plate and the two
     membranes, which are read bilinearly from half resolution."""
     h, w = hidden.shape
@@ -386,7 +390,7 @@ def estimate_background(
 def fill_smoothly(
     values: Float32[np.ndarray, "h w c"], known: Float32[np.ndarray, "h w"]
 ) -> Float32[np.ndarray, "h w c"]:
-    """Fill holes by a push-pull pyramid (Gortler et al. 1996): exact where `known` is 1, smooth where 0, blended between.
+    """Fill holes by a push-pull pyramid (Gortler et al. 1996): exact where `known` is 1, smooth where it is 0.
 
     `values` are premultiplied by `known`. With nothing known, zeros. At most four channels (OpenCV's resize).
     """
@@ -407,7 +411,7 @@ def fill_smoothly(
 
 
 def _distance_from_head(head_mask: np.ndarray, jaw_px: float) -> np.ndarray:
-    """Distance of each pixel from the head in px (0 on it); the head reaches `jaw_px` downwards. Infinite for an empty mask."""
+    """Distance of each pixel from the head (px), which reaches `jaw_px` further down. Infinite for an empty mask."""
     head = cv2.threshold(head_mask, 127, 1, cv2.THRESH_BINARY)[1]
     if not head.any():
         return np.full(head.shape, np.inf, np.float32)

@@ -155,6 +155,7 @@ class Deformation(nn.Module):
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Deformation":
+        """The inverse of `state`."""
         values: dict[str, Any] = config | {"attention_reaches": tuple(config["attention_reaches"])}
         cfg = DeformationConfig(**values)
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,7 +1,6 @@
 """Driving: which part of the motion comes from speech, and which from the driving video.
 
-Speech moves the mouth and the jaw; head pose, eyes, brows and upper face are the driving track's, since sound does not tell them (blinks
-least of all). Where nobody speaks the lips rest. t frames at 25 fps; 640 samples of 16 kHz sound a frame.
+Speech moves mouth and jaw. Head pose, eyes, brows and upper face are the driving track's: sound does not tell them.
 """
 
 from dataclasses import replace
@@ -41,7 +40,7 @@ def resting_mouth(driving: Motion, model: MouthDrive) -> tuple[Float[Tensor, "64
     """The subject's mouth at rest: the mean over the tenth of the driving frames whose lips are the most closed."""
     gap = (driving.landmarks[:, UPPER_LIP_INNER] - driving.landmarks[:, LOWER_LIP_INNER]).norm(dim=-1)
     width = driving.landmarks[:, torch.from_numpy(LIPS), 0]
-    # Pursed and stretched lips are closed too: of the closed frames, those of usual width are at rest.
+    # Pursed and stretched lips are closed too: a mouth at rest has its usual width.
     unusual = (width.amax(1) - width.amin(1)) / (width.amax(1) - width.amin(1)).median() - 1
     rest = (gap / gap.median().clamp_min(1e-6) + unusual.abs()).argsort()[: max(1, len(driving) // 10)]
     return driving.expression[rest].mean(0), driving.landmarks[rest].mean(0)

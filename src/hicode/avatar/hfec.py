@@ -131,6 +131,7 @@ class PointQuery(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.channels))
 
     def forward(self, points: AnchorCache) -> Float[Tensor, "m c"]:
+        """Q, from the cache where it holds it."""
         if points.query is not None:
             return points.query
         return self.mlp(sinusoidal(points.positions, self.frequencies))
@@ -170,6 +171,7 @@ class LandmarkAttention(nn.Module):
     def forward(
         self, q: Float[Tensor, "m c"], points: AnchorCache, signals: Signals
     ) -> tuple[Float[Tensor, "m c"], Float[Tensor, "m c"]]:
+        """Eq. 10's (mean, deviation)."""
         k, v = self.keys_values(signals)
         if isinstance(points.attention, StaticAttention):
             return mean_and_deviation(*points.attention.moments(v))
@@ -205,6 +207,7 @@ class HFEC(nn.Module):
         self.offsets = offset_mlp(config, config.channels)
 
     def forward(self, points: AnchorCache, signals: Signals) -> Float[Tensor, "m o"]:
+        """See `Control`."""
         q = self.query(points)  # Eq. 9
         y = adain(q, *self.attention(q, points, signals))  # Eqs 9-11: fine, by the landmarks
         y = adain(y, *self.style(signals.vector))  # Eq. 12: coarse, by the 3DMM parameters

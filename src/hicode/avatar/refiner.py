@@ -79,6 +79,7 @@ class Compositor(nn.Module):
 
     @staticmethod
     def from_state(tensors: dict[str, Tensor], config: dict) -> "Compositor":
+        """The inverse of `state`."""
         compositor = Compositor(CompositorConfig(**config))
         compositor.load_state_dict(tensors)
         return compositor.for_inference()

@@ -32,12 +32,15 @@ class Binding:
     landmark_weights: Float[Tensor, "n 8"]
 
     def tensors(self) -> dict[str, Tensor]:
+        """By name."""
         return {k: getattr(self, k) for k in ("vertices", "weights", "landmarks", "landmark_weights")}
 
     def select(self, index: Int[Tensor, "m"]) -> "Binding":
+        """Of m of the Gaussians."""
         return Binding(**{k: v[index] for k, v in self.tensors().items()})
 
     def cat(self, other: "Binding") -> "Binding":
+        """Of these Gaussians, then the others."""
         return Binding(**{k: torch.cat([v, getattr(other, k)]) for k, v in self.tensors().items()})
 
 

@@ -94,6 +94,7 @@ class Normalization(nn.Module):
             self.speech_std.copy_(motion.speech.std(0, correction=0) + 1e-3)
 
     def forward(self, frame: MotionFrame) -> Signals:
+        """A frame's signals, normalised."""
         speech = None
         if frame.speech is not None and len(frame.speech) == len(self.speech_mean):
             speech = (frame.speech - self.speech_mean) / self.speech_std

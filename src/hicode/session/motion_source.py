@@ -20,7 +20,8 @@ from torch import Tensor
 
 from hicode.audio import SAMPLES_PER_FEATURE, SAMPLES_PER_FRAME, DcBlocker, frame_rms
 from hicode.avatar.driving import merge_motion, resting_mouth
-from hicode.avatar.idle import Idler, head_room, near_own_blinks, neck, own_blinks, still_frame
+from hicode.avatar.eyes import near_tracked_blinks, tracked_blinks
+from hicode.avatar.idle import Idler, head_room, neck, still_frame
 from hicode.errors import InputError
 from hicode.motion import Motion, ping_pong
 from hicode.session.config import SpeakConfig
@@ -220,7 +221,7 @@ class Animation:
             self._idler = Idler(driving.motion, avatar, True, config.blinks, config.seed, pivot, room)
         elif config.blinks:
             self._idler = Idler(driving.motion, avatar, seed=config.seed)
-            self._blinks = own_blinks(driving.motion)
+            self._blinks = tracked_blinks(driving.motion)
         self._ahead: deque[Base] = deque()
         self._made = 0
 
@@ -263,8 +264,8 @@ class Animation:
     def _near_own_blink(self) -> np.ndarray:
         if self._blinks is None or self._idler is None:
             return np.zeros(1, bool)
-        within = round(self._idler.config.own_blink_s * self._driving.fps)
-        return near_own_blinks(self._blinks, self._played(-within, within + 1), within)
+        within = round(self._idler.config.tracked_blink_s * self._driving.fps)
+        return near_tracked_blinks(self._blinks, self._played(-within, within + 1), within)
 
 
 def _start(driving: Motion, config: SpeakConfig) -> int:

@@ -104,7 +104,7 @@ class Session:
     def __init__(
         self,
         avatar: "Avatar",
-        config: SpeakConfig = SpeakConfig(),  # noqa: B008 - frozen
+        config: SpeakConfig = SpeakConfig(),
         driving: DrivingTrack | None = None,
         encoder: AudioEncoder | None = None,
     ):

@@ -72,7 +72,7 @@ class SpeakResult:
 def synthesize(
     avatar: "Avatar",
     audio: Shaped[np.ndarray, "n"],
-    config: SpeakConfig = SpeakConfig(),  # noqa: B008 - frozen
+    config: SpeakConfig = SpeakConfig(),
     driving: DrivingTrack | None = None,
 ) -> Iterator[Frame]:
     """The frames of a whole sound at 16 kHz, ceil(n / 640) of them, with its level measured where `config` has none.
@@ -103,8 +103,8 @@ def speak(
     avatar: "Avatar | Path | str",
     audio: Path | str | Shaped[np.ndarray, "n"],
     out: Path | str,
-    config: SpeakConfig = SpeakConfig(),  # noqa: B008 - frozen
-    video: VideoConfig = VideoConfig(),  # noqa: B008 - frozen
+    config: SpeakConfig = SpeakConfig(),
+    video: VideoConfig = VideoConfig(),
     device: Device = "auto",
     progress: bool = True,
 ) -> SpeakResult:
