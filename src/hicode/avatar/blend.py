@@ -16,7 +16,7 @@ The residual is the refiner's (`hicode.avatar.refiner`), or zero. By default the
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import cv2
 import numba
@@ -48,6 +48,7 @@ INPUT_CHANNELS = 11
 RGB, ALPHA, SURROUND, FILL, WEIGHT = slice(0, 3), slice(3, 4), slice(4, 7), slice(7, 10), slice(10, 11)
 
 
+@runtime_checkable
 class ResidualSource(Protocol):
     """A refiner (Eq. 18): `Compositor`."""
 

@@ -4,7 +4,7 @@ Speech moves mouth and jaw. Head pose, eyes, brows and upper face are the drivin
 """
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +13,7 @@ from torch import Tensor
 from hicode.motion import LIPS, LOWER_LIP_INNER, UPPER_LIP_INNER, Motion
 
 
+@runtime_checkable
 class MouthDrive(Protocol):
     """What says which controls speech drives: a `HeadModel` or an `Avatar`."""
 

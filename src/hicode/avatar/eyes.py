@@ -5,7 +5,7 @@ First axis of what comes in pairs: right eye, left eye. Lengths are head units (
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ TRACKED_CLOSED, MODEL_CLOSED = 0.0, -0.1
 IRIS_GAIN = 2.5  # landmarks of the iris move so much farther than the eye turns: the rig follows them by 1/5 to 1/2
 
 
+@runtime_checkable
 class Actions(Protocol):
     """What says how landmarks move with the 3DMM's expressions: an `Avatar`."""
 

@@ -159,7 +159,7 @@ def _restyle(counter, moments, normal, styled, sums):
     """The first AdaIN (Eq. 11) from attention's moments, and each piece's sums of the result and of its square."""
     m, c = normal.shape
     zero, floor = np.float32(0), np.float32(1e-5)
-    piece = take(counter)
+    piece = take(counter)  # pyright: ignore[reportCallIssue] (numba adds the typing context)
     while piece * BLOCK < m:
         total, square = sums[piece, 0], sums[piece, 1]
         for i in range(piece * BLOCK, min(m, (piece + 1) * BLOCK)):
@@ -170,7 +170,7 @@ def _restyle(counter, moments, normal, styled, sums):
                 styled[i, j] = y
                 total[j] += np.float64(y)
                 square[j] += np.float64(y) * np.float64(y)
-        piece = take(counter)
+        piece = take(counter)  # pyright: ignore[reportCallIssue]
 
 
 @njit(**_OPTIONS)
@@ -180,7 +180,7 @@ def _move(  # noqa: PLR0913 (a kernel takes its arrays one by one)
 ):  # fmt: skip
     """Canonical rows plus offsets interpolated from the anchors plus the rig's displacement; a row is one vector."""
     n = canonical.shape[0] // ROW
-    chunk = take(counter)
+    chunk = take(counter)  # pyright: ignore[reportCallIssue]
     while chunk * CHUNK < n:
         for i in range(chunk * CHUNK, min(n, (chunk + 1) * CHUNK)):
             row = load(canonical, ROW * i)
@@ -196,4 +196,4 @@ def _move(  # noqa: PLR0913 (a kernel takes its arrays one by one)
                 out_colors[i, k] = lane(row, 10 + k)
             for k in range(4):
                 out_quats[i, k] = lane(row, 3 + k)
-        chunk = take(counter)
+        chunk = take(counter)  # pyright: ignore[reportCallIssue]

@@ -6,7 +6,7 @@ numbers, cannot tell one expression from another. Eqs 9-10: by default attention
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -50,6 +50,7 @@ class AnchorCache:
     query: Float[Tensor, "m c"] | None = None
 
 
+@runtime_checkable
 class Control(Protocol):
     """A learned control: HFEC, or a row of Table 2 in its place."""
 

@@ -14,7 +14,7 @@ rotation. Head: noise whose amplitude falls with frequency, below 1 Hz.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -284,6 +284,7 @@ def neck(driving: Motion) -> Float[Tensor, "3"]:
     return chin - torch.tensor([0.0, BELOW_CHIN, BEHIND_CHIN])
 
 
+@runtime_checkable
 class Held(Protocol):
     """The part of `Avatar` that `head_room` reads."""
 

@@ -2,12 +2,12 @@
 
 n Gaussians in the head frame, one camera, an image of h x w pixels with centres at +0.5. What every backend computes:
 
-    Sigma' = J V Sigma V^T J^T + 0.3 I          the projected covariance (Eq. 3), dilated so that nothing falls between two pixels
-    alpha  = min(sigmoid(o) exp(-d^T Sigma'^-1 d / 2), 0.99), or 0 below 1/255          (Eq. 6; d from the mean to the pixel, px)
-    rgb    = sum over depth of alpha T colour + T background, T = product of (1 - alpha) of those in front          (Eq. 5)
+    Sigma' = J V Sigma V^T J^T + 0.3 I   the projected covariance (Eq. 3), dilated so that nothing falls between pixels
+    alpha  = min(sigmoid(o) exp(-d^T Sigma'^-1 d / 2), 0.99), or 0 below 1/255   (Eq. 6; d from mean to pixel, px)
+    rgb    = sum over depth of alpha T colour + T background, T = product of (1 - alpha) of those in front   (Eq. 5)
 
-A Gaussian that would bring T down to 1e-4 or below ends its pixel and is not blended itself. Deviation from Eq. 6: the paper omits the
-inverse of Sigma'. The constants are gsplat's, so that the backends agree.
+A Gaussian that would bring T down to 1e-4 or below ends its pixel and is not blended itself. Deviation from Eq. 6: the
+paper omits the inverse of Sigma'. The constants are gsplat's, so that the backends agree.
 
 - `reference` is the specification: dense torch, any float type, any device, memory grows with h x w x n.
 - `cpu` is the Numba kernels, float32.
@@ -46,11 +46,10 @@ class Rendering:
 
 @dataclass(eq=False)
 class RasterStats:
-    """What density control wants to know of one rendering; `rasterize` and its backward fill it in.
+    """What density control reads of one rendering; `rasterize` and its backward fill it in. 0 for unseen Gaussians.
 
-    radii_px     "n"    after the forward: half the longer side of the box in which alpha reaches 1/255, in px; 0 where the Gaussian is not
-                        seen. gsplat rounds it up
-    grad_means2d "n 2"  after the backward: gradient of the loss to the projected means, per px; 0 where the Gaussian is not seen
+    radii_px     "n"    after the forward: half the longer side of the box in which alpha reaches 1/255, px
+    grad_means2d "n 2"  after the backward: gradient of the loss to the projected means, per px
     """
 
     radii_px: Float[Tensor, "n"] | None = None
@@ -72,10 +71,10 @@ def rasterize(
 ) -> Rendering:
     """Render Gaussians from one camera over a constant background.
 
-    Differentiable, through rgb and alpha, in the five tensors of `gaussians` (activations are applied inside), in `camera.T_camera_head`
-    and in `background`. `camera.K` receives no gradient except from the reference.
+    Differentiable, through rgb and alpha, in the tensors of `gaussians` (activations are applied inside),
+    `camera.T_camera_head` and `background`. `camera.K` receives no gradient except from the reference.
 
-    `auto` takes gsplat for CUDA tensors where it is installed, the kernels for float32, and the reference for other float types.
+    `auto` takes gsplat for CUDA tensors (if installed), the kernels for float32, the reference for other types.
     Raises InputError, naming the tensor, where an input holds NaN or infinity, and where the backend cannot run.
     """
     _check(gaussians, camera, background)
@@ -108,7 +107,7 @@ def _implementation(backend: Backend) -> Callable:
 def _check(gaussians: Gaussians, camera: Camera, background: Tensor) -> None:
     n = len(gaussians)
     shapes = {"means": (n, 3), "log_scales": (n, 3), "quats": (n, 4), "opacity_logits": (n,), "colors": (n, 3)}
-    # What colours would be at a turn is not drawn: `Gaussians.turned` has made colours of it, or it stays unused.
+    # view_dependent_color is not drawn: `Gaussians.seen_at` adds it to the colours.
     named = {f"gaussians.{k}": getattr(gaussians, k) for k in shapes}
     for (name, tensor), shape in zip(named.items(), shapes.values(), strict=True):
         assert tensor.shape == shape, f"{name} has shape {tuple(tensor.shape)}, not {shape}"
@@ -116,7 +115,7 @@ def _check(gaussians: Gaussians, camera: Camera, background: Tensor) -> None:
     assert background.shape == (3,), f"background has shape {tuple(background.shape)}, not (3,)"
     assert camera.width > 0 and camera.height > 0, (camera.width, camera.height)
     named |= {"camera.K": camera.K, "camera.T_camera_head": camera.T_camera_head, "background": background}
-    # NaN and infinity survive a sum, so a healthy input costs eight short passes and no more; overflow of the sum is told apart below.
+    # NaN and infinity survive a sum: a healthy input costs eight short passes. Overflow of the sum is told apart below.
     if all(math.isfinite(_sum(tensor.detach())) for tensor in named.values()):
         return
     for name, tensor in named.items():

@@ -1,20 +1,23 @@
 """The rasteriser's kernels for the CPU: Numba over 16-lane vectors, forward and backward (Eqs 3-6).
 
-n Gaussians, one image in tiles of 32 x 32 px, each of 8 x 8 blocks of 4 x 4 px; a block is one vector. The forward's four steps:
+n Gaussians, one image in tiles of 32 x 32 px, each of 8 x 8 blocks of 4 x 4 px; a block is one vector.
 
-1. project     16 Gaussians a vector: the projected mean, the inverse (A, B, C) of Sigma', ln of the opacity, the tiles that the ellipse
-               alpha >= 1/255 can touch. One row of 16 floats a Gaussian (`splats`).
-2. bin         a (Gaussian, tile) pair for every tile in a Gaussian's box, tile by tile, near before far.
-3. blend       per tile: a 64-bit mask of touched blocks for every pair, then pair by pair the masked blocks, T and RGB staying in the
-               nearest cache. A finished pixel carries -T, so no test or mask is needed to skip it; a finished block leaves the masks.
-4. backward    blends again front to back. With Q the part of <gradient, pixel> that lies behind, d alpha = T <gradient, colour> - Q / (1 - alpha).
-               Each pair writes its nine sums to its own slot; a Gaussian's slots are neighbours, and are added in their order when the
-               gradient goes back through the projection.
+1. project   16 Gaussians a vector: projected mean, inverse (A, B, C) of Sigma', ln of the opacity, and the tiles that
+             the ellipse alpha >= 1/255 can touch. One row of 16 floats a Gaussian (`splats`).
+2. bin       a (Gaussian, tile) pair for every tile in a Gaussian's box, tile by tile, near before far.
+3. blend     per tile: a 64-bit mask of touched blocks for every pair, then pair by pair the masked blocks. T and RGB
+             stay in the nearest cache. A finished pixel carries -T: no test. A finished block leaves the masks.
+4. backward  blends again front to back. With Q the part of <gradient, pixel> behind the Gaussian,
+             d alpha = T <gradient, colour> - Q / (1 - alpha). Each pair writes nine sums to its own slot. A Gaussian's
+             slots are neighbours and are added in order when the gradient goes back through the projection.
 
-Nothing is added by two threads to one place, so results do not depend on the number of threads, bit for bit. Threads are Python's (the
-kernels hold no lock) and take the next tile when they are free, so a core that is busy elsewhere costs little. As many as
-`torch.get_num_threads()` take part.
+No two threads add to one place: results do not depend on the number of threads, bit for bit. Threads are Python's (the
+kernels hold no lock); each takes the next tile when it is free. `torch.get_num_threads()` take part.
 """
+
+# pyright: reportCallIssue=false
+# Numba's intrinsics take a typing context first, which callers do not give.
+# ruff: noqa: PLR0913 (kernels take their arrays one by one)
 
 import numpy as np
 import torch
@@ -241,7 +244,8 @@ def _project(
                 )
             else:  # only whole rows are read, so nothing runs past the arrays' ends
                 _project_16(
-                    _last_rows(means, _3, i), _last_rows(log_scales, _3, i), _last_rows(quats, _4, i), _last_rows(logits, _1, i),
+                    _last_rows(means, _3, i), _last_rows(log_scales, _3, i), _last_rows(quats, _4, i),
+                    _last_rows(logits, _1, i),
                     _last_rows(colors, _3, i), _0, view, lens, width, height, splats, depths, radii, boxes, i,
                 )  # fmt: skip
         chunk = take(counter)
@@ -252,7 +256,7 @@ def _project(
 
 @njit(**_OPTIONS)
 def _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start):
-    """How many Gaussians touch a tile, how many (Gaussian, tile) pairs they make, and the smallest and largest key (depth's bits).
+    """Number of Gaussians that touch a tile, of their (Gaussian, tile) pairs; smallest and largest key (depth's bits).
 
     `first_slot[i]` counts the pairs of the Gaussians before i, `tile_start[t]` those of the tiles before t.
     """
@@ -276,9 +280,9 @@ def _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start):
 
 @njit(**_OPTIONS)
 def _order_by_depth(boxes, keys, n, least, most, order, other):
-    """Sort the Gaussians that touch a tile by depth, equal depths by index; returns the array, of the two given, that holds the result.
+    """Sort the Gaussians that touch a tile by depth, equal depths by index; returns the given array with the result.
 
-    A radix sort of (key - least) << 32 | index, as many 12-bit digits as the keys' range needs: a head's depths take two.
+    A radix sort of (key - least) << 32 | index, with as many 12-bit digits as the keys need: a head takes two.
     """
     digits, span = 1, np.uint64(most) - np.uint64(least) if most > least else np.uint64(0)
     while span >> np.uint64(12 * digits) > 0:
@@ -331,18 +335,18 @@ def _fill_tiles(boxes, order, touching, first_slot, tiles_x, tile_start, pairs):
 
 @njit(inline="always", **_OPTIONS)
 def _touched_blocks(g, tile_x, tile_y):
-    """The 64-bit mask of a tile's blocks that the ellipse alpha >= 1/255 meets; its right and left edges side by side in one vector."""
+    """The 64-bit mask of a tile's blocks that the ellipse alpha >= 1/255 meets."""
     top = block_rows_twice() + (tile_y - g[Y])
     bottom = top + 3.0
     half = g[HALF_Y]
     inside = (top <= half) & (bottom >= -half)
-    # The ellipse is widest at its tip; in a row of blocks that does not hold the tip, at the row's edge that is nearest to it.
+    # The ellipse is widest at its tip; in a row of blocks without the tip, at the row's edge nearest to it.
     side = right_then_left()
     y = minimum(maximum(side * g[TIP_Y], maximum(top, vector(-half))), minimum(bottom, vector(half)))
     edge = (y * g[XY] + side * vsqrt(maximum(y * y * g[SLOPE] + g[REACH], vector(0.0)))) * g[INVERSE_A] + (
         g[X] - tile_x
     )
-    # In units of blocks. Pixel 4 c + 3 is block c's last, so a left edge beyond it belongs to c + 1; the margins are for rounding.
+    # In blocks. Pixel 4 c + 3 is block c's last, so a left edge beyond it belongs to c + 1. Margins are for rounding.
     return row_bits(edge * 0.25 + where(side > 0.0, 1e-3, 0.25 - 1e-3), inside)
 
 
@@ -457,8 +461,8 @@ def _load_gradient(image, x, y, width, height, stride_y, stride_x, offset, scrat
 
 @njit(**_OPTIONS)
 def _blend_tile_back(
-    tile, tiles_x, splats, rows, pairs, start, end, masks, buffer, corner, planes, rgb_grad, rgb_strides, alpha_grad, alpha_strides,
-    slots, width, height, pitch, plane,
+    tile, tiles_x, splats, rows, pairs, start, end, masks, buffer, corner, planes, rgb_grad, rgb_strides, alpha_grad,
+    alpha_strides, slots, width, height, pitch, plane,
 ):  # fmt: skip
     ox, oy = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
     tile_x, tile_y = np.float32(ox), np.float32(oy)
@@ -536,8 +540,8 @@ def _blend_tile_back(
 
 @njit(**_OPTIONS)
 def _blend_back(
-    counter, schedule, tiles_x, tile_start, splats, rows, pairs, masks, planes, rgb_grad, rgb_strides, alpha_grad, alpha_strides,
-    slots, width, height, pitch, plane,
+    counter, schedule, tiles_x, tile_start, splats, rows, pairs, masks, planes, rgb_grad, rgb_strides, alpha_grad,
+    alpha_strides, slots, width, height, pitch, plane,
 ):  # fmt: skip
     buffer, corner = np.empty(80 * BLOCKS, np.float32), np.empty(2 * BLOCKS, np.float32)
     j = take(counter)
@@ -545,8 +549,8 @@ def _blend_back(
         t = schedule[j]
         if tile_start[t + 1] > tile_start[t]:
             _blend_tile_back(
-                t, tiles_x, splats, rows, pairs, tile_start[t], tile_start[t + 1], masks, buffer, corner, planes, rgb_grad, rgb_strides,
-                alpha_grad, alpha_strides, slots, width, height, pitch, plane,
+                t, tiles_x, splats, rows, pairs, tile_start[t], tile_start[t + 1], masks, buffer, corner, planes,
+                rgb_grad, rgb_strides, alpha_grad, alpha_strides, slots, width, height, pitch, plane,
             )  # fmt: skip
         j = take(counter)
 
@@ -556,9 +560,9 @@ def _project_16_back(
     means, log_scales, quats, logits, i, view, lens, rows, radii, first_slot, slots, o, count, scratch,
     d_means, d_log_scales, d_quats, d_logits, d_colors, d_means2d, pose, to,
 ):  # fmt: skip
-    """Gradients of the Gaussians i .. i + 15, whose projections stand in rows o .. o + 15, of which `count` are real, into rows `to` ..
+    """Gradients of Gaussians i .. i + 15, `count` of them real, into rows `to` ..; projections are rows o .. o + 15.
 
-    `pose` (12 x 16) receives, lane by lane, the sums that make the gradient of V and the translation; None where it is not wanted.
+    `pose` (12 x 16) receives, lane by lane, the sums of the gradient of V and the translation; None: not needed.
     """
     for l in range(16):
         total = vector(np.float32(0.0))
@@ -622,7 +626,7 @@ def _project_16_back(
     dw, dx, dy, dz = dw - along * qw, dx - along * qx, dy - along * qy, dz - along * qz
     store_rows_of_4(d_quats, 4 * to, (dw * normalise, dx * normalise, dy * normalise, dz * normalise))
 
-    # To the point in the camera's frame, through the mean and through J. Where x / z is held at the field's margin, J ignores it.
+    # To the point in the camera's frame, through mean and J. Where x / z is clamped at the margin, J ignores it.
     dj00, dj02 = e00 * view[0] + e01 * view[1] + e02 * view[2], e00 * view[8] + e01 * view[9] + e02 * view[10]
     dj11, dj12 = e10 * view[4] + e11 * view[5] + e12 * view[6], e10 * view[8] + e11 * view[9] + e12 * view[10]
     fx, fy = lens[0], lens[1]
@@ -684,7 +688,8 @@ def _project_back(
         for i in range(chunk * CHUNK, min(n, (chunk + 1) * CHUNK), 16):
             if i + 16 <= n:
                 _project_16_back(
-                    means, log_scales, quats, logits, i, view, lens, rows, radii, first_slot, slots, i, min(16, n - i), scratch,
+                    means, log_scales, quats, logits, i, view, lens, rows, radii, first_slot, slots, i,
+                    min(16, n - i), scratch,
                     d_means, d_log_scales, d_quats, d_logits, d_colors, d_means2d, pose, i,
                 )  # fmt: skip
             else:
@@ -696,7 +701,8 @@ def _project_back(
                 )
                 t3c, t2 = np.empty(48, np.float32), np.empty(32, np.float32)
                 _project_16_back(
-                    _last_rows(means, _3, i), _last_rows(log_scales, _3, i), _last_rows(quats, _4, i), _last_rows(logits, _1, i), _0,
+                    _last_rows(means, _3, i), _last_rows(log_scales, _3, i), _last_rows(quats, _4, i),
+                    _last_rows(logits, _1, i), _0,
                     view, lens, rows, radii, first_slot, slots, i, n - i, scratch, t3, t3s, t4, t1, t3c, t2, pose, _0,
                 )  # fmt: skip
                 _keep_first(d_means, t3, _3, i)
@@ -712,7 +718,7 @@ def _project_back(
 
 
 class _Buffers:
-    """Working memory of one rendering, used again by the next: fresh pages would cost as much as the blending."""
+    """Working memory of a rendering, reused by the next: fresh pages would cost as much as the blending."""
 
     def __init__(self):
         self.arrays: dict[str, np.ndarray] = {}
@@ -829,7 +835,8 @@ class _Rasterize(torch.autograd.Function):
         alpha_grad = torch.zeros(1).expand(height, width) if alpha_grad is None else alpha_grad
         by_channel = rgb_grad.permute(2, 0, 1)
         gradients = (
-            _any_layout(by_channel), np.array(by_channel.stride(), np.int64), _any_layout(alpha_grad), np.array(alpha_grad.stride(), np.int64)
+            _any_layout(by_channel), np.array(by_channel.stride(), np.int64),
+            _any_layout(alpha_grad), np.array(alpha_grad.stride(), np.int64)
         )  # fmt: skip
         slots = lease.buffers.get("slots", (total * ROW,), np.float32)
         run_on_threads(_blend_back, len(tiling[0]), *tiling, _flat(planes), *gradients, slots, *size)
@@ -866,7 +873,7 @@ ASK_BYTES = 1 << 29  # less than this is taken without asking how much is left, 
 
 
 def _check_room(pairs: int, n: int, width: int, height: int) -> None:
-    """Raise ResourceError where the pairs of a rendering will not fit: Gaussians grown over the whole image make millions of them."""
+    """Raise ResourceError where the pairs of a rendering will not fit, as when Gaussians cover the whole image."""
     if pairs * PAIR_BYTES > ASK_BYTES:
         doing = f"Rendering {n:,} Gaussians that cover {pairs / max(n, 1):.0f} tiles each at {width}x{height}"
         require_memory(
@@ -879,15 +886,16 @@ def _check_room(pairs: int, n: int, width: int, height: int) -> None:
 def rasterize_cpu(
     gaussians: Gaussians, camera: Camera, background: Float[Tensor, "3"], stats=None
 ) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w"]]:
-    """(rgb, alpha) as `hicode.render.rasterize` says. rgb is planar in memory: `rgb.permute(2, 0, 1)` is an ordinary image.
+    """(rgb, alpha) of `hicode.render.rasterize`. rgb is planar in memory: `rgb.permute(2, 0, 1)` is contiguous.
 
-    Tensors on another device are brought here and the result is sent back. Raises InputError for float types other than float32.
+    Tensors on another device are copied here and the result is copied back. InputError for types other than float32.
     """
     device = gaussians.means.device
     for name, tensor in gaussians.tensors().items():
         if tensor.dtype != torch.float32:
             raise InputError(
-                f"gaussians.{name} is {tensor.dtype}; the cpu rasteriser reads float32. Convert it, or take backend='reference'."
+                f"gaussians.{name} is {tensor.dtype}; the cpu rasteriser reads float32. "
+                "Convert it, or take backend='reference'."
             )
     tensors = [gaussians.means, gaussians.log_scales, gaussians.quats, gaussians.opacity_logits, gaussians.colors]
     tensors += [camera.T_camera_head, background]

@@ -1,7 +1,7 @@
 """The rasteriser on CUDA: gsplat, given our conventions.
 
-gsplat (Apache-2.0) keeps this package's rules (`hicode.render`) with two differences that reach the image: versions before its alpha limit
-became 0.99 clip alpha at 0.999, and versions before 1.5 cut every Gaussian at three standard deviations instead of at alpha = 1/255.
+gsplat (Apache-2.0) follows this package's rules (`hicode.render`) but for two differences in old versions: some clip
+alpha at 0.999, and those before 1.5 cut every Gaussian at three standard deviations instead of at alpha = 1/255.
 """
 
 import torch
@@ -17,7 +17,7 @@ from hicode.render.reference import DILATION_PX2, NEAR
 def rasterize_cuda(
     gaussians: Gaussians, camera: Camera, background: Float[Tensor, "3"], stats=None
 ) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w"]]:
-    """(rgb, alpha) as `hicode.render.rasterize` says, on the Gaussians' device. Raises InputError where gsplat is not installed."""
+    """(rgb, alpha) of `hicode.render.rasterize`, on the Gaussians' device. InputError where gsplat is not installed."""
     try:
         from gsplat import rasterization
     except ImportError as error:

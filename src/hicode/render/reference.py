@@ -1,6 +1,6 @@
 """The rasteriser's specification in plain torch (Eqs 3-6): every Gaussian against every pixel, gradients by autograd.
 
-n Gaussians, p pixels. Any float type and device. Slow, and memory grows with p x n: for tests, small images, and float64.
+n Gaussians, p pixels. Any float type and device. Slow, and memory grows with p x n: for tests, small images, float64.
 """
 
 import torch
@@ -16,13 +16,13 @@ ALPHA_MIN = 1 / 255  # what an 8-bit image cannot show is not blended
 ALPHA_MAX = 0.99  # keeps 1 / (1 - alpha) tame in the gradient
 TRANSMITTANCE_MIN = 1e-4  # a pixel is finished before it gets this dark
 NEAR = 0.01  # head units: nearer Gaussians, and those behind the camera, are not seen
-FIELD_MARGIN = 0.3  # J is evaluated at most this fraction of the field's half width outside the image: far outside it is no approximation
+FIELD_MARGIN = 0.3  # J is clamped at this fraction of the field's half width outside the image
 
 
 def project(
     gaussians: Gaussians, camera: Camera
 ) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 3"], Float[Tensor, "n"], Float[Tensor, "n"], Bool[Tensor, "n"]]:
-    """Means in px, the inverse of Sigma' as (xx, xy, yy), depth, radius in px, and which Gaussians can touch a pixel (Eqs 3-4)."""
+    """Means (px), inverse of Sigma' (xx, xy, yy), depth, radius (px), whether each can touch a pixel (Eqs 3-4)."""
     V = camera.T_camera_head[:3, :3]
     p = transform(camera.T_camera_head, gaussians.means)
     seen = p[:, 2] >= NEAR
@@ -55,7 +55,7 @@ def project(
     return means2d, inverse, z, radii, seen
 
 
-def blend(
+def blend(  # noqa: PLR0913 (the projection's parts)
     means2d: Float[Tensor, "n 2"],
     inverse: Float[Tensor, "n 3"],
     depth: Float[Tensor, "n"],

@@ -1,17 +1,21 @@
 """Sixteen float32 lanes as one value inside Numba kernels: a type over LLVM's <16 x float>.
 
-LLVM does not vectorise the rasteriser's loops by itself (six times slower), so the kernels say what a vector is. Where the processor's
+LLVM does not vectorise the rasteriser's loops by itself (six times slower), so the kernels name the vectors. Where
 registers are narrower than 512 bits LLVM splits each operation; the results are the same to rounding.
 
-Notation: `F` a vector of 16 floats, `M` a vector of 16 truth values, `a` a flat float32 array, `i` an element's index in it. Vectors
-take + - * / and the comparisons, with each other and with scalars, which are spread over the lanes. Loads and stores are unaligned and
-not checked against the array's end.
+Notation: `F` a vector of 16 floats, `M` a vector of 16 truth values, `a` a flat float32 array, `i` an element's index.
+Vectors take + - * / and comparisons, with each other and with scalars, which are broadcast. Loads and stores are
+unaligned and not checked against the array's end.
 
-Arithmetic may be reordered and contracted, but NaN and infinity keep their meaning: poisoned input must stay visible to comparisons.
+Arithmetic may be reordered and contracted, but NaN and infinity keep their meaning: comparisons must see bad input.
 
-Numba caches a kernel by the content of the file it stands in, not of this one: after a change here, or of a constant that the
-kernels import, delete render/__pycache__, or the old kernels keep running.
+Numba caches a kernel by the content of the file it stands in, not of this one. After a change here, or of a constant
+that the kernels import, delete render/__pycache__.
 """
+
+# pyright: reportOptionalCall=false, reportArgumentType=false, reportCallIssue=false
+# Numba's and llvmlite's registries have no types.
+# ruff: noqa: PLR0913 (a vector's lanes are arguments)
 
 import operator
 
@@ -214,7 +218,7 @@ minimum, maximum = _extremum("<"), _extremum(">")  # y where either is NaN, as t
 
 @intrinsic
 def quotient(typing, x, y):
-    """x / y for finite values, by the processor's estimate and a Newton step where it has one: a third of a division's time."""
+    """x / y for finite values, by the processor's estimate and a Newton step where it has one: a third of the time."""
     flags = (*FAST, "ninf")
     return F(F, F), lambda context, builder, sig, args: builder.fdiv(*args, flags=flags)
 
@@ -243,7 +247,7 @@ vsqrt, vfloor, vceil, vabs = _unary("sqrt"), _unary("floor"), _unary("ceil"), _u
 
 @intrinsic
 def vexp(typing, x):
-    """e^x to about 1e-7, x held to [-87, 88]: 2^k e^r with r = x - k ln 2 in [-ln 2 / 2, ln 2 / 2] and a fitted polynomial of degree 6."""
+    """e^x to about 1e-7, x clamped to [-87, 88]: 2^k e^r, r = x - k ln 2, by a fitted polynomial of degree 6."""
 
     def build(context, builder, sig, args):
         def add(a, b):
@@ -269,7 +273,7 @@ def vexp(typing, x):
 
 @intrinsic
 def vlog(typing, x):
-    """ln x for normal x > 0, to about 1e-7 absolute: x = 2^k m with m in [sqrt(1/2), sqrt 2), and 2 atanh((m - 1) / (m + 1)) as a series."""
+    """ln x for normal x > 0 to 1e-7: x = 2^k m, m in [sqrt(1/2), sqrt 2), and the series of 2 atanh((m-1) / (m+1))."""
 
     def build(context, builder, sig, args):
         def add(a, b):
@@ -314,7 +318,7 @@ def lane_sum(typing, x):
 
 @intrinsic
 def lane_sums_of_8(typing, a, b, c, d, e, f, g, h):
-    """F whose lanes 0..7 are the lane sums of the eight vectors; lanes 8..15 repeat them. Fifteen additions instead of 8 x 4."""
+    """F whose lanes 0..7 are the lane sums of the eight vectors; lanes 8..15 repeat them. 15 additions, not 8 x 4."""
 
     def build(context, builder, sig, args):
         vectors, half = list(args), LANES // 2
@@ -524,7 +528,7 @@ def trailing_zeros(typing, x):
 
 @intrinsic
 def row_bits(typing, edges, ok):
-    """uint64 of 8 x 8 bits: bit 8 r + c is set where edges[8 + r] < c + 1 and c < edges[r], for columns c one unit wide.
+    """uint64 of 8 x 8 bits: bit 8 r + c is set where edges[8 + r] < c + 1 and c < edges[r]; columns c are 1 wide.
 
     So lanes 0..7 hold the right edges of eight rows and lanes 8..15 the left ones; rows where `ok` fails are empty.
     """
@@ -532,7 +536,7 @@ def row_bits(typing, edges, ok):
     def build(context, builder, sig, args):
         edges, ok = args
         eight = ir.VectorType(_I32, 8)
-        # The first column that lies right of an edge: ceil for right edges (the row ends before it), floor for left ones.
+        # The first column right of an edge: ceil for right edges (the row ends before it), floor for left ones.
         right = ir.Constant(_M, [True] * 8 + [False] * 8)
         edges = builder.select(
             right, _call(builder, "llvm.ceil.v16f32", edges), _call(builder, "llvm.floor.v16f32", edges)
