@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import no_type_check
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ def choose_anchors(means: Float[Tensor, "n 3"], importance: Float[Tensor, "n"], 
 
 
 @njit(cache=True, fastmath=True)
+@no_type_check  # Numba must compile the function itself, not a checked wrapper
 def _farthest_points(xyz, importance, count):
     """Indices of `count` points, each the farthest (by importance times squared distance) from those before it."""
     n = xyz.shape[0]

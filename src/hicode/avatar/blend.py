@@ -16,7 +16,7 @@ The residual is the refiner's (`hicode.avatar.refiner`), or zero. By default the
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, no_type_check, runtime_checkable
 
 import cv2
 import numba
@@ -238,6 +238,7 @@ def _grown(mask: np.ndarray, reach: float) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
+@no_type_check  # Numba must compile the function itself, not a checked wrapper
 def _borders_halved(frame, plate, hidden, light, of_light, around, known):
     """Means over the readable pixels of each 2 x 2 block; `known` "h2 w2" is 1 where there is one.
 
@@ -247,46 +248,32 @@ def _borders_halved(frame, plate, hidden, light, of_light, around, known):
     """
     h, w = hidden.shape
     light[:], of_light[:], around[:], known[:] = 0, 0, 0, 0
+    zero, one, total = np.float32(0), np.float32(1), np.zeros(6, np.float32)
     for i in range(known.shape[0]):
         for j in range(known.shape[1]):
             count = 0
-            r, g, b, plate_r, plate_g, plate_b = 0, 0, 0, 0, 0, 0
+            total[:] = 0  # frame RGB, then plate RGB
             for y in range(2 * i, min(2 * i + 2, h)):
                 for x in range(2 * j, min(2 * j + 2, w)):
                     if not hidden[y, x]:
                         count += 1
-                        r, g, b = (
-                            r + np.int32(frame[y, x, 0]),
-                            g + np.int32(frame[y, x, 1]),
-                            b + np.int32(frame[y, x, 2]),
-                        )
-                        plate_r, plate_g, plate_b = (
-                            plate_r + np.int32(plate[y, x, 0]),
-                            plate_g + np.int32(plate[y, x, 1]),
-                            plate_b + np.int32(plate[y, x, 2]),
-                        )
+                        for c in range(3):
+                            total[c] += np.float32(frame[y, x, c])
+                            total[3 + c] += np.float32(plate[y, x, c])
             if count:
-                scale = np.float32(1 / 255) / np.float32(count)
-                size = max(abs(r - plate_r), abs(g - plate_g), abs(b - plate_b)) * scale
-                other = min(
-                    max((size - np.float32(LIGHT)) * np.float32(1 / (SURFACE - LIGHT)), np.float32(0)), np.float32(1)
-                )
-                known[i, j], of_light[i, j] = 1, np.float32(1) - other
-                lit = scale * (np.float32(1) - other)
-                light[i, j, 0], light[i, j, 1], light[i, j, 2] = (
-                    (r - plate_r) * lit,
-                    (g - plate_g) * lit,
-                    (b - plate_b) * lit,
-                )
-                around[i, j, 0], around[i, j, 1], around[i, j, 2], around[i, j, 3] = (
-                    r * scale,
-                    g * scale,
-                    b * scale,
-                    other,
-                )
+                scale = one / np.float32(255 * count)
+                size = zero
+                for c in range(3):
+                    size = max(size, abs(total[c] - total[3 + c]) * scale)
+                other = min(max((size - np.float32(LIGHT)) * np.float32(1 / (SURFACE - LIGHT)), zero), one)
+                known[i, j], of_light[i, j], around[i, j, 3] = one, one - other, other
+                for c in range(3):
+                    around[i, j, c] = total[c] * scale
+                    light[i, j, c] = (total[c] - total[3 + c]) * scale * (one - other)
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
+@no_type_check
 def _lay(  # noqa: PLR0913 (a kernel takes its arrays one by one)
     rgb, alpha, frame, plate, hidden, weight, light, around, layers
 ):
@@ -327,6 +314,7 @@ def _lay(  # noqa: PLR0913 (a kernel takes its arrays one by one)
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
+@no_type_check
 def _paste(layers, residual, inside, field, scale, lips, out):
     """`PlainComposite.output`, rounded, into the inside pixels of `out`. `residual` "h w 3" or empty for 0. The film
     grain's `field` (or an empty one) times `scale` is added, times alpha, fading within the ellipse `lips`."""

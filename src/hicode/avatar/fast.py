@@ -7,6 +7,8 @@ Learned attention runs over blocks of anchors whose scores stay in the core's ca
 AdaIN are one pass. The second AdaIN is folded into the layer after it. Interpolation, rig and addition are one pass.
 """
 
+from typing import no_type_check
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -155,6 +157,7 @@ def _starts(index: Tensor) -> Int32[np.ndarray, "n k"]:
 
 
 @njit(**_OPTIONS)
+@no_type_check  # Numba must compile the function itself, not a checked wrapper
 def _restyle(counter, moments, normal, styled, sums):
     """The first AdaIN (Eq. 11) from attention's moments, and each piece's sums of the result and of its square."""
     m, c = normal.shape
@@ -174,6 +177,7 @@ def _restyle(counter, moments, normal, styled, sums):
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _move(  # noqa: PLR0913 (a kernel takes its arrays one by one)
     counter, offsets, anchor_index, anchor_weight, vertices, vertex_index, vertex_weight, residual, landmark_index,
     landmark_weight, canonical, out_means, out_quats, out_log_scales, out_colors,

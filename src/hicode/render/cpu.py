@@ -19,6 +19,8 @@ kernels hold no lock); each takes the next tile when it is free. `torch.get_num_
 # Numba's intrinsics take a typing context first, which callers do not give.
 # ruff: noqa: PLR0913 (kernels take their arrays one by one)
 
+from typing import no_type_check
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -105,6 +107,7 @@ _OPTIONS = {"fastmath": set(FAST), "error_model": "numpy", "cache": True, "bound
 
 
 @njit(inline="always", **_OPTIONS)
+@no_type_check  # Numba must compile the function itself, not a checked wrapper
 def _exp_of_visible(x):
     """e^x for x in [ln 1/255, 0], 2e-6 relative: a degree-5 fit of e^(x/8), to the eighth power."""
     t = x * 0.125
@@ -118,6 +121,7 @@ def _exp_of_visible(x):
 
 
 @njit(inline="always", **_OPTIONS)
+@no_type_check
 def _rotation(quats, i):
     """The nine entries of 16 rotations, the unit quaternion, and what normalised it."""
     w, x, y, z = load_rows_of_4(quats, 4 * i)
@@ -132,6 +136,7 @@ def _rotation(quats, i):
 
 
 @njit(inline="always", **_OPTIONS)
+@no_type_check
 def _projected_axes(view, lens, x, y, z, rotation):
     """J (four entries), T = J V and P = J V R of 16 Gaussians: Sigma' = (P S) (P S)^T (Eqs 3-4). Row by row."""
     near = 1.0 / z
@@ -156,6 +161,7 @@ def _projected_axes(view, lens, x, y, z, rotation):
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _project_16(
     means, log_scales, quats, logits, colors, i, view, lens, width, height, splats, depths, radii, boxes, o
 ):
@@ -208,6 +214,7 @@ def _project_16(
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _last_rows(rows, width, i):
     """The rows from i on, of `width` floats each, and zeros up to 16 rows."""
     padded = np.zeros(16 * width, np.float32)
@@ -217,6 +224,7 @@ def _last_rows(rows, width, i):
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _project(
     counter, means, log_scales, quats, logits, colors, view, lens, width, height, splats, depths, radii, boxes
 ):  # fmt: skip
@@ -255,6 +263,7 @@ def _project(
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start):
     """Number of Gaussians that touch a tile, of their (Gaussian, tile) pairs; smallest and largest key (depth's bits).
 
@@ -279,6 +288,7 @@ def _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start):
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _order_by_depth(boxes, keys, n, least, most, order, other):
     """Sort the Gaussians that touch a tile by depth, equal depths by index; returns the given array with the result.
 
@@ -314,6 +324,7 @@ def _order_by_depth(boxes, keys, n, least, most, order, other):
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _fill_tiles(boxes, order, touching, first_slot, tiles_x, tile_start, pairs):
     """`pairs[tile_start[t] : tile_start[t + 1]]` = (Gaussian, slot) of tile t, near before far."""
     fill = tile_start[:-1].copy()
@@ -334,6 +345,7 @@ def _fill_tiles(boxes, order, touching, first_slot, tiles_x, tile_start, pairs):
 
 
 @njit(inline="always", **_OPTIONS)
+@no_type_check
 def _touched_blocks(g, tile_x, tile_y):
     """The 64-bit mask of a tile's blocks that the ellipse alpha >= 1/255 meets."""
     top = block_rows_twice() + (tile_y - g[Y])
@@ -351,6 +363,7 @@ def _touched_blocks(g, tile_x, tile_y):
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _blend_tile(
     tile,
     tiles_x,
@@ -428,6 +441,7 @@ def _blend_tile(
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _blend(
     counter, schedule, tiles_x, tile_start, splats, rows, pairs, masks, background, planes, width, height, pitch, plane
 ):
@@ -446,6 +460,7 @@ def _blend(
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _load_gradient(image, x, y, width, height, stride_y, stride_x, offset, scratch):
     """A 4 x 4 block of one channel of a gradient in any layout; 0 outside the image."""
     i = offset + y * stride_y + x * stride_x
@@ -460,6 +475,7 @@ def _load_gradient(image, x, y, width, height, stride_y, stride_x, offset, scrat
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _blend_tile_back(
     tile, tiles_x, splats, rows, pairs, start, end, masks, buffer, corner, planes, rgb_grad, rgb_strides, alpha_grad,
     alpha_strides, slots, width, height, pitch, plane,
@@ -539,6 +555,7 @@ def _blend_tile_back(
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _blend_back(
     counter, schedule, tiles_x, tile_start, splats, rows, pairs, masks, planes, rgb_grad, rgb_strides, alpha_grad,
     alpha_strides, slots, width, height, pitch, plane,
@@ -556,6 +573,7 @@ def _blend_back(
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _project_16_back(
     means, log_scales, quats, logits, i, view, lens, rows, radii, first_slot, slots, o, count, scratch,
     d_means, d_log_scales, d_quats, d_logits, d_colors, d_means2d, pose, to,
@@ -651,6 +669,7 @@ def _project_16_back(
 
 
 @njit(inline="always", **_OPTIONS)
+@no_type_check
 def _add_pose(pose, sums):
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11 = sums
     store(pose, 0, load(pose, 0) + s0)
@@ -668,6 +687,7 @@ def _add_pose(pose, sums):
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _keep_first(rows, padded, width, i):
     """The reverse of `_last_rows`."""
     for k in range(width * i, rows.shape[0]):
@@ -675,6 +695,7 @@ def _keep_first(rows, padded, width, i):
 
 
 @njit(**_OPTIONS)
+@no_type_check
 def _project_back(
     counter, means, log_scales, quats, logits, view, lens, rows, radii, first_slot, slots,
     d_means, d_log_scales, d_quats, d_logits, d_colors, d_means2d, pose_sums,

@@ -18,6 +18,7 @@ that the kernels import, delete render/__pycache__.
 # ruff: noqa: PLR0913 (a vector's lanes are arguments)
 
 import operator
+from typing import no_type_check
 
 from llvmlite import ir
 from numba import types
@@ -170,6 +171,7 @@ def _lower_neg(context, builder, sig, args):
 
 
 @intrinsic
+@no_type_check  # Numba must compile the function itself, not a checked wrapper
 def vector(typing, x):
     """F with the scalar x in every lane."""
     if isinstance(x, (types.Float, types.Integer)):
@@ -191,6 +193,7 @@ right_then_left = _ramp([1.0] * 8 + [-1.0] * 8)
 
 
 @intrinsic
+@no_type_check
 def where(typing, mask, x, y):
     """Lane by lane x where the mask holds, else y; either may be a scalar."""
 
@@ -217,6 +220,7 @@ minimum, maximum = _extremum("<"), _extremum(">")  # y where either is NaN, as t
 
 
 @intrinsic
+@no_type_check
 def quotient(typing, x, y):
     """x / y for finite values, by the processor's estimate and a Newton step where it has one: a third of the time."""
     flags = (*FAST, "ninf")
@@ -224,6 +228,7 @@ def quotient(typing, x, y):
 
 
 @intrinsic
+@no_type_check
 def any_lane(typing, mask):
     """Whether the mask holds in some lane."""
 
@@ -246,6 +251,7 @@ vsqrt, vfloor, vceil, vabs = _unary("sqrt"), _unary("floor"), _unary("ceil"), _u
 
 
 @intrinsic
+@no_type_check
 def vexp(typing, x):
     """e^x to about 1e-7, x clamped to [-87, 88]: 2^k e^r, r = x - k ln 2, by a fitted polynomial of degree 6."""
 
@@ -272,6 +278,7 @@ def vexp(typing, x):
 
 
 @intrinsic
+@no_type_check
 def vlog(typing, x):
     """ln x for normal x > 0 to 1e-7: x = 2^k m, m in [sqrt(1/2), sqrt 2), and the series of 2 atanh((m-1) / (m+1))."""
 
@@ -297,6 +304,7 @@ def vlog(typing, x):
 
 
 @intrinsic
+@no_type_check
 def lane(typing, x, l):
     """Lane l of x, a scalar."""
 
@@ -307,6 +315,7 @@ def lane(typing, x, l):
 
 
 @intrinsic
+@no_type_check
 def lane_sum(typing, x):
     """The sum of the lanes, a scalar."""
 
@@ -317,6 +326,7 @@ def lane_sum(typing, x):
 
 
 @intrinsic
+@no_type_check
 def lane_sums_of_8(typing, a, b, c, d, e, f, g, h):
     """F whose lanes 0..7 are the lane sums of the eight vectors; lanes 8..15 repeat them. 15 additions, not 8 x 4."""
 
@@ -341,6 +351,7 @@ def lane_sums_of_8(typing, a, b, c, d, e, f, g, h):
 
 
 @intrinsic
+@no_type_check
 def load(typing, a, i):
     """F from a[i : i + 16]."""
 
@@ -351,6 +362,7 @@ def load(typing, a, i):
 
 
 @intrinsic
+@no_type_check
 def store(typing, a, i, x):
     """a[i : i + 16] = x."""
 
@@ -362,6 +374,7 @@ def store(typing, a, i, x):
 
 
 @intrinsic
+@no_type_check
 def load_scalar(typing, a, i):
     """F with a[i] in every lane."""
 
@@ -424,6 +437,7 @@ def _transposed(builder, vectors):
 
 
 @intrinsic
+@no_type_check
 def load_rows_of_16(typing, a, i):
     """A tuple of 16 columns from the 16 x 16 floats at a[i]."""
 
@@ -436,6 +450,7 @@ def load_rows_of_16(typing, a, i):
 
 
 @intrinsic
+@no_type_check
 def store_rows_of_16(typing, a, i, columns):
     """16 rows of 16 floats from a[i] on, row l holding lane l of every column."""
 
@@ -453,6 +468,7 @@ _QUARTER = ir.VectorType(_F32, 4)
 
 
 @intrinsic
+@no_type_check
 def load_block(typing, a, i, stride):
     """F from a 4 x 4 block of an image: four floats at each of a[i], a[i + stride], ..."""
 
@@ -469,6 +485,7 @@ def load_block(typing, a, i, stride):
 
 
 @intrinsic
+@no_type_check
 def gather_block(typing, a, i, stride_y, stride_x):
     """F from a 4 x 4 block of an image whose neighbouring pixels lie `stride_x` apart."""
 
@@ -488,6 +505,7 @@ def gather_block(typing, a, i, stride_y, stride_x):
 
 
 @intrinsic
+@no_type_check
 def store_block(typing, a, i, stride, x):
     """The reverse of load_block."""
 
@@ -504,6 +522,7 @@ def store_block(typing, a, i, stride, x):
 
 
 @intrinsic
+@no_type_check
 def prefetch(typing, a, i):
     """Ask for the cache line of a[i]."""
 
@@ -521,12 +540,14 @@ def prefetch(typing, a, i):
 
 
 @intrinsic
+@no_type_check
 def trailing_zeros(typing, x):
     """How many zero bits x has below its lowest one; x must not be 0."""
     return types.uint64(types.uint64), lambda context, builder, sig, args: builder.cttz(args[0], ir.Constant(_I1, 1))
 
 
 @intrinsic
+@no_type_check
 def row_bits(typing, edges, ok):
     """uint64 of 8 x 8 bits: bit 8 r + c is set where edges[8 + r] < c + 1 and c < edges[r]; columns c are 1 wide.
 
