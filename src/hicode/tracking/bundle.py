@@ -83,12 +83,12 @@ class Structure:
     """Poses of the bundle's frames; depths of each keyframe's points with their deviations (dm)."""
 
     poses: Float[np.ndarray, "m 4 4"]
-    depths: list[Float[np.ndarray, "p"]]
-    sigma: list[Float[np.ndarray, "p"]]
+    depths: list[Float[np.ndarray, "_"]]
+    sigma: list[Float[np.ndarray, "_"]]
 
 
 def adjust(
-    bundle: Bundle, poses: Float[np.ndarray, "m 4 4"], depths: list[Float[np.ndarray, "p"]], config: BundleConfig
+    bundle: Bundle, poses: Float[np.ndarray, "m 4 4"], depths: list[Float[np.ndarray, "_"]], config: BundleConfig
 ) -> Structure:
     """Gauss-Newton from `poses` and `depths` on, with the depths eliminated."""
     depths, sigma = list(depths), [np.zeros(len(d)) for d in depths]
@@ -149,11 +149,11 @@ class _Equations:
 
     H: Float[np.ndarray, "m m 6 6"]
     g: Float[np.ndarray, "m 6"]
-    coupling: list[Float[np.ndarray, "p m 6"]]
-    by_depth: list[Float[np.ndarray, "p"]]
-    slope: list[Float[np.ndarray, "p"]]
+    coupling: list[Float[np.ndarray, "_ m 6"]]
+    by_depth: list[Float[np.ndarray, "_"]]
+    slope: list[Float[np.ndarray, "_"]]
 
-    def solve(self) -> tuple[Float[np.ndarray, "m 6"], list[Float[np.ndarray, "p"]]]:
+    def solve(self) -> tuple[Float[np.ndarray, "m 6"], list[Float[np.ndarray, "_"]]]:
         """(twists, changes of the depths)."""
         m = len(self.g)
         S = self.H.transpose(0, 2, 1, 3).reshape(6 * m, 6 * m)
@@ -169,7 +169,7 @@ class _Equations:
 
 
 def _linearise(
-    bundle: Bundle, poses: Float[np.ndarray, "m 4 4"], depths: list[Float[np.ndarray, "p"]], config: BundleConfig
+    bundle: Bundle, poses: Float[np.ndarray, "m 4 4"], depths: list[Float[np.ndarray, "_"]], config: BundleConfig
 ) -> _Equations:
     m, place = len(bundle.frames), {int(t): i for i, t in enumerate(bundle.frames)}
     H = np.zeros((m, m, 6, 6))

@@ -214,7 +214,7 @@ def pinhole_of(track: FaceTrack) -> Pinhole:
 class _Quality:
     """Points of each keyframe in the head frame; which frames were posed, their median residuals and match counts."""
 
-    placed: list[Float[np.ndarray, "p 3"]]
+    placed: list[Float[np.ndarray, "_ 3"]]
     matched: np.ndarray
     residuals: list[float]
     counts: list[int]
