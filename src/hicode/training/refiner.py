@@ -151,8 +151,7 @@ class RefinerTrainer:
         self.config, self.step = config, 0
         self.generator, self.discriminator = Compositor(config.generator).to(device), Discriminator().to(device)
         for network in self.networks().values():
-            for module in network.modules():
-                module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - a torch overload
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - missing in torch's stub
         self.optimizers = {
             name: torch.optim.Adam(network.parameters(), config.learning_rate, (0.5, 0.99))
             for name, network in self.networks().items()
