@@ -187,7 +187,7 @@ def test_known_motion_is_tracked_with_less_noise_than_a_single_look(landmarker, 
     ]
     video = [np.clip(moved(frame, m) + rng.normal(0, 4, frame.shape), 0, 255).astype(np.uint8) for m in matrices]
     noise = {}
-    for name, config in (("single", LandmarkConfig(crops=1, flow_sigma_frames=0)), ("full", LandmarkConfig())):
+    for name, config in (("single", LandmarkConfig(crops=1, flow_sigma_frames=0.0)), ("full", LandmarkConfig())):
         found = track_faces(iter(video), landmarker, config=config)
         assert bool(found.found.all())
         xy = found.points_px[..., :2].numpy().astype(np.float64)
@@ -331,7 +331,7 @@ def mouth_opening(points):
 def test_a_real_clip_is_steadier_than_mediapipes_way_and_keeps_its_mouth(landmarker, markey):
     with av.open(str(markey)) as video:
         frames = [f.to_ndarray(format="rgb24") for f, _ in zip(video.decode(video=0), range(40), strict=False)]
-    plain = track_faces(iter(frames), landmarker, config=LandmarkConfig(crops=1, flow_sigma_frames=0))
+    plain = track_faces(iter(frames), landmarker, config=LandmarkConfig(crops=1, flow_sigma_frames=0.0))
     full = track_faces(iter(frames), landmarker)
     assert bool(full.found.all()) and full.report.faces == 1
     jitter = [float(track.points_px[..., :2].diff(n=2, dim=0).norm(dim=-1).median()) for track in (plain, full)]
