@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,9 @@ def raster() -> Timed:
     cloud, _ = scene.drawn_cloud(N, clip, HeadConfig())
     camera, background = clip.track.camera_at(0), torch.ones(3)
     gradient = torch.randn(3, SIZE, SIZE).permute(1, 2, 0)
-    cases = {}
+    cases: Timed = {}
     for name, larger in (("", 0.0), (" large", float(np.log(2)))):
-        still = cloud.deformed(0.0, 0.0, larger)
+        still = replace(cloud, log_scales=cloud.log_scales + larger)
         leaves = still.map(lambda v: v.clone().requires_grad_())
 
         def both(leaves=leaves):
@@ -77,7 +78,8 @@ def control() -> Timed:
     it.
     """
     clip = scene.drawn_clip(SIZE)
-    motion, cases = clip.track.motion, {}
+    motion = clip.track.motion
+    cases: Timed = {}
     for anchors in (0, 2048, 4096):
         cloud, deformation = scene.drawn_cloud(N, clip, HeadConfig(deformation=DeformationConfig(anchors=anchors)))
         parameters, signals = list(deformation.parameters()), motion[1]

@@ -125,8 +125,11 @@ def speaker_number(item: SyntheticExample) -> int:
 
 def template_of(examples: list[SpeechExample]) -> Subject:
     """The speaker's mean face."""
-    joined = {k: torch.cat([getattr(e, k) for e in examples]) for k in ("expression", "landmarks", "speaking")}
-    return Subject.of(**joined)
+    return Subject.of(
+        torch.cat([e.expression for e in examples]),
+        torch.cat([e.landmarks for e in examples]),
+        torch.cat([e.speaking for e in examples]),
+    )
 
 
 def own(generic: SpeechModels, examples: list[SpeechExample], template: Subject) -> SpeechModels:
@@ -405,7 +408,7 @@ def with_share(share: float) -> Callable[[SpeechModels], SpeechModels]:
             one = copy.copy(model)
             one.config = replace(model.config, linear_share=share)
             pair.append(one)
-        return SpeechModels(*pair, m.encoder, m.subject)
+        return SpeechModels(pair[0], pair[1], m.encoder, m.subject)
 
     return change
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PICTURE = HERE / "scale.json", HERE.parents[1] / "docs" / "scale.png"
@@ -85,6 +86,7 @@ def speaking_point(n: int, size: int) -> dict:
 def clip_point(seconds: int) -> dict:
     from hicode.avatar.avatar import MAX_DRIVING_FRAMES
     from hicode.media.images import Images
+    from hicode.preparation.clip import Clip
     from hicode.training.frames import TrainingFrames
     from hicode.training.stages import HeadConfig
     from research.benchmarks import scene
@@ -98,7 +100,7 @@ def clip_point(seconds: int) -> dict:
         head_mask=pick(short.head_mask),
         depths=short.depths,
     )
-    frames = TrainingFrames(clip, HeadConfig().preload_bytes)
+    frames = TrainingFrames(cast(Clip, clip), HeadConfig().preload_bytes)
     for t in frames.frames:
         frames.image_and_mask(t)
     held = sum(part.nbytes for pair in frames._cache.values() for part in pair) / 1e6

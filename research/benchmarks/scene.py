@@ -7,12 +7,14 @@ not depend on what is shown.
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import torch
 
 from hicode.avatar.avatar import Avatar
 from hicode.avatar.deformation import Deformation
+from hicode.avatar.hfec import HFEC
 from hicode.avatar.refiner import Compositor
 from hicode.avatar.rig import MeshRig, bind
 from hicode.camera import Camera
@@ -20,6 +22,7 @@ from hicode.gaussians import Gaussians, gaussians_from_points
 from hicode.geometry import rigid, rotation_from_axis_angle
 from hicode.media.images import Images
 from hicode.motion import FaceTrack, Motion
+from hicode.preparation.clip import Clip
 from hicode.render.mesh import rasterize_mesh
 from hicode.speech.encoders import default_spec
 from hicode.speech.faceformer import Faceformer, FaceformerConfig
@@ -96,7 +99,8 @@ def drawn_cloud(n: int, clip: SimpleNamespace, config: HeadConfig) -> tuple[Gaus
     rig = MeshRig(model.expression_basis, landmarks, basis) if config.deformation.rig else None
     deformation = Deformation.create(config.deformation, identity, center, radius, rig)
     deformation.fit(motion)
-    torch.nn.init.normal_(deformation.control.offsets[-1].weight, std=0.01)
+    offsets = cast(HFEC, deformation.control).offsets
+    torch.nn.init.normal_(cast(torch.nn.Linear, offsets[-1]).weight, std=0.01)
     if rig is not None:
         deformation.binding = bind(points, neutral, model.triangles, landmarks)
     deformation.place_anchors(cloud.means)
@@ -109,7 +113,7 @@ def training_state(n: int, size: int, config: HeadConfig) -> tuple[HeadState, Tr
     clip = drawn_clip(size)
     cloud, deformation = drawn_cloud(n, clip, config)
     params = {k: torch.nn.Parameter(v.clone()) for k, v in cloud.tensors().items()}
-    frames = TrainingFrames(clip, config.preload_bytes)
+    frames = TrainingFrames(cast(Clip, clip), config.preload_bytes)
     poses, statistics = PoseRefinement.zeros(len(frames)), GradientStatistics.zeros(n)
     optimizer = head_optimizer(params, deformation, config)
     return HeadState(params, deformation, optimizer, poses, statistics, iteration=1), frames, config
@@ -131,7 +135,7 @@ def drawn_avatar(n: int, size: int, config: HeadConfig, encoder: str = "embedded
         torch.nn.init.normal_(faceformer.output.weight, std=0.02)
         models.append(faceformer)
     landmarks = clip.track.motion.landmarks.mean(0)
-    speech = SpeechModels(*models, spec, Subject(torch.zeros(64), landmarks, landmarks.expand(20, 478, 3)))
+    speech = SpeechModels(models[0], models[1], spec, Subject(torch.zeros(64), landmarks, landmarks.expand(20, 478, 3)))
     return Avatar(
         cloud,
         deformation.eval().requires_grad_(False),

@@ -23,8 +23,11 @@ def errors(models: SpeechModels, examples: list[SpeechExample]) -> list[dict]:
 
 
 def _speaker_errors(models: SpeechModels, examples: list[SpeechExample], speaker: str) -> dict:
-    joined = {k: torch.cat([getattr(e, k) for e in examples]) for k in ("expression", "landmarks", "speaking")}
-    template = Subject.of(**joined)
+    template = Subject.of(
+        torch.cat([e.expression for e in examples]),
+        torch.cat([e.landmarks for e in examples]),
+        torch.cat([e.speaking for e in examples]),
+    )
     shown, frames = [], 0
     for e in examples:
         if frames < ERROR_FRAMES:

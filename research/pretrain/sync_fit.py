@@ -93,7 +93,9 @@ def _solve(moments: list[_Moments], strength: float) -> tuple[Float[Tensor, "c k
     """Ridge regression of the mouth on the sound, then the k mouth directions that it predicts best (unit variance)."""
     frames = sum(m.frames for m in moments)
     scale = frames / sum(m.weight * m.frames for m in moments)
-    xx, xy, yy = (scale * torch.stack([getattr(m, k) for m in moments]).sum(0) for k in ("xx", "xy", "yy"))
+    xx = scale * torch.stack([m.xx for m in moments]).sum(0)
+    xy = scale * torch.stack([m.xy for m in moments]).sum(0)
+    yy = scale * torch.stack([m.yy for m in moments]).sum(0)
     weight = torch.linalg.solve(xx + strength * frames**0.5 * torch.eye(len(xx), dtype=xx.dtype), xy)
     explained = weight.T @ xy
     # A hundredth of the mean variance keeps directions that hardly move, the tracker's jitter, from being chosen.

@@ -47,7 +47,7 @@ def _binder(function: Callable) -> Callable:
     def bind(*args, **kwargs):
         return functools.partial(function, *args, **kwargs)
 
-    bind.__signature__ = inspect.signature(function).replace(return_annotation=object)  # pyright: ignore[reportFunctionMemberAccess]
+    bind.__signature__ = inspect.signature(function).replace(return_annotation=object)  # pyright: ignore[reportAttributeAccessIssue]
     return bind
 
 
