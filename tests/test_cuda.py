@@ -244,6 +244,7 @@ def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path
     from hicode.avatar.avatar import Avatar
     from hicode.avatar.refiner import CompositorConfig
     from hicode.evaluation import report
+    from hicode.evaluation.config import EvaluateConfig
     from hicode.session import speak as synthesis
     from hicode.training import avatar as run
     from hicode.training.refiner import RefinerTraining
@@ -271,7 +272,7 @@ def test_from_clip_to_spoken_video_and_its_figures(device, clip, model, tmp_path
     # the kernels against the dense reference, each within half a grey level
     assert np.abs(frames["cpu"].astype(int) - frames["cuda"]).max() <= 1
     figures = [
-        report.evaluate(tmp_path / "a.hicode", path, modes=("tracked",), device=asked, progress=False)
+        report.evaluate(tmp_path / "a.hicode", path, EvaluateConfig(modes=("tracked",), device=asked), progress=False)
         for asked in ("cpu", "cuda")
     ]
     assert abs(figures[0]["tracked"]["head"]["psnr"] - figures[1]["tracked"]["head"]["psnr"]) < 0.05

@@ -152,7 +152,7 @@ import hicode.preparation.clip
 from hicode.media.images import Images
 from hicode.avatar.blend import estimate_background
 from hicode.preparation.clip import Clip
-from hicode.evaluation.report import _Work as Evaluation
+from hicode.evaluation.report import mean_training_frame
 from hicode.tracking.fit import track_flow
 from hicode.preparation.capture_report import ReportConfig, survey_clip
 from hicode.training.frames import TrainingFrames
@@ -174,7 +174,7 @@ def walk(count):
         few.image_and_mask(t)
     estimate_background((clip.image(t) for t in few.frames[:count]), (clip.head_mask(t) for t in few.frames[:count]))
     Images.encode((clip.image(t) for t in few.frames[:min(count, 100)]), ".jpg")
-    Evaluation(None, clip).mean_frame
+    mean_training_frame(clip)
 walk(200)
 before = peak()
 walk(len(clip))

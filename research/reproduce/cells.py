@@ -37,6 +37,7 @@ from hicode.training.stages import HeadConfig, Preset
 
 SCHEMA, VERSION = "hicode-cell", 1
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
+KEPT_ROWS = ("audio", "tracked")
 MAX_KEPT_FRAMES = 60  # test frames kept for a later check, spread evenly: 60 of 512² are some 25 MB a driving mode
 CROSS_FRAMES = 100  # of the other clip's sound, from its beginning: four seconds, twice what the sync measure needs
 # Sources that no figure can depend on: what people see and type. Whatever else changes makes every cell anew.
@@ -180,6 +181,7 @@ class Cell:
 
 def run_cell(cell: Cell) -> None:
     """Train, measure, keep; or find it done. May be stopped at any time and called again."""
+    from hicode.evaluation.config import EvaluateConfig
     from hicode.evaluation.report import evaluate
 
     if cell.is_finished:
@@ -195,12 +197,15 @@ def run_cell(cell: Cell) -> None:
     refiner = None if cell.compose else False  # the preset's choice
     config = TrainConfig(cell.preset, cell.seed, head, refiner, run=work / "run", progress=False)
     avatar = train(clip, work / "avatar.hicode", config)
-    recorder = _Recorder(replace(avatar, film_grain=None), _kept(len(clip.test)))
-    report = evaluate(recorder, clip, progress=False, syncnet=cell.syncnet)
+    kept, images = _kept(len(clip.test)), {}
+
+    def keep(row: str, i: int, image: np.ndarray) -> None:
+        if row in KEPT_ROWS and i in kept:
+            images.setdefault(row, {})[i] = image
+
+    report = evaluate(avatar, clip, EvaluateConfig(syncnet=cell.syncnet), keep, progress=False)
     cross = None if cell.cross is None else _speak_for(avatar, Clip.open(cell.cross.clip), cell.cross.source.name)
-    modes = [mode for mode in ("tracked", "audio") if report[mode] is not None]
-    assert len(modes) == len(recorder.motions), (modes, len(recorder.motions))
-    _keep(cell.frames, dict(zip(modes, recorder.frames, strict=True)))
+    _keep(cell.frames, images)
     write_json(
         cell.file,
         {
@@ -219,7 +224,7 @@ def run_cell(cell: Cell) -> None:
             "code": cell.clip.code,
             "report": report,
             "cross": cross,
-            "kept_frames": {mode: sorted(frames) for mode, frames in zip(modes, recorder.frames, strict=True)},
+            "kept_frames": {row: sorted(frames) for row, frames in images.items()},
             "provenance": provenance(
                 config=plain(head), seed=cell.seed, assets=(*PARTS, *filter(None, [cell.syncnet]))
             ),
@@ -241,33 +246,6 @@ def _begin(out: str, code: str, threads: int | None) -> None:
         )
     if threads:
         torch.set_num_threads(threads)
-
-
-class _Recorder:
-    """An avatar that keeps frames it is asked for while it is measured: the frames that were scored are those that are
-    kept.
-    """
-
-    def __init__(self, avatar, kept: set[int]):
-        self._avatar, self._kept = avatar, kept
-        self.motions: list = []
-        self.frames: list[dict[int, np.ndarray]] = []
-
-    def __getattr__(self, name: str):
-        return getattr(self._avatar, name)
-
-    def synthesize_frame(self, motion, t, frame, head_mask):
-        image = self._avatar.synthesize_frame(motion, t, frame, head_mask)
-        if motion is self._avatar.driving:  # training frames, which rank with no row
-            return image
-        k = next((k for k, m in enumerate(self.motions) if m is motion), None)
-        if k is None:  # tracked comes first, then audio
-            self.motions.append(motion)
-            self.frames.append({})
-            k = len(self.motions) - 1
-        if t in self._kept:
-            self.frames[k][t] = image
-        return image
 
 
 def _kept(count: int) -> set[int]:

@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -386,14 +385,6 @@ def test_a_table_holds_its_rows_and_where_they_came_from(made):
     assert not list((out / "work").iterdir())
 
 
-def test_of_what_is_measured_the_rows_frames_are_kept():
-    from research.reproduce.cells import _Recorder
-
-    avatar = SimpleNamespace(driving=object(), synthesize_frame=lambda motion, t, frame, mask: t)
-    recorder, tracked = _Recorder(avatar, {1}), object()
-    assert recorder.synthesize_frame(avatar.driving, 1, None, None) == 1
-    assert [recorder.synthesize_frame(tracked, t, None, None) for t in (0, 1)] == [0, 1]
-    assert recorder.motions == [tracked] and recorder.frames == [{1: 1}]
 
 
 @pytest.mark.slow

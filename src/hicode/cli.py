@@ -100,8 +100,8 @@ def _speak(argv: list[str]) -> Callable:
         avatar: AvatarFile,
         audio: Audio,
         out: Out,
-        config: Annotated[SpeakConfig, NoPrefix] = SpeakConfig(),  # noqa: B008 - frozen
-        video: Annotated[VideoConfig, NoPrefix] = VideoConfig(),  # noqa: B008 - frozen
+        config: Annotated[SpeakConfig, NoPrefix] = SpeakConfig(),
+        video: Annotated[VideoConfig, NoPrefix] = VideoConfig(),
         device: Device = "auto",
     ) -> None:
         """Make an avatar speak: an MP4 with sound.
@@ -119,18 +119,15 @@ def _speak(argv: list[str]) -> Callable:
 
 
 def _make(argv: list[str]) -> Callable:
+    from hicode.demo import MakeConfig, make
     from hicode.preparation.pipeline import PrepareConfig
-    from hicode.training.stages import DEFAULT_PRESET
 
     def run(
         video: Video,
         audio: Audio,
         out: Out,
-        preset: Preset = DEFAULT_PRESET,
-        work: Path | None = None,
-        speech_weights: Path | None = None,
-        config: Annotated[PrepareConfig, NoPrefix] = PrepareConfig(),
-        device: Device = "auto",
+        config: Annotated[MakeConfig, NoPrefix] = MakeConfig(),
+        prepare: Annotated[PrepareConfig, NoPrefix] = PrepareConfig(),
     ) -> None:
         """Prepare, train and speak in one go: from a video of someone and any speech to a video of them speaking it.
 
@@ -138,20 +135,14 @@ def _make(argv: list[str]) -> Callable:
             video: Someone speaking, filmed from the front: at least 2 s, better a minute.
             audio: What they shall say, in any sound or video file.
             out: The video, ending in .mp4.
-            preset: draft (a first look in minutes), standard (half an hour on two cores), paper (the paper's schedule).
-            work: Folder for clip, avatar and run, which are kept; OUT.work next to the video if not given.
-            speech_weights: What `hicode pretrain` made, instead of the weights that ship.
-            device: Where to train: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
-        from hicode.demo import make
-
-        make(video, audio, out, preset, work, config, device, speech_weights=speech_weights)
+        make(video, audio, out, config, prepare)
 
     return run
 
 
 def _evaluate(argv: list[str]) -> Callable:
-    from hicode.avatar.blend import Region
+    from hicode.evaluation.config import EvaluateConfig
     from hicode.evaluation.report import evaluate
     from hicode.evaluation.videos import CompareConfig, compare_videos
 
@@ -160,70 +151,42 @@ def _evaluate(argv: list[str]) -> Callable:
         clip: MaybeClip = None,
         video: Path | None = None,
         reference: Path | None = None,
-        json: Path | None = None,
-        html: Path | None = None,
-        syncnet: Path | None = None,
-        alignment: Path | None = None,
-        region: Region = "head",
-        config: Annotated[CompareConfig, NoPrefix] = CompareConfig(),
-        device: Device = "auto",
+        config: Annotated[EvaluateConfig, NoPrefix] = EvaluateConfig(),
+        compare: Annotated[CompareConfig, NoPrefix] = CompareConfig(),
     ) -> None:
-        """Measure an avatar on the part of its clip that it has not seen, or any video against a reference: a table,
-        and on request JSON and a page with pictures.
+        """Measure an avatar on the part of its clip that it has not seen, or any video against a reference.
 
-        hicode evaluate AVATAR CLIP, or hicode evaluate --video A --reference B.
+        Prints a table; on request writes JSON and a page with pictures. Give AVATAR and CLIP, or --video and
+        --reference.
 
         Args:
             avatar: What `hicode train` made.
             clip: The clip it was trained on.
             video: A video, or a folder of pictures (25 a second), that somebody's system made.
             reference: The recording that it should equal.
-            json: File for the figures.
-            html: File for the page.
-            syncnet: SyncNet's own weights, syncnet_v2.model, if you have them: adds AVConf.
-            alignment: When p, b and m are spoken (lines of start, end, phone in seconds; or GRID's .align): adds lip
-            closure. region: What of the avatar is rendered and measured: the whole head, or the face alone, as `hicode
-            speak` shows it; figures of the
-                two do not compare.
-            device: Where to render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
         """
-        from hicode.files import check_writable
-
-        _check_device(device)
-        for file in filter(None, (json, html)):
-            check_writable(file)
+        _check_device(config.device)
+        config.check_outputs()
         if video is not None or reference is not None:
             if avatar is not None or video is None or reference is None:
                 raise InputError(
                     "A video is measured against a reference. Give both, without an avatar: --video A --reference B."
                 )
-            if region != "head":
-                raise InputError(
-                    "--region is what of an avatar is rendered. Leave it out where two videos are compared."
-                )
-            compare_videos(video, reference, json, html, config, syncnet, alignment)
+            if config.region != EvaluateConfig.region or config.modes != EvaluateConfig.modes:
+                raise InputError("--region and --modes are an avatar's. Leave them out where two videos are compared.")
+            compare_videos(video, reference, config, compare)
             return
         if avatar is None or clip is None:
             raise InputError(
-                "Nothing to measure. Give an AVATAR and its CLIP, or --video A --reference B. See hicode evaluate "
-                "--help."
+                "Nothing to measure. Give an AVATAR and its CLIP, or --video A --reference B. "
+                "See hicode evaluate --help."
             )
-        if config != CompareConfig(vgg=config.vgg):
+        if compare != CompareConfig():
             raise InputError(
                 "--resize, --resample and --max-left-out are for two videos. Leave them out, or give --video and "
                 "--reference."
             )
-        evaluate(
-            avatar,
-            clip,
-            json=json,
-            html=html,
-            device=device,
-            vgg=config.vgg,
-            syncnet=syncnet,
-            alignment=alignment,
-            region=region,
-        )
+        evaluate(avatar, clip, config)
 
     return run
 

@@ -8,13 +8,20 @@ import torch
 from hicode import assets
 from hicode.errors import InputError
 from hicode.evaluation import lips
-from hicode.evaluation.images import Truth, box_mask, grown, lpips_distance, mean_of_frames, psnr, seam_error, ssim
+from hicode.evaluation.images import Truth, box_mask, grown, mean_of_frames, psnr, seam_error, ssim, to_tensor
 from hicode.motion import LEFT_EYE_OUTER, LIPS, LOWER_LIP_INNER, RIGHT_EYE_OUTER, UPPER_LIP_INNER
 
 needs_lpips = pytest.mark.skipif(
     not assets.is_cached("perceptual"),
     reason="the asset `perceptual` is not in the cache: `hicode assets pull perceptual`",
 )
+
+
+def lpips_distance(image, truth) -> float:
+    from hicode.perceptual import lpips
+
+    with torch.inference_mode():
+        return float(lpips("alexnet")(to_tensor(image), to_tensor(truth)))
 
 
 def scene(seed=0, height=96, width=128):

@@ -1,5 +1,7 @@
-"""Any two videos: figures against hand-made ones, the control, what differs between files, frames without a face. Pictures of a face come from
-scikit-image (astronaut, public domain); folders of PNGs stand for lossless videos."""
+"""Any two videos: figures against hand-made ones, the control, what differs between files, frames without a face.
+
+Pictures of a face come from scikit-image (astronaut, public domain); folders of PNGs stand for lossless videos.
+"""
 
 import json
 from io import StringIO
@@ -12,12 +14,14 @@ from helpers.videos import portrait, speech_like, swaying, write_video
 from hicode import assets, cli
 from hicode.errors import InputError
 from hicode.evaluation import videos
+from hicode.evaluation.config import EvaluateConfig
 from hicode.evaluation.images import psnr
 from hicode.evaluation.lips import detect
 from hicode.evaluation.show import print_table
 from hicode.evaluation.videos import CompareConfig, compare_videos
 from hicode.motion import LIPS
 from hicode.preparation.clip import write_png
+from hicode.tracking.landmarks import FaceLandmarker
 
 NEEDED = ("face_landmarks", "face_detection", "person_mask", "perceptual")
 pytestmark = pytest.mark.skipif(
@@ -61,7 +65,8 @@ def compared(places, tmp_path_factory):
     base = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(videos, "control", spy)
-        out = compare_videos(places[1], places[0], base / "r.json", base / "r.html", progress=False)
+        config = EvaluateConfig(json=base / "r.json", html=base / "r.html")
+        out = compare_videos(places[1], places[0], config, progress=False)
     return out, controls[:COUNT], base
 
 
@@ -100,7 +105,7 @@ def test_frame_figures_are_those_of_the_pictures(compared):
 
 def test_lmd_is_by_one_detector_on_both(compared):
     out, _, _ = compared
-    a, b = (detect(frames, videos.landmarker())[:, LIPS, :2].astype(float) for frames in (blurred(), truth()))
+    a, b = (detect(frames, FaceLandmarker())[:, LIPS, :2].astype(float) for frames in (blurred(), truth()))
     distance = np.linalg.norm((a - a.mean(1, keepdims=True)) - (b - b.mean(1, keepdims=True)), axis=-1).mean()
     assert out["lmd_px"] == pytest.approx(distance * 512 / SIZE, abs=1e-3)  # px at 512
     assert out["ground_truth"]["lmd_px"] == 0
@@ -144,7 +149,7 @@ def test_with_weights_every_row_has_an_avconf(tmp_path, monkeypatch):
     monkeypatch.setattr(syncnet, "MIN_FRAMES", COUNT)
     torch.save(syncnet.SyncNet().state_dict(), tmp_path / "syncnet_v2.model")
     clip = write_video(tmp_path / "a.mp4", truth(), speech_like(COUNT / 25))
-    out = compare_videos(clip, clip, progress=False, syncnet=tmp_path / "syncnet_v2.model")
+    out = compare_videos(clip, clip, config=EvaluateConfig(syncnet=tmp_path / "syncnet_v2.model"), progress=False)
     assert out["avconf"] == out["ground_truth"]["avconf"] and set(out["avconf"]) == {
         "confidence",
         "distance",
@@ -176,7 +181,9 @@ def test_a_video_equal_to_its_reference_is_perfect(places):
 def test_frames_without_a_face_are_counted_in_table_json_and_page(places, tmp_path):
     frames = blurred()
     frames[2] = np.full_like(frames[2], 90)
-    out = compare_videos(folder(tmp_path / "gap", frames), places[0], html=tmp_path / "r.html", progress=False)
+    out = compare_videos(
+        folder(tmp_path / "gap", frames), places[0], config=EvaluateConfig(html=tmp_path / "r.html"), progress=False
+    )
     assert out["missed_faces"] == 1 and out["no_face"]["video"] == {"count": 1, "frames": [2]}
     assert out["no_face"]["ground_truth"]["count"] == 0
     assert (
@@ -186,7 +193,7 @@ def test_frames_without_a_face_are_counted_in_table_json_and_page(places, tmp_pa
     said = "video: no face found in 1 of 6 frames"
     assert said in text and "no face" in text
     page = (tmp_path / "r.html").read_text()
-    assert said in page and "no face, video" in page and "Frame 2: worst 1 by head PSNR; no face found" in page
+    assert said in page and "no face, video" in page and "Frame 2: worst 1 by head PSNR (video); no face found" in page
 
 
 def test_a_reference_frame_without_a_face_has_no_head_but_a_frame(tmp_path):
@@ -207,7 +214,7 @@ def test_a_reference_frame_without_a_face_has_no_head_but_a_frame(tmp_path):
 def test_a_reference_without_any_face_is_refused(tmp_path, places):
     empty = folder(tmp_path / "empty", [np.full((SIZE, SIZE, 3), 90, np.uint8)] * 4)
     with pytest.raises(InputError, match=r"No face in any of the 4 frames of the reference .*empty.*--reference"):
-        compare_videos(places[1], empty, progress=False, config=CompareConfig(max_left_out=9))
+        compare_videos(places[1], empty, progress=False, compare=CompareConfig(max_left_out=9))
 
 
 # ------------------------------------------------------------------------------------------------------ what may differ
@@ -215,7 +222,9 @@ def test_a_reference_without_any_face_is_refused(tmp_path, places):
 
 def test_a_few_frames_more_are_left_out_and_reported(places, tmp_path):
     longer = [*blurred(), *blurred()[:2]]
-    out = compare_videos(folder(tmp_path / "longer", longer), places[0], html=tmp_path / "r.html", progress=False)
+    out = compare_videos(
+        folder(tmp_path / "longer", longer), places[0], config=EvaluateConfig(html=tmp_path / "r.html"), progress=False
+    )
     assert out["frames"]["compared"] == COUNT and out["frames"]["left_out"] == 2 and out["frames"]["video"] == COUNT + 2
     said = "The video is longer: its last 2 of 8 frames were left out."
     assert said in out["notes"] and said in table(out) and said in (tmp_path / "r.html").read_text()
@@ -237,7 +246,7 @@ def test_a_few_frames_more_are_left_out_and_reported(places, tmp_path):
 def test_what_differs_is_refused_with_a_remedy(places, tmp_path, spoil, config, finding):
     other = folder(tmp_path / "other", spoil(blurred()))
     with pytest.raises(InputError, match=finding):
-        compare_videos(other, places[0], progress=False, config=CompareConfig(**config))
+        compare_videos(other, places[0], progress=False, compare=CompareConfig(**config))
 
 
 def test_small_references_and_damaged_pictures_are_refused(places, tmp_path):
@@ -253,7 +262,7 @@ def test_small_references_and_damaged_pictures_are_refused(places, tmp_path):
 def test_a_scaled_video_is_compared_on_request_and_says_so(places, tmp_path):
     small = [cv2.resize(f, (80, 80), interpolation=cv2.INTER_AREA) for f in truth()]
     out = compare_videos(
-        folder(tmp_path / "small", small), places[0], progress=False, config=CompareConfig(resize=True)
+        folder(tmp_path / "small", small), places[0], progress=False, compare=CompareConfig(resize=True)
     )
     assert any("was scaled" in note for note in out["notes"]) and 15 < out["frame"]["psnr"] < 45
 
@@ -271,7 +280,7 @@ def test_other_rates_are_refused_or_paired_by_time(tmp_path):
             video.write(frame)
     with pytest.raises(InputError, match=r"has 50 frames a second, the reference .* 25: .*--resample"):
         compare_videos(faster, reference, progress=False)
-    pair = videos._Pair.open(faster, reference, CompareConfig(resample=True))
+    pair = videos.Pair.open(faster, reference, CompareConfig(resample=True))
     assert pair.count == 8 and any("nearest frames in time" in note for note in pair.notes)
     assert all(abs(a.mean() - b.mean()) < 1.5 for a, b in pair.frames())  # a frame off would be 4 levels
 
@@ -281,10 +290,10 @@ def test_the_sound_is_the_videos_own_and_else_the_references(tmp_path):
     loud = write_video(tmp_path / "loud.mp4", frames, speech_like(COUNT / 25))
     mute = write_video(tmp_path / "mute.mp4", frames)
     for video, reference, whose in ((loud, mute, "video"), (mute, loud, "reference"), (mute, mute, None)):
-        pair = videos._Pair.open(video, reference, CompareConfig())
+        pair = videos.Pair.open(video, reference, CompareConfig())
         assert pair.whose_sound("video") == pair.whose_sound("ground_truth") == whose
-        assert (pair.heard("video") is None) == (whose is None)
-    both = videos._Pair.open(loud, loud, CompareConfig())
+        assert (pair.sound("video") is None) == (whose is None)
+    both = videos.Pair.open(loud, loud, CompareConfig())
     assert (both.whose_sound("video"), both.whose_sound("control")) == ("video", "reference")
     assert len(both.heard("video").samples) == 640 * COUNT
 
@@ -316,10 +325,10 @@ def test_a_small_head_in_a_wide_frame_is_found_masked_and_shown_by_itself(tmp_pa
     wide[40:200, 230:390] = portrait(SIZE)
     frames = list(swaying(4, wide, amount=3.0))
     clip = folder(tmp_path / "wide", frames)
-    pair = videos._Pair.open(clip, clip, CompareConfig())
-    face = videos._follow(pair, lambda done, total: None)
+    pair = videos.Pair.open(clip, clip, CompareConfig())
+    face = videos.track_reference(pair, FaceLandmarker(), lambda done, total: None)
     mask = face.mask(0)
-    assert mask.shape == (240, 420) and face.found.all()
+    assert mask.shape == (240, 420) and face.detected.all()
     ys, xs = np.nonzero(mask >= 128)
     assert xs.min() > 235 and xs.max() < 390 and ys.min() >= 30 and ys.max() < 200 and len(xs) > 1500
     x0, y0, x1, y1 = face.mouth(0, 420, 240)

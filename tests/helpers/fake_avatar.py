@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from hicode.audio import SAMPLE_RATE_HZ
+from hicode.avatar.avatar import Avatar
 from hicode.avatar.blend import compose
 from hicode.camera import Camera
 from hicode.motion import Motion, MotionFrame
@@ -18,6 +19,7 @@ from hicode.speech.speech_model import SpeechModels, Subject
 
 SIZE = 64
 DRIVING = 20
+CAMERA = torch.tensor([[70.0, 0, 32], [0, 70, 32], [0, 0, 1]])
 
 
 def motion_of(count: int, seed: int = 0) -> Motion:
@@ -41,23 +43,26 @@ def speech_models(seed: int = 0) -> SpeechModels:
 
 
 @dataclass
-class FakeAvatar:
+class FakeAvatar(Avatar):
     """An avatar whose render is a disc: its colour tells the expression, its place the pose."""
 
-    speech: SpeechModels | None = field(default_factory=speech_models)
+    gaussians: None = None
+    deformation: None = None
+    camera: Camera = field(default_factory=lambda: Camera(CAMERA, torch.eye(4), SIZE, SIZE))
     driving: Motion = field(default_factory=lambda: motion_of(DRIVING))
-    film_grain: object = None
-    audio_driven: bool = False
-    source: dict = field(default_factory=dict)
+    driving_frames: None = None
+    driving_masks: None = None
     background_plate: np.ndarray = field(default_factory=lambda: np.full((SIZE, SIZE, 3), 60, np.uint8))
+    mouth_expression: torch.Tensor = field(default_factory=lambda: torch.arange(64) < 40)
+    mouth_landmark_weight: torch.Tensor = field(default_factory=lambda: torch.linspace(0, 1, 478))
+    film_grain: object = None
+    speech: SpeechModels | None = field(default_factory=speech_models)
+    audio_driven: bool = False
     shown: list = field(default_factory=list)  # (motion, thread) of each rendered frame
     grains: list = field(default_factory=list)  # what grain each frame was composed with
 
     def __post_init__(self):
-        self.mouth_expression = torch.arange(64) < 40
-        self.mouth_landmark_weight = torch.linspace(0, 1, 478)
-
-        self.camera = Camera(torch.tensor([[70.0, 0, 32], [0, 70, 32], [0, 0, 1]]), torch.eye(4), SIZE, SIZE)
+        """Nothing is deformed."""
 
     def landmark_actions(self) -> torch.Tensor:
         return torch.zeros(64, 478, 3)

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS of a frame against its truth, over the whole frame, the head and the mouth (EVALUATION.md).
+"""PSNR, SSIM and LPIPS of a frame against its truth, over the whole frame, the head and the mouth.
 
 Images are uint8 RGB "h w 3", compared as [0, 1], before any lossy encoding. Per frame; a clip's figure is the mean of
 its frames' figures. For PSNR that is not the PSNR of the mean error: one bad frame weighs less in the first.
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor
 
 from hicode.errors import InputError
-from hicode.perceptual import LPIPS, SMALLEST_SIDE_PX, Network, lpips
+from hicode.perceptual import SMALLEST_SIDE_PX, lpips
 
 Region = Literal["frame", "head", "mouth"]
 REGIONS: tuple[Region, ...] = ("frame", "head", "mouth")
@@ -54,6 +54,7 @@ class Moments:
 
     @staticmethod
     def of(image: UInt8[np.ndarray, "h w 3"]) -> "Moments":
+        """Means and variances in every window."""
         values = image.astype(np.float64) / 255
         mean = _blur(values)
         return Moments(values, mean, _blur(values * values) - mean * mean)
@@ -108,6 +109,7 @@ def _check_same(image: np.ndarray, truth: np.ndarray) -> None:
 
 
 def box_mask(box: Box, height: int, width: int) -> Bool[np.ndarray, "h w"]:
+    """True inside the box."""
     mask = np.zeros((height, width), bool)
     x0, y0, x1, y1 = box
     mask[y0:y1, x0:x1] = True
@@ -124,10 +126,10 @@ def grown(box: Box, height: int, width: int, smallest: int = SMALLEST_SIDE_PX) -
 
 
 class Truth:
-    """One frame's truth with its regions, ready to be compared with several images: what depends on it alone is
-    computed once.
+    """One frame's truth with its regions, to be compared with several images: its own part is computed once.
 
-    Where no face was found there is no head and no mouth: None for their mask and box, NaN for what is measured there. `vgg` adds the whole frame's LPIPS by VGG16, `lpips_vgg`; it costs twenty times the other.
+    Without a face there is no head and no mouth: None for their mask and box, NaN for what is measured there. `vgg`
+    adds the whole frame's LPIPS by VGG16, `lpips_vgg`, at twenty times the other's cost. InputError for small frames.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class Truth:
             )
         self.image, self.vgg = image, vgg
         nowhere = np.zeros((height, width), bool)
-        self.masks = {
+        self.masks: dict[Region, np.ndarray | None] = {
             "frame": None,
             "head": nowhere if head_mask is None else head_mask >= 128,
             "mouth": nowhere if mouth_box is None else box_mask(mouth_box, height, width),
@@ -155,24 +157,33 @@ class Truth:
         self._moments = Moments.of(image)
         self._features = self._deep(image)
 
+    def perfect(self) -> dict[str, dict[str, float]]:
+        """The figures of the truth itself."""
+        return self._all(float("inf"), 1.0, 0.0)
+
+    def unknown(self) -> dict[str, dict[str, float]]:
+        """The figures of an image that is not there."""
+        return self._all(float("nan"), float("nan"), float("nan"))
+
+    def _all(self, psnr: float, ssim: float, lpips: float) -> dict[str, dict[str, float]]:
+        out = {region: {"psnr": psnr, "ssim": ssim, "lpips": lpips} for region in REGIONS}
+        if self.vgg:
+            out["frame"]["lpips_vgg"] = lpips
+        return out
+
     def compare(self, image: UInt8[np.ndarray, "h w 3"]) -> dict[str, dict[str, float]]:
-        """{region: {psnr, ssim, lpips}}, and lpips_vgg of the frame where asked for. NaN where a region has no
-        pixels."""
+        """{region: {psnr, ssim, lpips}}, and the frame's lpips_vgg on request. NaN where a region has no pixels."""
         _check_same(image, self.image)
-        places = ssim_map(Moments.of(image), self._moments)
-        features = self._deep(image)
+        places, features = ssim_map(Moments.of(image), self._moments), self._deep(image)
+        distance: dict[Region, float] = dict.fromkeys(REGIONS, float("nan"))
         with torch.inference_mode():
             alex = lpips("alexnet")
-            distance = {
-                "frame": float(alex.from_features(features["frame"], self._features["frame"])),
-                "head": float(alex.from_features(features["frame"], self._features["frame"], self._head))
-                if self.masks["head"].any()
-                else float("nan"),
-                "mouth": float(alex.from_features(features["mouth"], self._features["mouth"]))
-                if self._mouth_box is not None
-                else float("nan"),
-            }
-            out = {
+            distance["frame"] = float(alex.from_features(features["frame"], self._features["frame"]))
+            if self._head.any():
+                distance["head"] = float(alex.from_features(features["frame"], self._features["frame"], self._head))
+            if self._mouth_box is not None:
+                distance["mouth"] = float(alex.from_features(features["mouth"], self._features["mouth"]))
+            out: dict[str, dict[str, float]] = {
                 region: {
                     "psnr": psnr(image, self.image, mask),
                     "ssim": _mean_over(places, mask),
@@ -196,17 +207,8 @@ class Truth:
         return features
 
 
-def lpips_distance(
-    image: UInt8[np.ndarray, "h w 3"], truth: UInt8[np.ndarray, "h w 3"], network: Network = "alexnet"
-) -> float:
-    """LPIPS of two images of at least 64 px a side."""
-    _check_same(image, truth)
-    model: LPIPS = lpips(network)
-    with torch.inference_mode():
-        return float(model(to_tensor(image), to_tensor(truth)))
-
-
 def to_tensor(image: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "1 3 h w"]:
+    """In [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
 
 

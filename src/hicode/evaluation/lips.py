@@ -1,8 +1,8 @@
-"""How well the mouth moves: landmark distance, jitter, closure (EVALUATION.md).
+"""How well the mouth moves: landmark distance, jitter, closure.
 
-Landmarks are found in the frames as they are seen, the truth's by the same detector, each frame on its own: nothing of
-the tracking that trained the avatar, and no smoothing that could hide what a viewer sees. t frames; points "t 478 2" or
-"t 478 3" in px, NaN in frames without a face.
+Landmarks are detected in the frames as they are seen, the truth's by the same detector, each frame on its own: nothing
+of the tracking that trained the avatar, and no smoothing that could hide what a viewer sees. t frames; points "t 478 2"
+or "t 478 3" in px, NaN in frames without a face.
 """
 
 import re
@@ -23,20 +23,19 @@ if TYPE_CHECKING:
 
 DETECTOR = (
     "MediaPipe face_landmark_with_attention (478 points, mediapipe 0.10.21), each frame by itself: "
-    "region from its face detector, refined once, mean of 4 looks through slightly different regions"
+    "region from its face detector, refined once, mean of 4 samples of slightly different regions"
 )
-# Four looks halve the network's own noise: 0.58 px of LMD between a frame and itself moved by 8 px become 0.28
-# (measured, 12 frames of EdMarkey).
-LOOKS = 4
+# Four samples halve the network's own noise: .58 px of LMD between a frame and itself moved by 8 px become .28.
+SAMPLES = 4
 LMD_SIZE_PX = 512  # frames of this size are what `lmd_px` is quoted for
 CLOSED = 0.02  # lips are closed when their inner edges are nearer than this fraction of the outer-eye distance
 PRESENCE = 0.5
 
 
 def detect(
-    frames: list[UInt8[np.ndarray, "h w 3"]], landmarker: "FaceLandmarker", looks: int = LOOKS
+    frames: list[UInt8[np.ndarray, "h w 3"]], landmarker: "FaceLandmarker", samples: int = SAMPLES
 ) -> Float[np.ndarray, "t 478 3"]:
-    """Landmarks of the largest face of each frame, in px; NaN where none is found or believed."""
+    """Landmarks of the largest face of each frame, in px; NaN where none is detected or believed."""
     from hicode.tracking.landmarks import rois_from_landmarks
 
     out = np.full((len(frames), N_LANDMARKS, 3), np.nan, np.float32)
@@ -47,29 +46,22 @@ def detect(
         with torch.inference_mode():
             image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float() / 255
             points, _ = landmarker.landmarks(image, torch.from_numpy(faces[0].roi()[None]).float())
-            rois = _varied(rois_from_landmarks(points), looks)
-            points, presence = landmarker.landmarks(image.expand(looks, -1, -1, -1), rois)
+            rois = _varied(rois_from_landmarks(points), samples)
+            points, presence = landmarker.landmarks(image.expand(samples, -1, -1, -1), rois)
         if presence.mean() >= PRESENCE:
             out[i] = points.mean(0).numpy()
     return out
 
 
-def _varied(roi: Float[Tensor, "1 4"], looks: int) -> Float[Tensor, "n 4"]:
-    """A region looked at from `looks` sides: shifted by 4 % of its size around a circle, 4 % larger and smaller, turned
-    by 1.7 degrees to and fro."""
-    k = torch.arange(looks, dtype=roi.dtype)
-    wide = 0.0 if looks == 1 else 0.04
-    angle, sign = 2 * torch.pi * k / looks, 1 - 2 * (k % 2)
+def _varied(roi: Float[Tensor, "1 4"], samples: int) -> Float[Tensor, "n 4"]:
+    """Variants of a region: shifted by 4 % of its size around a circle, 4 % larger and smaller, turned by 1.7 degrees
+    to and fro."""
+    k = torch.arange(samples, dtype=roi.dtype)
+    wide = 0.0 if samples == 1 else 0.04
+    angle, sign = 2 * torch.pi * k / samples, 1 - 2 * (k % 2)
     x, y, size, turn = roi[0]
-    return torch.stack(
-        [
-            x + wide * angle.cos() * size,
-            y + wide * angle.sin() * size,
-            size * (1 + wide * sign),
-            turn + 0.75 * wide * sign,
-        ],
-        -1,
-    )
+    shifted = x + wide * angle.cos() * size, y + wide * angle.sin() * size
+    return torch.stack([*shifted, size * (1 + wide * sign), turn + 0.75 * wide * sign], -1)
 
 
 @dataclass(frozen=True)
@@ -140,41 +132,32 @@ def correlation(a: Float[np.ndarray, "t"], b: Float[np.ndarray, "t"]) -> float |
 
 
 def jitter(points: Float[np.ndarray, "t 478 c"], width_px: int = LMD_SIZE_PX) -> float | None:
-    """Mean length of the landmarks' second difference in px at 512, after each frame's shift, turn and scale in the
-    image is taken out.
+    """Mean length of the landmarks' second difference in px at 512, each frame's shift, turn and scale removed.
 
     What remains of a head that turns smoothly is small; what remains of a shaking one is what the eye calls jitter.
     Compare with the truth's own. None without three frames in a row.
     """
-    points = np.asarray(points, np.float64)[..., :2]
-    known = np.isfinite(points).all((1, 2))
+    flat = np.asarray(points, np.float64)[..., :2] @ np.array([1, 1j])
+    known = np.isfinite(flat).all(1)
     if known.sum() < 3:
         return None
-    reference = points[known].mean(0)
-    shapes = np.stack(
-        [_aligned(p, reference) if k else np.full_like(p, np.nan) for p, k in zip(points, known, strict=True)]
-    )
-    second = np.linalg.norm(shapes[2:] - 2 * shapes[1:-1] + shapes[:-2], axis=-1).mean(1)
+    reference = flat[known].mean(0)
+    reference -= reference.mean()
+    shapes = flat - flat.mean(1, keepdims=True)
+    # The similarity of the plane that brings a shape closest to the reference: one complex factor.
+    factor = (shapes.conj() * reference).sum(1) / (np.abs(shapes) ** 2).sum(1)
+    shapes = factor[:, None] * shapes
+    second = np.abs(shapes[2:] - 2 * shapes[1:-1] + shapes[:-2]).mean(1)
     second = second[np.isfinite(second)]
     return float(second.mean() * LMD_SIZE_PX / width_px) if len(second) else None
 
 
-def _aligned(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """The points under the similarity of the plane that brings them closest to the reference: one complex factor and a
-    shift."""
-    a, b = points @ np.array([1, 1j]), reference @ np.array([1, 1j])
-    a = a - a.mean()
-    factor = np.vdot(a, b - b.mean()) / np.vdot(a, a)
-    moved = factor * a + b.mean()
-    return np.stack([moved.real, moved.imag], -1)
-
-
 @dataclass(frozen=True)
 class Closure:
-    """Of the closures due, how many came: `hits` of `due`; `unknown` were not counted, no face being found in them.
+    """Of the closures due, how many came: `hits` of `due`; `unknown` were not counted, no face being detected in them.
 
-    elsewhere  share of the frames with a face and without a closure due in which the lips are closed all the same; None without such
-               frames. A mouth that never opens has a recall of 1: this is what it pays.
+    elsewhere  share of the frames with a face and without a closure due in which the lips are closed all the same; None
+               without such frames. A mouth that never opens has a recall of 1: this is what it pays.
     """
 
     hits: int
@@ -184,6 +167,7 @@ class Closure:
 
     @property
     def recall(self) -> float | None:
+        """Share of the closures due that came."""
         return self.hits / self.due if self.due else None
 
 
@@ -225,8 +209,8 @@ def motion_in_silence(gap: Float[np.ndarray, "t"], silent: Bool[np.ndarray, "t"]
     return float(speeds[0].mean() / speeds[1].mean())
 
 
-# Silence is 20 dB under the speech's own level for a fifth of a second: rooms of real clips sound at -22 ... -35 dB (HDTF, GRID), weak
-# consonants and the closure of a p, b or m are shorter.
+# Silence is 20 dB under the speech's own level for a fifth of a second: rooms of real clips sound at -22 ... -35 dB
+# (HDTF, GRID), weak consonants and the closure of a p, b or m are shorter.
 SILENCE_DB = -20.0
 SILENCE_FRAMES = 5
 
@@ -249,12 +233,13 @@ _CLOSED_PHONES = {"P", "B", "M"}
 def closures_due(
     path: Path | str, first: int, count: int, offset_frames: float = 0.0, fps: float = 25.0
 ) -> list[tuple[int, int]]:
-    """[first, end) of the frames in which each p, b or m of an alignment is spoken, counted from frame `first` of the video, in `count` frames.
+    """[start, end) of the frames in which each p, b or m of an alignment is spoken.
 
-    A line is `start end label`. In a file called *.align (GRID) labels are words and times are in 1/25000 s: a word that begins with p, b or m
-    is due at its beginning, the letter m (spoken "em") at its end. In any other file labels are phones (ARPABET; stress digits do not
-    matter) and times are seconds. `offset_frames`: how much later the mouth is than the sound. Closures that are not wholly inside
-    are left out. InputError names the line that cannot be read.
+    Counted from frame `first` of the video, in `count` frames; closures that are not wholly inside are left out. A line
+    is `start end label`. In a file called *.align (GRID) labels are words and times are in 1/25000 s: a word that
+    begins with p, b or m is due at its beginning, the letter m (spoken "em") at its end. In any other file labels are
+    phones (ARPABET, with or without stress digits) and times are seconds. `offset_frames`: how much later the mouth is
+    than the sound. InputError names the line that cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -271,7 +256,7 @@ def closures_due(
             start, end, label = float(fields[0]), float(fields[1]), fields[2]
         except (ValueError, IndexError):
             start, end, label = 0.0, -1.0, ""
-        if not start <= end:
+        if start > end:
             raise InputError(
                 f"{path}, line {number}, is not start, end and label: {line[:60]!r}. Give an alignment, a sound a line."
             )
@@ -285,6 +270,6 @@ def closures_due(
             continue
         a = int(np.floor(start * fps + offset_frames)) - first
         b = max(int(np.ceil(end * fps + offset_frames)) - first, a + 1)
-        if 0 <= a and b <= count:
+        if a >= 0 and b <= count:
             due.append((a, b))
     return due

@@ -1,6 +1,6 @@
-"""The report as one HTML file for people who doubt it: figures, curves frame by frame, the sound with the mouth's opening, mouths
-over time, the worst frames first with their difference maps, what was not measured and why, and what made it all. Nothing is
-loaded from elsewhere; there is no script.
+"""The report as one HTML file: figures, curves frame by frame, sound and opening, mouths over time, the worst frames.
+
+Also what was not measured and why, and what made it all. Nothing is loaded from elsewhere; there is no script.
 """
 
 import base64
@@ -13,29 +13,37 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from hicode.evaluation.gallery import Pictures, ShownFrame
 from hicode.evaluation.images import REGIONS
-from hicode.evaluation.show import TITLES, Column, Pictures, ShownFrame, cell, headlines, rows_of, shown_columns, value
+from hicode.evaluation.show import TITLES, Column, cell, headlines, rows_of, shown_columns, value
 from hicode.files import atomic_path
 
 DIFFERENCE_GAIN = 4  # a difference of 64 levels is full scale
 SHOWN_PX = 512  # longer side of a frame on the page
-COLORS = {"ground_truth": "#1f8a4c", "control": "#8b8f96", "video": "#2259b8", "tracked": "#2259b8", "audio": "#cf5a17"}
+COLORS = {
+    "audio": "#cf5a17",
+    "video": "#2259b8",
+    "tracked": "#2259b8",
+    "tracked_face": "#7a4fb5",
+    "ground_truth": "#1f8a4c",
+    "control": "#8b8f96",
+}
 STRIP_HEIGHT_PX, STRIP_LINE = 88, 12
 MISSED = "#c2182b"
 
 _STYLE = """
 :root { --line: #dfe2e6; --soft: #5d646e; --ink: #16191d }
 * { box-sizing: border-box }
-body { font: 14.5px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; margin: 0 auto; max-width: 1340px;
-  padding: 1.6rem 1.6rem 4rem; color: var(--ink); background: #fff }
-h1 { font-size: 1.45rem; margin: 0 0 .2rem } h2 { font-size: 1.08rem; margin: 2.4rem 0 .5rem; padding-top: .9rem;
-  border-top: 1px solid var(--line) } h3 { font-size: .92rem; margin: 1rem 0 .25rem; font-weight: 600 }
+body { font: 14.5px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1340px; padding: 1.6rem 1.6rem 4rem;
+  color: var(--ink); background: #fff }
+h1 { font-size: 1.45rem; margin: 0 0 .2rem } h3 { font-size: .92rem; margin: 1rem 0 .25rem; font-weight: 600 }
+h2 { font-size: 1.08rem; margin: 2.4rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line) }
 p { margin: .3rem 0 .6rem; max-width: 62rem } .soft, figcaption, dd { color: var(--soft) } .small { font-size: .85rem }
 nav { font-size: .85rem; margin: .6rem 0 0 } nav a { color: #2259b8; margin-right: 1.1rem; text-decoration: none }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; margin: .6rem 0 }
 th, td { padding: .3rem .62rem; text-align: right; white-space: nowrap } td { border-top: 1px solid var(--line) }
-th { font-weight: 500; color: var(--soft) } thead tr:first-child th { text-align: center; color: var(--ink); font-weight: 600;
-  border-bottom: 1px solid #9aa1aa } th:first-child, td:first-child { text-align: left }
+th { font-weight: 500; color: var(--soft) } th:first-child, td:first-child { text-align: left }
+thead tr:first-child th { text-align: center; color: var(--ink); font-weight: 600; border-bottom: 1px solid #9aa1aa }
 .g { border-left: 1px solid var(--line) } tr.aside td { color: var(--soft) }
 .dot { display: inline-block; width: .62rem; height: .62rem; border-radius: 50%; margin-right: .45rem }
 .scroll { overflow-x: auto } .cards { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1rem 0 .4rem }
@@ -44,17 +52,19 @@ th { font-weight: 500; color: var(--soft) } thead tr:first-child th { text-align
 .card span { font-size: .8rem; color: var(--soft); display: block }
 .say { border-left: 3px solid #c98a00; background: #fff9ea; padding: .45rem .8rem; margin: .35rem 0; max-width: 62rem }
 .row { display: flex; gap: 8px; flex-wrap: wrap; margin: .3rem 0 1.5rem } figure { margin: 0 }
-figure img { display: block; width: 208px; max-width: 100%; height: auto; background: #eee } figcaption { font-size: .78rem; max-width: 208px }
-.strip { display: grid; grid-template-columns: 6.4rem repeat(12, minmax(0, 1fr)); gap: 2px; align-items: center; font-size: .78rem }
-.strip img { width: 100%; height: auto; display: block } .strip b { font-weight: 600 } .strip + .strip { margin-top: 14px }
-.strip i { font-style: normal; color: var(--soft); text-align: center }
+figure img { display: block; width: 208px; max-width: 100%; height: auto; background: #eee }
+figcaption { font-size: .78rem; max-width: 208px }
+.strip { display: grid; grid-template-columns: 6.4rem repeat(12, minmax(0, 1fr)); gap: 2px; align-items: center;
+  font-size: .78rem }
+.strip img { width: 100%; height: auto; display: block } .strip b { font-weight: 600 } .strip + .strip {
+  margin-top: 14px } .strip i { font-style: normal; color: var(--soft); text-align: center }
 .key { display: flex; flex-wrap: wrap; gap: 1.2rem; font-size: .82rem; margin: .1rem 0 .2rem }
 .key i { display: inline-block; width: 1.3rem; border-top: 2.5px solid; vertical-align: middle; margin-right: .4rem }
-svg { display: block; max-width: 100%; height: auto; margin-bottom: .9rem } dl { columns: 2; column-gap: 2.5rem; font-size: .85rem }
-dt { font-weight: 600; margin-top: .3rem; break-after: avoid } dd { margin: 0; break-inside: avoid }
-details { margin-top: 1rem } pre { font-size: .76rem; overflow-x: auto; background: #f6f7f8; padding: .8rem }
+svg { display: block; max-width: 100%; height: auto; margin-bottom: .9rem }
+dl { columns: 2; column-gap: 2.5rem; font-size: .85rem } dt { font-weight: 600; margin-top: .3rem; break-after: avoid }
+dd { margin: 0; break-inside: avoid } details { margin-top: 1rem }
+pre { font-size: .76rem; overflow-x: auto; background: #f6f7f8; padding: .8rem }
 .ramp { display: inline-block; width: 9rem; height: .7rem; vertical-align: middle; margin: 0 .4rem }
-@media print { nav { display: none } h2 { break-after: avoid } figure, .strip, svg { break-inside: avoid } }
 """
 
 
@@ -65,6 +75,7 @@ def write_page(path: Path, report: dict, pictures: Pictures) -> None:
 
 
 def page(report: dict, pictures: Pictures) -> str:
+    """The HTML."""
     made = report["provenance"]
     code = f"hicode {made['version']}" + (f", commit {made['commit']}" if made.get("commit") else "")
     code += " with uncommitted changes" if made.get("dirty") else ""
@@ -80,7 +91,8 @@ def page(report: dict, pictures: Pictures) -> str:
     sections = [s for s in sections if s[2]]
     links = "".join(f"<a href='#{key}'>{escape(title)}</a>" for key, title, _ in sections)
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width'>",
         f"<title>{escape(report['title'])}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(report['title'])}</h1>",
         f"<p class='soft'>{escape(report['protocol'][0].upper() + report['protocol'][1:])}.</p>",
@@ -94,23 +106,23 @@ def page(report: dict, pictures: Pictures) -> str:
     return "\n".join(parts)
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
+# --- figures
 
 
 def _cards(report: dict) -> str:
     """The few figures that a reader looks for, each beside its control."""
     rows, out = rows_of(report), []
-    wanted = (
+    shown = (
         ("head PSNR", ("head", "psnr"), 2, " dB"),
         ("frame LPIPS", ("frame", "lpips"), 3, ""),
         ("LMD", ("lmd_px",), 2, " px"),
     )
     for mode in report["over_control"]:
-        for name, where, digits, unit in wanted:
-            found, floor = value(rows[mode], where), value(rows["control"], where)
-            if found is not None:
-                beside = f"control {floor:.{digits}f}" if floor is not None else "no control"
-                out.append(_card(f"{name}, {TITLES[mode]}", f"{found:.{digits}f}{unit}", beside))
+        for name, where, digits, unit in shown:
+            figure, floor = value(rows[mode], where), value(rows["control"], where)
+            if figure is not None:
+                note = f"control {floor:.{digits}f}" if floor is not None else "no control"
+                out.append(_card(f"{name}, {TITLES[mode]}", f"{figure:.{digits}f}{unit}", note))
     for mode in report["over_control"]:
         missed = rows[mode]["missed_faces"]
         if missed:
@@ -122,8 +134,8 @@ def _cards(report: dict) -> str:
     return f"<div class='cards'>{''.join(out)}</div>"
 
 
-def _card(name: str, shown: str, beside: str) -> str:
-    return f"<div class='card'><span>{escape(name)}</span><b>{escape(shown)}</b><span>{escape(beside)}</span></div>"
+def _card(name: str, shown: str, note: str) -> str:
+    return f"<div class='card'><span>{escape(name)}</span><b>{escape(shown)}</b><span>{escape(note)}</span></div>"
 
 
 def _table(report: dict) -> str:
@@ -133,8 +145,8 @@ def _table(report: dict) -> str:
     tables = [_one_table(part, rows_of(report)) for part in (pictures, [c for c in columns if c not in pictures])]
     gains = "".join(f"<p>{escape(line)}</p>" for line in headlines({**report, "notes": [], "not_measured": {}}))
     shared = (
-        "<p class='soft small'>↑ higher is better, ↓ lower is better. The control is what a still picture scores where a true "
-        "background is pasted: read a result as its distance from it.</p>"
+        "<p class='soft small'>↑ higher is better, ↓ lower is better, no arrow: the truth's value is best. The control "
+        "is what a still picture scores on the true background: read a result as its distance from it.</p>"
     )
     return "".join(f"<div class='scroll'>{table}</div>" for table in tables) + shared + gains
 
@@ -176,7 +188,7 @@ def _open(report: dict) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- curves
+# --- curves
 
 
 def _curves(report: dict) -> str:
@@ -192,9 +204,7 @@ def _curves(report: dict) -> str:
     missed = sorted({i for row in rows.values() for i, seen in enumerate(row["face"]) if not seen})
     out = [_key([(TITLES[name], COLORS[name], "") for name in judged])]
     if missed:
-        out.append(
-            f"<p class='small' style='color:{MISSED}'>Red ticks: frames in which some row, or the truth, has no face.</p>"
-        )
+        out.append(f"<p class='small' style='color:{MISSED}'>Red ticks: some row, or the truth, has no face there.</p>")
     for title, key in charts:
         series = [(TITLES[name], COLORS[name], rows[name][key], "") for name in judged]
         out.append(f"<h3>{escape(title)}</h3>{chart(series, first, marks=missed)}")
@@ -202,7 +212,7 @@ def _curves(report: dict) -> str:
 
 
 def _sound(report: dict, samples: np.ndarray | None) -> str:
-    """The waveform, and on the same time axis how far the mouths open: the truth's, the rows', and what speech predicted."""
+    """The waveform and, on the same time axis, the opening: the truth's, the rows', what speech predicted."""
     first, rows = report["split"]["test"][0], report["per_frame"]
     series = [
         (TITLES[name], COLORS[name], rows[name]["opening"], "") for name in TITLES if name in rows and name != "control"
@@ -221,7 +231,8 @@ def _sound(report: dict, samples: np.ndarray | None) -> str:
 
 def _key(entries: list[tuple[str, str, str]]) -> str:
     items = "".join(
-        f"<span><i style='border-color:{color};border-top-style:{'dashed' if dash else 'solid'}'></i>{escape(name)}</span>"
+        f"<span><i style='border-color:{color};border-top-style:{'dashed' if dash else 'solid'}'></i>"
+        f"{escape(name)}</span>"
         for name, color, dash in entries
     )
     return f"<div class='key'>{items}</div>"
@@ -267,7 +278,8 @@ def chart(
     for i in marks or []:
         x = _x(i, count, width)
         out.append(
-            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM - 6}' y2='{height - BOTTOM}' stroke='{MISSED}' stroke-width='2'/>"
+            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM - 6}' y2='{height - BOTTOM}' stroke='{MISSED}' "
+            "stroke-width='2'/>"
         )
     for name, color, values, dash in series:
         pieces, piece = [], []
@@ -325,7 +337,7 @@ def waveform(samples: Float[np.ndarray, "n"], count: int, first: int, width: int
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --- pictures
 
 
 def _strips(strip: list[tuple[int, dict[str, np.ndarray]]]) -> str:
@@ -354,7 +366,8 @@ def _frames(frames: list[ShownFrame]) -> str:
     ramp = _data_uri(difference_map(*_ramp()))
     out = [
         "<p class='soft small'>Difference maps: largest of the three channels, amplified "
-        + f"{DIFFERENCE_GAIN} times; 0 <img class='ramp' alt='scale' src='{ramp}'> {255 // DIFFERENCE_GAIN} of 255 levels and more.</p>"
+        f"{DIFFERENCE_GAIN} times; 0 <img class='ramp' alt='scale' src='{ramp}'> {255 // DIFFERENCE_GAIN} of 255 "
+        "levels and more.</p>"
     ]
     for shown in frames:
         cells = [_figure(shown.truth, "ground truth")]

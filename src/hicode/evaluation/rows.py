@@ -1,26 +1,37 @@
-"""What is measured of a row of frames, whoever made them: an avatar (`report`) or another system's video (`videos`).
+"""What is measured of a row of frames, whoever made them: an avatar (`report`) or another system (`videos`).
 
-A row has t frames beside t frames of truth. Figures are means over frames; landmarks are found in the row's own frames and
-in the truth's by the same detector. What cannot be measured is None, and `not_measured` says why: nothing is left out in silence.
+A row has t frames beside t frames of truth. Figures are means over frames. Landmarks are detected in the row's own
+frames and in the truth's by the same detector. What cannot be measured is None, and `not_measured` says why.
+
+A row's figures, a dict:
+
+    frame, head, mouth   {psnr, ssim, lpips}, the frame's lpips_vgg on request
+    lmd_px, lmd_norm, missed_faces, opening_correlation, opening_mean, jitter_px, seam, motion_in_silence
+    motion               `MotionStatistics`
+    closure, closures_due, closed_elsewhere
+    sync_...             offset, margin, shuffled margin, AUC, windows
+    avconf               {confidence, distance, offset_frames}, with SyncNet's weights alone
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from hicode.audio import frame_rms
-from hicode.errors import FileFormatError
-from hicode.evaluation.images import REGIONS, mean_of_frames
+from hicode.errors import AssetError, FileFormatError
+from hicode.evaluation.images import REGIONS, Box, Truth, mean_of_frames, seam_error
 from hicode.evaluation.lips import (
     CLOSED,
     LMD_SIZE_PX,
     SILENCE_DB,
     closure,
     correlation,
+    detect,
     jitter,
     lip_distance,
     lip_distances,
@@ -28,7 +39,13 @@ from hicode.evaluation.lips import (
     opening,
     silent_frames,
 )
-from hicode.evaluation.syncnet import MIN_FRAMES, AVConf, LipStream, SyncNet, finish
+from hicode.evaluation.motion_statistics import motion_statistics
+from hicode.evaluation.syncnet import MIN_FRAMES, LipStream, SyncNet, crop, finish
+from hicode.motion import N_LANDMARKS
+from hicode.speech.loudness import speech_level
+from hicode.speech.sync import SyncModel, estimate_offset, shuffled_control, sync_auc, windowed_offsets
+from hicode.speech.voice_activity import VadConfig, VoiceActivity
+from hicode.tracking.landmarks import FaceLandmarker
 
 MIN_SYNC_FRAMES = 50  # below two seconds the sync measure has nothing to go by
 MIN_AUC_FRAMES = 110  # five windows of two seconds, 10 frames apart, with 10 frames to shift on either side
@@ -42,52 +59,89 @@ DEFINITIONS = {
     ),
     "psnr": "dB, mean over frames of each frame's own; null where it is infinite (equal images)",
     "ssim": "11 x 11 Gaussian, σ 1.5, data range 1, population covariances, RGB averaged",
-    "lmd_px": "40 lip landmarks, each set minus its mean, mean distance in px of a frame 512 px wide: for heads that fill it",
-    "lmd_norm": "the same over the distance of the outer eye corners in the truth; `lmd_iod` is the same figure",
-    "missed_faces": "frames in which the detector found no face in the row or in the truth: not in LMD, never counted as 0",
-    "jitter_px": "mean second difference of all landmarks, each frame's shift, turn and scale taken out, px at 512",
+    "lmd_px": "40 lip landmarks, each set minus its mean, mean distance in px of a frame 512 px wide",
+    "lmd_norm": "the same over the distance of the outer eye corners in the truth",
+    "missed_faces": "frames in which the row or the truth has no face: not in LMD, never counted as 0",
+    "jitter_px": "mean second difference of all landmarks, each frame's shift, turn and scale removed, px at 512",
     "seam": "mean difference of gradients from the truth's in a band of 4 px about the composition's boundary",
+    "opening": "gap of the inner lips over the distance of the outer eye corners",
+    "opening_correlation": "Pearson correlation of the opening with the truth's",
+    "opening_mean": "mean opening",
+    "amplitude": "standard deviation of opening (width) over the truth's",
+    "ccc": "Lin's concordance of opening (width) with the truth's: 2 cov / (var + var + (mean - mean)²)",
+    "closed_share": f"share of frames with an opening below {CLOSED}; `closed_share_ratio` is over the truth's",
+    "lip_dynamics": "mean over pairs of the 40 lip points of the deviation over time of their distance, % of eyes",
+    "lip_speed": "mean distance that a lip point travels from frame to frame, pose removed, % of the eye distance",
+    "brow_dynamics": "as lip_dynamics, over 20 brow points",
+    "head_motion": "√(Σ of deviation × variance of the difference of 3 angles, degrees, + variance of translation)",
+    "silent_lip_stability": "median absolute deviation of the opening in silences of .3 s or longer, % of eyes",
+    "lip_loudness": "mean |opening - RMS|, both scaled to [0, 1] over the row",
+    "scores": "of the last six: 1 - |x - truth| / truth",
+    "motion_in_silence": "mean change of the opening a frame in silence over that in speech",
+    "silence": f"{-SILENCE_DB:.0f} dB under the speech for .2 s or longer, or no voice by voice activity",
     "sync_offset_frames": "frames by which the mouth is later than the sound, by hicode.speech.sync (not SyncNet)",
-    "sync_margin": "correlation at that offset less the median over offsets; `sync_margin_shuffled` with the sound rotated",
+    "sync_margin": "correlation at that offset less the median over offsets; `..._shuffled`: the sound rotated",
     "sync_auc_shifted": "how surely two seconds of mouth tell their sound from the same sound 5 ... 10 frames off",
     "sync_windows": "windows of two seconds, 10 frames apart: frame at which each begins, its own offset and margin",
     "sync_windows_near": "share of them whose offset is within a frame of the row's",
-    "closure": f"share of the p, b and m due in which the inner lips come nearer than {CLOSED} of the eye distance",
-    "closed_elsewhere": "share of the other frames in which they do: a mouth that never opens has 1 of both",
-    "motion_in_silence": f"change of the mouth's opening a frame in silence ({-SILENCE_DB:.0f} dB under the speech) over that in speech",
-    "opening_correlation": "of the mouth's opening (gap of the inner lips over the distance of the outer eye corners), row against truth",
-    "opening_mean": "mean opening: a row well below the truth's mumbles",
+    "closure": f"share of the p, b and m due in which the opening comes below {CLOSED}",
+    "closed_elsewhere": "share of the other frames in which it does: a mouth that never opens has 1 of both",
 }
 AVCONF_DEFINITION = {
-    "avconf": "SyncNet with the weights given, face boxes from the landmarks: confidence (LSE-C), distance (LSE-D), offset",
+    "avconf": "SyncNet with the weights given, face boxes from the truth's landmarks: LSE-C, LSE-D, offset",
 }
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class Compared:
+    """One frame of truth and what is compared with it.
+
+    images   by row; a row that has none here is not measured
+    regions  by row: what composition may change (255), for the seam
+    """
+
+    t: int
+    truth: UInt8[np.ndarray, "h w 3"]
+    head_mask: UInt8[np.ndarray, "h w"] | None
+    mouth_box: Box | None
+    images: dict[str, UInt8[np.ndarray, "h w 3"]]
+    regions: dict[str, UInt8[np.ndarray, "h w"]]
+
+
+@dataclass
 class Row:
     """What was measured of one row: a list entry a frame. `lips` collects for AVConf where weights are given."""
 
     images: list[dict] = field(default_factory=list)
     points: list[np.ndarray] = field(default_factory=list)
     seam: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
     lips: LipStream | None = None
 
     def landmarks(self) -> Float[np.ndarray, "t 478 3"]:
+        """Of all frames, NaN without a face."""
         return np.stack(self.points)
 
 
-@dataclass(frozen=True, eq=False)
-class Heard:
+@dataclass(frozen=True)
+class Sound:
     """The sound of t frames: 16 kHz mono, 640 samples a frame, and its features by an encoder's name, "2*t d"."""
 
     samples: Float32[np.ndarray, "640*t"]
     features: Callable[[str], Float[Tensor, "2*t d"]]
 
-    def silent(self) -> np.ndarray:
-        from hicode.speech.loudness import speech_level
+    def rms(self) -> Float[np.ndarray, "t"]:
+        """Of each frame."""
+        return frame_rms(self.samples)
 
-        return silent_frames(frame_rms(self.samples), speech_level(self.samples))
+    def silent(self) -> Bool[np.ndarray, "t"]:
+        """Frames in which nobody speaks: by loudness, or by voice activity where its encoder can be had."""
+        quiet = silent_frames(self.rms(), speech_level(self.samples))
+        activity = VoiceActivity.load()
+        try:
+            scores = activity.frames(self.features(activity.encoder))
+        except AssetError:
+            return quiet
+        return quiet | (scores <= VadConfig().closed_score)
 
 
 @dataclass
@@ -98,140 +152,169 @@ class Findings:
     not_measured: dict[str, str] = field(default_factory=dict)
 
 
+def new_rows(names: Iterable[str], net: SyncNet | None) -> dict[str, Row]:
+    """Empty rows."""
+    return {name: Row(lips=LipStream(net) if net else None) for name in names}
+
+
+def measure(
+    frames: Iterable[Compared],
+    rows: dict[str, Row],
+    landmarker: FaceLandmarker,
+    vgg: bool = False,
+    face_boxes: Float[np.ndarray, "t 3"] | None = None,
+) -> Iterator[Compared]:
+    """Measure every row in every frame, and give the frames on. The truth's row is called `ground_truth`.
+
+    `face_boxes`: SyncNet's crops, which are the truth's in every row.
+    """
+    for i, frame in enumerate(frames):
+        truth = Truth(frame.truth, frame.head_mask, frame.mouth_box, vgg)
+        for name, row in rows.items():
+            image = frame.truth if name == "ground_truth" else frame.images.get(name)
+            if image is None:
+                row.images.append(truth.unknown())
+                row.points.append(np.full((N_LANDMARKS, 3), np.nan, np.float32))
+            else:
+                row.images.append(truth.perfect() if name == "ground_truth" else truth.compare(image))
+                row.points.append(detect([image], landmarker)[0])
+            if image is None or name not in frame.regions:
+                row.seam.append(float("nan"))
+            else:
+                row.seam.append(seam_error(image, frame.truth, frame.regions[name]))
+            if row.lips is not None and face_boxes is not None:
+                row.lips.push(crop(frame.truth if image is None else image, face_boxes[i]))
+        yield frame
+
+
 def figures(
     rows: dict[str, Row],
     width: int,
-    heard: dict[str, Heard | None],
+    sounds: dict[str, Sound | None],
     findings: Findings,
     due: list[tuple[int, int]] | None = None,
     syncnet: SyncNet | None = None,
     sound_missing: str = "there is no sound",
 ) -> dict[str, dict]:
-    """Each row's figures, by name; the truth's row is called `ground_truth`. `heard` has each row's sound, `due` the closures due."""
+    """Each row's figures, by name. `sounds` has each row's sound, `due` the closures due."""
     truth = rows["ground_truth"].landmarks()
-    sync = _sync(rows, heard, findings, sound_missing)
     out = {}
     for name, row in rows.items():
-        points = row.landmarks()
-        distance = lip_distance(points, truth, width)
-        found: dict = {
-            region: {
-                metric: mean_of_frames([f[region][metric] for f in row.images]) for metric in row.images[0][region]
-            }
-            for region in REGIONS
-        }
-        found |= {
+        points, sound = row.landmarks(), sounds[name]
+        silent = None if sound is None else sound.silent()
+        distance, gap = lip_distance(points, truth, width), opening(points)
+        came = closure(gap, due) if due else None
+        out[name] = {
+            **{region: means([f[region] for f in row.images]) for region in REGIONS},
             "lmd_px": distance.px,
             "lmd_norm": distance.iod,
-            "lmd_iod": distance.iod,
             "missed_faces": distance.missed,
-        }
-        found |= sync[name]
-        found |= {
+            "opening_correlation": correlation(gap, opening(truth)),
+            "opening_mean": mean_of_frames(list(gap)),
+            "motion": asdict(motion_statistics(points, truth, None if sound is None else sound.rms(), silent)),
             "jitter_px": jitter(points, width),
             "seam": mean_of_frames(row.seam),
-            "opening_correlation": correlation(opening(points), opening(truth)),
-            "opening_mean": mean_of_frames(list(opening(points))),
-            "motion_in_silence": None,
-            "closure": None,
-            "closures_due": None,
-            "closed_elsewhere": None,
+            "motion_in_silence": None if silent is None else motion_in_silence(gap, silent),
+            "closure": came and came.recall,
+            "closures_due": came and came.due,
+            "closed_elsewhere": came and came.elsewhere,
         }
-        if heard[name] is not None:
-            found["motion_in_silence"] = motion_in_silence(opening(points), heard[name].silent())
-        if due:
-            came = closure(opening(points), due)
-            found |= {"closure": came.recall, "closures_due": came.due, "closed_elsewhere": came.elsewhere}
         if name != "ground_truth":
             _note_equal_frames(name, row, findings)
         if distance.missed:
             findings.notes.append(
                 f"{name}: no face found in {distance.missed} of {distance.frames} frames; they are left out of LMD."
             )
-        out[name] = found
-    _say_why(out, heard, findings, due, sound_missing)
-    _avconf(out, rows, heard, findings, syncnet, sound_missing)
+    for name, found in _sync(rows, sounds, findings, sound_missing).items():
+        out[name] |= found
+    _say_why(out, sounds, findings, due, sound_missing)
+    _avconf(out, rows, sounds, findings, syncnet)
     return out
 
 
+def means(frames: list[dict[str, float]]) -> dict[str, float | None]:
+    """Of each metric over frames."""
+    return {metric: mean_of_frames([f[metric] for f in frames]) for metric in frames[0]}
+
+
 def _note_equal_frames(name: str, row: Row, findings: Findings) -> None:
-    """A frame that equals the truth has no finite PSNR, and then neither has the mean: say so, with the mean of the others."""
+    """A frame that equals the truth has no finite PSNR, and then neither has the mean: note the mean of the others."""
     for region in REGIONS:
         values = np.array([f[region]["psnr"] for f in row.images])
         equal, known = np.isposinf(values), np.isfinite(values)
         if equal.any() and known.any():
             findings.notes.append(
-                f"{name}: {equal.sum()} of {len(values)} frames equal the truth in the {region}: the mean PSNR is infinite; "
-                f"over the other frames it is {values[known].mean():.2f} dB."
+                f"{name}: {equal.sum()} of {len(values)} frames equal the truth in the {region}: the mean PSNR is "
+                f"infinite; over the other frames it is {values[known].mean():.2f} dB."
             )
 
 
-def _say_why(out: dict, heard: dict, findings: Findings, due: list | None, sound_missing: str) -> None:
+def _say_why(out: dict, sounds: dict, findings: Findings, due: list | None, sound_missing: str) -> None:
+    why, sound = findings.not_measured, sounds["ground_truth"]
     if due is None:
-        findings.not_measured["closure"] = "no alignment says where p, b and m are spoken (--alignment FILE)"
+        why["closure"] = "no alignment says where p, b and m are spoken (--alignment FILE)"
     elif not due:
-        findings.not_measured["closure"] = "the alignment has no p, b or m in these frames"
-    if heard["ground_truth"] is None:
-        findings.not_measured["motion in silence"] = sound_missing
+        why["closure"] = "the alignment has no p, b or m in these frames"
+    if sound is None:
+        why["motion in silence"] = sound_missing
     elif all(found["motion_in_silence"] is None for found in out.values()):
-        quiet = int(heard["ground_truth"].silent().sum())
-        findings.not_measured["motion in silence"] = (
-            f"{quiet} of {len(heard['ground_truth'].silent())} frames are silent: at least 5 steps of silence and of speech are needed"
+        silent = sound.silent()
+        why["motion in silence"] = (
+            f"{int(silent.sum())} of {len(silent)} frames are silent: "
+            "at least 5 steps of silence and of speech are needed"
         )
     if all(found["jitter_px"] is None for found in out.values()):
-        findings.not_measured["jitter"] = "no three frames in a row have a face"
+        why["jitter"] = "no three frames in a row have a face"
 
 
-def _sync(rows: dict[str, Row], heard: dict, findings: Findings, sound_missing: str) -> dict[str, dict]:
+def _sync(rows: dict[str, Row], sounds: dict, findings: Findings, sound_missing: str) -> dict[str, dict]:
     """Sync of each row's mouth with its sound; None where it cannot be known."""
-    nothing = {"sync_offset_frames": None, "sync_margin": None, "sync_windows": None, "sync_windows_near": None}
+    nothing = dict.fromkeys(("sync_offset_frames", "sync_margin", "sync_windows", "sync_windows_near"))
     out = {name: dict(nothing) for name in rows}
-    frames = len(rows["ground_truth"].points)
-    if all(sound is None for sound in heard.values()):
-        findings.not_measured["sync"] = sound_missing
+    frames, why = len(rows["ground_truth"].points), findings.not_measured
+    if all(sound is None for sound in sounds.values()):
+        why["sync"] = sound_missing
+    elif frames < MIN_SYNC_FRAMES:
+        why["sync"] = f"{frames} frames, at least {MIN_SYNC_FRAMES} (two seconds) are needed"
+    if "sync" in why:
         return out
-    if frames < MIN_SYNC_FRAMES:
-        findings.not_measured["sync"] = f"{frames} frames, at least {MIN_SYNC_FRAMES} (two seconds) are needed"
-        return out
-    from hicode.speech.sync import SyncModel, estimate_offset, shuffled_control, sync_auc, windowed_offsets
-
     try:
         model = SyncModel.load()
     except FileFormatError as error:
-        findings.not_measured["sync"] = str(error)
+        why["sync"] = str(error)
         return out
+    if frames < MIN_AUC_FRAMES:
+        why["AUC of sync"] = f"{frames} frames hold too few windows: at least {MIN_AUC_FRAMES} are needed"
     for name, row in rows.items():
         points = without_gaps(row.landmarks())
-        if points is None or heard[name] is None:
-            why = "half of its frames or more have no face" if points is None else sound_missing
-            findings.not_measured[f"sync of {name}"] = why
-            continue
-        features, landmarks = heard[name].features(model.encoder), torch.from_numpy(points)
-        result = estimate_offset(features, landmarks, model)
-        auc = float("nan")
-        if frames >= MIN_AUC_FRAMES:
-            auc = sync_auc(features, landmarks, offset_frames=round(result.offset_frames), model=model)[0]
+        if points is None or sounds[name] is None:
+            why[f"sync of {name}"] = sound_missing if points is not None else "half of its frames or more have no face"
         else:
-            findings.not_measured["AUC of sync"] = (
-                f"{frames} frames hold too few windows: at least {MIN_AUC_FRAMES} are needed"
-            )
-        windows = windowed_offsets(features, landmarks, model)
-        near = [w.margin > 0 and abs(w.offset_frames - result.offset_frames) <= 1 for _, w in windows]
-        out[name] = {
-            "sync_offset_frames": result.offset_frames if result.margin > 0 else None,
-            "sync_margin": result.margin,
-            "sync_margin_shuffled": shuffled_control(features, landmarks, model).margin,
-            "sync_auc_shifted": auc if np.isfinite(auc) else None,
-            "sync_reliable": bool(result.reliable),
-            "sync_windows": [
-                {"start_frame": start, "offset_frames": w.offset_frames, "margin": w.margin} for start, w in windows
-            ],
-            "sync_windows_near": float(np.mean(near)) if near else None,
-        }
+            out[name] = _sync_of(sounds[name].features(model.encoder), torch.from_numpy(points), model)
     return out
 
 
-def without_gaps(points: Float[np.ndarray, "t 478 3"]) -> Float[np.ndarray, "t 478 3"] | None:
+def _sync_of(features: Float[Tensor, "s d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel) -> dict:
+    result = estimate_offset(features, landmarks, model)
+    auc = float("nan")
+    if len(landmarks) >= MIN_AUC_FRAMES:
+        auc = sync_auc(features, landmarks, offset_frames=round(result.offset_frames), model=model)[0]
+    windows = windowed_offsets(features, landmarks, model)
+    near = [w.margin > 0 and abs(w.offset_frames - result.offset_frames) <= 1 for _, w in windows]
+    return {
+        "sync_offset_frames": result.offset_frames if result.margin > 0 else None,
+        "sync_margin": result.margin,
+        "sync_margin_shuffled": shuffled_control(features, landmarks, model).margin,
+        "sync_auc_shifted": auc if np.isfinite(auc) else None,
+        "sync_reliable": bool(result.reliable),
+        "sync_windows": [
+            {"start_frame": start, "offset_frames": w.offset_frames, "margin": w.margin} for start, w in windows
+        ],
+        "sync_windows_near": float(np.mean(near)) if near else None,
+    }
+
+
+def without_gaps(points: Float[np.ndarray, "t 478 3"]) -> Float32[np.ndarray, "t 478 3"] | None:
     """Frames without a face, interpolated; None where half of them or more are."""
     known = np.isfinite(points).all((1, 2))
     if known.mean() <= 0.5:
@@ -242,40 +325,31 @@ def without_gaps(points: Float[np.ndarray, "t 478 3"]) -> Float[np.ndarray, "t 4
     return filled.reshape(points.shape).astype(np.float32)
 
 
-def _avconf(
-    out: dict, rows: dict[str, Row], heard: dict, findings: Findings, net: SyncNet | None, sound_missing: str
-) -> None:
+def _avconf(out: dict, rows: dict[str, Row], sounds: dict, findings: Findings, net: SyncNet | None) -> None:
     """AVConf of each row, where the weights are there; without them no row has the key."""
+    why = findings.not_measured
     if net is None:
-        findings.not_measured["AVConf"] = (
-            "it needs SyncNet's own weights, which may not be shipped (--syncnet PATH to syncnet_v2.model)"
-        )
+        why["AVConf"] = "it needs SyncNet's own weights, which may not be shipped (--syncnet PATH to syncnet_v2.model)"
         return
     frames = len(rows["ground_truth"].points)
     for name, row in rows.items():
-        sound = heard[name]
-        got: AVConf | None = None
-        if sound is None:
-            findings.not_measured[f"AVConf of {name}"] = sound_missing
-        elif row.lips is None:
-            findings.not_measured[f"AVConf of {name}"] = "no frame has a face to crop"
+        got = None
+        if sounds[name] is None:
+            why[f"AVConf of {name}"] = "there is no sound"
         elif frames < MIN_FRAMES:
-            findings.not_measured[f"AVConf of {name}"] = f"{frames} frames, at least {MIN_FRAMES} are needed"
-        else:
-            got = finish(net, row.lips, frames, sound.samples)
-        out[name]["avconf"] = got and {
-            "confidence": got.confidence,
-            "distance": got.distance,
-            "offset_frames": got.offset_frames,
-        }
+            why[f"AVConf of {name}"] = f"{frames} frames, at least {MIN_FRAMES} are needed"
+        elif row.lips is not None:
+            got = finish(net, row.lips, frames, sounds[name].samples)
+        out[name]["avconf"] = got and asdict(got)
 
 
-def over_control(out: dict[str, dict], modes: list[str]) -> dict[str, dict]:
-    """Each mode's PSNR and LMD less the control's."""
+def over_control(out: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
+    """Each row's PSNR and LMD less the control's."""
+    control = out["control"]
     return {
-        mode: {region: _minus(out[mode][region]["psnr"], out["control"][region]["psnr"]) for region in REGIONS}
-        | {"lmd_px": _minus(out[mode]["lmd_px"], out["control"]["lmd_px"])}
-        for mode in modes
+        name: {region: _minus(out[name][region]["psnr"], control[region]["psnr"]) for region in REGIONS}
+        | {"lmd_px": _minus(out[name]["lmd_px"], control["lmd_px"])}
+        for name in names
     }
 
 
@@ -283,7 +357,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def per_frame(row: Row, truth_points: Float[np.ndarray, "t 478 3"], width: int) -> dict[str, list[float]]:
+def per_frame(row: Row, truth_points: Float[np.ndarray, "t 478 3"], width: int) -> dict[str, list]:
     """The row's figures frame by frame, for the page's curves."""
     points = row.landmarks()
     return {
@@ -297,9 +371,8 @@ def per_frame(row: Row, truth_points: Float[np.ndarray, "t 478 3"], width: int) 
     }
 
 
-def jsonable(value):
-    """Plain numbers, six digits after the point; what is no finite number is None: JSON has neither infinity nor
-    NaN."""
+def jsonable(value: Any) -> Any:
+    """Plain numbers, six digits after the point. JSON has neither infinity nor NaN: they become None."""
     if isinstance(value, dict):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,18 +1,19 @@
-"""AVConf: SyncNet's confidence (LSE-C), distance (LSE-D) and offset, with weights that the user brings (Chung & Zisserman 2016, "Out of time").
+"""AVConf: SyncNet's confidence (LSE-C), distance (LSE-D) and offset, with weights that the user brings.
 
-Two towers map a fifth of a second each to 1024 numbers: five frames of a face crop, 224 x 224, and the 20 rows of 13 MFCC that sound with them.
-Window i starts at frame i and at MFCC row 4i; t frames give t - 5 windows, as the published code counts them. For each of 31 offsets
--15 ... 15 the distances of picture window i and sound window i - offset are averaged over the clip (the clip's ends against zeros):
+Chung & Zisserman 2016, "Out of time". Two towers map a fifth of a second each to 1024 numbers: five frames of a face
+crop, 224 x 224, and the 20 rows of 13 MFCC that sound with them. Window i starts at frame i and at MFCC row 4i; t
+frames give t - 5 windows, as the published code counts them. For each of 31 offsets -15 ... 15 the distances of picture
+window i and sound window i - offset are averaged over the clip (the clip's ends against zeros):
 
     LSE-D   the least mean distance            LSE-C   the median over offsets less the least
-    offset  where the least is; positive: the mouth comes after its sound (the convention of hicode.speech.sync, and the published one)
+    offset  where the least is; positive: the mouth comes after its sound (as in hicode.speech.sync)
 
-The weights, `syncnet_v2.model` of the authors, may not be shipped; without that file nothing is called AVConf. It is read with torch's
-`weights_only`, which runs no code.
+The weights, `syncnet_v2.model` of the authors, may not be shipped; without that file nothing is called AVConf. It is
+read with torch's `weights_only`, which runs no code.
 
-What differs from the authors' pipeline, and moves LSE-C and LSE-D a little: the face box is that of the landmarks (brow to chin, cheek to cheek,
-as WIDER FACE draws boxes) and not S3FD's; nothing is re-encoded on the way (the authors store crops as XVID and JPEG); scenes are not cut.
-Compare a figure with this program's own ground-truth row, not with a table.
+What differs from the authors' pipeline, and moves LSE-C and LSE-D a little: the face box is that of the landmarks (brow
+to chin, cheek to cheek, as WIDER FACE draws boxes) and not S3FD's; nothing is re-encoded on the way (the authors store
+crops as XVID and JPEG); scenes are not cut. Compare a figure with the ground-truth row, not with a table.
 """
 
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class AVConf:
-    """confidence is LSE-C (higher is better), distance LSE-D (lower is better), offset_frames positive where the mouth is later."""
+    """LSE-C (higher is better), LSE-D (lower is better), and the offset: positive where the mouth is later."""
 
     confidence: float
     distance: float
@@ -67,7 +68,8 @@ class SyncNet(nn.Module):
         )  # fmt: skip
         self.netcnnlip = nn.Sequential(  # 5 x 224 x 224 → 512
             *_block(nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2)), c3), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
-            *_block(nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)), c3), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+            *_block(nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)), c3),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
             *_block(nn.Conv3d(256, 256, (1, 3, 3), padding=(0, 1, 1)), c3),
             *_block(nn.Conv3d(256, 256, (1, 3, 3), padding=(0, 1, 1)), c3),
             *_block(nn.Conv3d(256, 256, (1, 3, 3), padding=(0, 1, 1)), c3), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
@@ -80,7 +82,7 @@ class SyncNet(nn.Module):
 
     @staticmethod
     def load(path: Path | str) -> "SyncNet":
-        """The user's weights. FileFormatError, naming the file and the finding, for anything else; no code in the file is run."""
+        """The user's weights. FileFormatError, naming file and finding, for anything else; no code in it is run."""
         path = Path(path)
         if not path.is_file():
             raise FileFormatError(
@@ -89,35 +91,20 @@ class SyncNet(nn.Module):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile file fails in any of a dozen ways
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FileFormatError(
-                f"{path} is not a file of plain tensors ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
-                "Give SyncNet's syncnet_v2.model with --syncnet."
+                f"{path} is not a file of plain tensors ({reason}). Give SyncNet's syncnet_v2.model with --syncnet."
             ) from error
         net = SyncNet()
-        wanted = net.state_dict()
-        counters = {k for k in wanted if k.endswith("num_batches_tracked")}  # older files lack them; nothing reads them
-        if not isinstance(state, dict):
-            raise FileFormatError(
-                f"{path} holds a {type(state).__name__}, not SyncNet's tensors. Give syncnet_v2.model."
-            )
-        for name, tensor in wanted.items():
-            found = state.get(name)
-            if name in counters and found is None:
-                continue
-            if not isinstance(found, Tensor) or found.shape != tensor.shape:
-                what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
-                raise FileFormatError(
-                    f"{path} has {what} for {name}, not {tuple(tensor.shape)}: not SyncNet's weights. Give syncnet_v2.model."
-                )
-        extra = sorted(set(state) - set(wanted))
-        if extra:
-            raise FileFormatError(f"{path} holds {extra[0]}, which SyncNet has not. Give syncnet_v2.model.")
-        net.load_state_dict({k: v for k, v in state.items() if k not in counters}, strict=False)
-        bad = next((k for k, v in net.state_dict().items() if not torch.isfinite(v.float()).all()), None)
-        if bad:
-            raise FileFormatError(
-                f"{path} has values in {bad} that are not numbers. Give an undamaged syncnet_v2.model."
-            )
+        target = net.state_dict()
+        optional = {k for k in target if k.endswith("num_batches_tracked")}  # older files lack them; nothing reads them
+        finding = _unlike(state, target, optional)
+        if finding is None:
+            net.load_state_dict({k: v for k, v in state.items() if k not in optional}, strict=False)
+            bad = next((k for k, v in net.state_dict().items() if not torch.isfinite(v.float()).all()), None)
+            finding = bad and f"has values in {bad} that are not numbers"
+        if finding:
+            raise FileFormatError(f"{path} {finding}: not SyncNet's weights. Give an undamaged syncnet_v2.model.")
         return net
 
     @torch.inference_mode()
@@ -130,6 +117,21 @@ class SyncNet(nn.Module):
     def see(self, windows: Float[Tensor, "b 3 5 224 224"]) -> Float[Tensor, "b 1024"]:
         """Picture windows of BGR in 0 ... 255, as the network was taught."""
         return self.netfclip(self.netcnnlip(windows).flatten(1))
+
+
+def _unlike(state: object, target: dict[str, Tensor], optional: set[str]) -> str | None:
+    """What distinguishes a file's content from SyncNet's tensors; None if nothing does."""
+    if not isinstance(state, dict):
+        return f"holds a {type(state).__name__}"
+    for name, tensor in target.items():
+        found = state.get(name)
+        if name in optional and found is None:
+            continue
+        if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
+            return f"has {what} for {name}, not {tuple(tensor.shape)}"
+    extra = sorted(set(state) - set(target))
+    return f"holds {extra[0]}, which SyncNet has not" if extra else None
 
 
 class LipStream:
@@ -191,14 +193,17 @@ def finish(net: SyncNet, stream: LipStream, frames: int, samples: Float32[np.nda
     return score(stream.finish()[:last], net.hear(torch.from_numpy(mfcc(samples)))[:last])
 
 
-# ------------------------------------------------------------------------------------------------------------ the sound
+# --- the sound
 
 _FRAME, _STEP, _FFT, _FILTERS, _CEPSTRA, _LIFTER, _EMPHASIS = 400, 160, 512, 26, 13, 22, 0.97
 
 
 def mfcc(samples: Float32[np.ndarray, "n"]) -> Float[np.ndarray, "rows 13"]:
-    """13 MFCC of 25 ms every 10 ms, as SyncNet was taught: 16-bit scale, pre-emphasis .97, no window, 26 triangles on the HTK mel scale up to
-    8 kHz, orthonormal DCT-II, lifter 22, the first coefficient the log of the frame's energy. Sound is padded with zeros to whole frames."""
+    """13 MFCC of 25 ms every 10 ms, as SyncNet was trained on; sound is padded with zeros to whole frames.
+
+    16-bit scale, pre-emphasis .97, no window, 26 triangles on the HTK mel scale up to 8 kHz, orthonormal DCT-II, lifter
+    22, the first coefficient the log of the frame's energy.
+    """
     x = np.round(np.clip(np.asarray(samples, np.float64), -1, 1) * 32768).clip(-32768, 32767)
     x = np.concatenate([x[:1], x[1:] - _EMPHASIS * x[:-1]])
     rows = 1 + max(0, -(-(len(x) - _FRAME) // _STEP))
@@ -208,7 +213,7 @@ def mfcc(samples: Float32[np.ndarray, "n"]) -> Float[np.ndarray, "rows 13"]:
     smallest = np.finfo(float).eps
     energy, bands = power.sum(1), power @ _triangles().T
     energy, bands = np.where(energy == 0, smallest, energy), np.where(bands == 0, smallest, bands)
-    out = dct(np.log(bands), type=2, axis=1, norm="ortho")[:, :_CEPSTRA]
+    out = np.asarray(dct(np.log(bands), type=2, axis=1, norm="ortho"))[:, :_CEPSTRA]
     out *= 1 + _LIFTER / 2 * np.sin(np.pi * np.arange(_CEPSTRA) / _LIFTER)
     out[:, 0] = np.log(energy)
     return out
@@ -228,13 +233,14 @@ def _triangles() -> Float[np.ndarray, "26 257"]:
     return np.where(up, rising, 0) + np.where(down, falling, 0)
 
 
-# --------------------------------------------------------------------------------------------------------- the pictures
+# --- the pictures
 
 
 def crop_boxes(points: Float[np.ndarray, "t 478 c"]) -> Float[np.ndarray, "t 3"]:
-    """Centre x, y and half the side of each frame's face box in px, gaps (NaN) interpolated, then SyncNet's running median of 13 frames.
+    """Centre x, y and half the side of each frame's face box in px; NaN everywhere where no frame has a face.
 
-    NaN everywhere where no frame has a face."""
+    Gaps (NaN) are interpolated, then SyncNet's running median of 13 frames is taken.
+    """
     points = np.asarray(points, np.float64)[:, :468, :2]
     known = np.isfinite(points).all((1, 2))
     if not known.any():
@@ -247,8 +253,8 @@ def crop_boxes(points: Float[np.ndarray, "t 478 c"]) -> Float[np.ndarray, "t 3"]
 
 
 def crop(frame: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "3"]) -> UInt8[np.ndarray, "224 224 3"]:
-    """SyncNet's crop: 1.4 box sizes wide about the face and from its top to 1.4 sizes below that, so that the mouth is in the middle;
-    grey (110) outside the frame."""
+    """SyncNet's crop: 1.4 box sizes wide about the face, from its top to 1.4 sizes below, so that the mouth is in the
+    middle; grey (110) outside the frame."""
     x, y, half = box
     pad = int(half * (1 + 2 * CROP_SCALE))
     padded = cv2.copyMakeBorder(frame, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=(PAD_LEVEL,) * 3)

@@ -8,10 +8,9 @@ t frames at 25 fps, 640 samples of 16 kHz sound a frame. Neither part depends on
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from hicode.audio import SAMPLES_PER_FEATURE, SAMPLES_PER_FRAME, DcBlocker, frame_rms
+from hicode.avatar.avatar import Avatar
 from hicode.avatar.driving import merge_motion, resting_mouth
 from hicode.avatar.eyes import near_tracked_blinks, tracked_blinks
 from hicode.avatar.idle import Idler, head_room, neck, still_frame
@@ -29,9 +29,6 @@ from hicode.session.timings import Timings
 from hicode.speech.encoders import AudioEncoder
 from hicode.speech.speech_model import SpeechModels
 from hicode.speech.voice_activity import VadGate, VoiceActivity
-
-if TYPE_CHECKING:
-    from hicode.avatar.avatar import Avatar
 
 # Sound goes to the encoder in pieces of this size, however it arrives, so that a live source and a file give the same
 # frames bit for bit. Two frames are also the step in which the embedded encoder answers.
@@ -47,7 +44,7 @@ class DrivingTrack:
     mask: Callable[[int], UInt8[np.ndarray, "h w"]]
 
     @staticmethod
-    def of(avatar: "Avatar") -> "DrivingTrack":
+    def of(avatar: Avatar) -> "DrivingTrack":
         """The avatar's own: the training part of its clip."""
         return DrivingTrack(avatar.driving, avatar.driving_frame, avatar.driving_mask)
 
@@ -62,7 +59,7 @@ class Mouth:
     speech: Float[Tensor, "s"] | None = None
 
     @staticmethod
-    def at_rest(avatar: "Avatar", encoder: AudioEncoder) -> "Mouth":
+    def at_rest(avatar: Avatar, encoder: AudioEncoder) -> "Mouth":
         """The subject's resting mouth, from the avatar's own driving track."""
         speech = None
         if avatar.audio_driven:
@@ -160,7 +157,7 @@ class MotionSource:
             scores = np.concatenate([self._activity.push(f) for f in features])
         self._gates += self._gate.push(rms, scores).tolist()
 
-    def _advance(self, features: list[Tensor], motion: list[tuple[Tensor, Tensor]]) -> list[Mouth]:
+    def _advance(self, features: list[Tensor], motion: Sequence[tuple[Tensor, Tensor]]) -> list[Mouth]:
         """The mouths whose motion and gate are both there."""
         for expression, landmarks in motion:
             self._waiting += zip(expression, landmarks, strict=True)
@@ -211,7 +208,7 @@ class Animation:
     their motion is shown with another mouth and the pose goes on without a jump.
     """
 
-    def __init__(self, avatar: "Avatar", driving: DrivingTrack, config: SpeakConfig):
+    def __init__(self, avatar: Avatar, driving: DrivingTrack, config: SpeakConfig):
         self._avatar, self._driving, self.still = avatar, driving.motion, config.still
         self.start = _start(driving.motion, config)
         self._idler = self._blinks = None

@@ -2,17 +2,15 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from hicode.avatar.avatar import Avatar
 from hicode.errors import InputError, OutputError
 from hicode.media.video import probe, read_video
-
-if TYPE_CHECKING:
-    from hicode.avatar.avatar import Avatar
 
 KEPT = [cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
 
@@ -26,7 +24,7 @@ class OriginalVideo:
     the video is not there, or not the one that the avatar came from.
     """
 
-    def __init__(self, avatar: "Avatar", source_video: Path | None, start: int, frames: int, folder: Path):
+    def __init__(self, avatar: Avatar, source_video: Path | None, start: int, frames: int, folder: Path):
         source = avatar.source
         path = source_video or source.get("path")
         if path is None:

@@ -1,19 +1,16 @@
 """Motion to picture: one frame of a head, rendered and composited into its driving frame by one thread."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 
+from hicode.avatar.avatar import Avatar
 from hicode.avatar.blend import Region, blend_box
 from hicode.motion import Motion
 from hicode.session.motion_source import DrivingTrack
 from hicode.session.timings import Timings
-
-if TYPE_CHECKING:
-    from hicode.avatar.avatar import Avatar
 
 
 class FrameRenderer:
@@ -22,7 +19,7 @@ class FrameRenderer:
     `region`: what of the rendered head goes into the driving frame.
     """
 
-    def __init__(self, avatar: "Avatar", driving: DrivingTrack, region: Region, film_grain: bool = True):
+    def __init__(self, avatar: Avatar, driving: DrivingTrack, region: Region, film_grain: bool = True):
         self._avatar = avatar if film_grain else replace(avatar, film_grain=None)
         self._driving, self._region = driving, region
 

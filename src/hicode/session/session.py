@@ -16,13 +16,14 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import torch
 from jaxtyping import Int16, Shaped, UInt8
 
 from hicode.audio import FPS, SAMPLE_RATE_HZ, SpeechInput
+from hicode.avatar.avatar import Avatar
 from hicode.errors import InputError, ResourceError
 from hicode.motion import Motion
 from hicode.session.config import SpeakConfig
@@ -33,9 +34,6 @@ from hicode.session.timings import Timings
 from hicode.speech.encoders import AudioEncoder
 from hicode.speech.voice_activity import VoiceActivity
 from hicode.threads import frame_pool
-
-if TYPE_CHECKING:
-    from hicode.avatar.avatar import Avatar
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +101,7 @@ class Session:
 
     def __init__(
         self,
-        avatar: "Avatar",
+        avatar: Avatar,
         config: SpeakConfig = SpeakConfig(),
         driving: DrivingTrack | None = None,
         encoder: AudioEncoder | None = None,

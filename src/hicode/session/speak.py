@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Shaped
@@ -24,6 +23,7 @@ from hicode.audio import (
     checked_sound,
     frame_rms,
 )
+from hicode.avatar.avatar import Avatar
 from hicode.errors import InputError, OutputError
 from hicode.files import check_writable
 from hicode.media.audio import stream_audio
@@ -36,9 +36,6 @@ from hicode.session.paste import OriginalVideo
 from hicode.session.session import Frame, Session
 from hicode.session.timings import Timings
 from hicode.speech.loudness import level_of_frames, speech_level
-
-if TYPE_CHECKING:
-    from hicode.avatar.avatar import Avatar
 
 SILENT_DB = -60.0
 READ_AHEAD = 2 * PIECE  # samples pushed at a time: bounds the motion that waits for its frames
@@ -70,7 +67,7 @@ class SpeakResult:
 
 
 def synthesize(
-    avatar: "Avatar",
+    avatar: Avatar,
     audio: Shaped[np.ndarray, "n"],
     config: SpeakConfig = SpeakConfig(),
     driving: DrivingTrack | None = None,
@@ -100,7 +97,7 @@ def drained(session: Session, pieces: Iterator[Float32[np.ndarray, "n"]]) -> Ite
 
 
 def speak(
-    avatar: "Avatar | Path | str",
+    avatar: Avatar | Path | str,
     audio: Path | str | Shaped[np.ndarray, "n"],
     out: Path | str,
     config: SpeakConfig = SpeakConfig(),
@@ -117,8 +114,6 @@ def speak(
     out = Path(out)
     check_video_path(out, audio, video.source_video)
     if isinstance(avatar, (str, Path)):
-        from hicode.avatar.avatar import Avatar
-
         avatar = Avatar.load(avatar)
     if (place := resolve_device(device)) != "cpu":
         avatar = avatar.to(place)
