@@ -115,7 +115,8 @@ class HeadState:
         tensors, header = load_tensors(path, SCHEMA, VERSION)
         self.pose = PoseRefinement(**_part(tensors, "pose."))
         tensors = {k: v.to(self.device) for k, v in tensors.items()}
-        self.params = {k: torch.nn.Parameter(v) for k, v in _part(tensors, "params.").items()}
+        # The order of `params` is that of the optimiser's groups, by which its moments are stored.
+        self.params = {k: torch.nn.Parameter(tensors[f"params.{k}"]) for k in self.params}
         deformation = Deformation.from_state(_part(tensors, "deformation."), header["deformation"])
         self.deformation = deformation.to(self.device)
         self.optimizer = head_optimizer(self.params, self.deformation, config)
