@@ -244,7 +244,7 @@ class TwoFacesOneFalse:
     crop_px = 192
 
     def detect(self, image):
-        keypoints = np.array([[0.0, 0.0], [10.0, 0.0]])
+        keypoints = np.array([[0.0, 0.0], [10.0, 0.0], [5.0, 5.0], [5.0, 9.0], [-5.0, 0.0], [15.0, 0.0]])
         return [FaceBox(x, 20.0, x + 60.0, 80.0, 0.9, keypoints + [x, 40]) for x in (150.0, 10.0)]
 
     def from_crops(self, crops, rois):

@@ -136,7 +136,7 @@ class _Track:
     def overlaps(self, roi: Roi, t: int) -> bool:
         """Whether a region lies on this face: the centres are closer than a third of the larger region."""
         this = self.rois[t]
-        return float(np.hypot(*(roi[:2] - this[:2]))) < 0.33 * max(roi[2], this[2])
+        return bool(np.hypot(*(roi[:2] - this[:2])) < 0.33 * max(roi[2], this[2]))
 
     def follow(self, chunk: list[np.ndarray], start: int, landmarker: LandmarkDetector, config: LandmarkConfig) -> None:
         """Find the face in a chunk from the last region, then outwards from the frames where it is found."""
