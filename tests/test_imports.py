@@ -27,7 +27,7 @@ LAYERS = [
     ["session"],
     ["evaluation"],
     ["serve", "integrations"],
-    ["arguments", "demo", "doctor", "cli", "__main__"],
+    ["arguments", "demo", "doctor", "commands", "cli", "__main__"],
 ]
 # fmt: on
 # The landmark network's training loss and the like may look one layer up lazily; each exception says why.

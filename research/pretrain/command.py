@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from hicode.cli import NoPrefix, Out
+from hicode.commands import NoPrefix, Out
 from research.pretrain.pretraining import PretrainConfig, pretrain_folders
 from research.pretrain.sources import LeftOut
 

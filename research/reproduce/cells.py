@@ -28,7 +28,7 @@ import hicode
 from hicode import assets
 from hicode.errors import InputError
 from hicode.files import read_json, sha256_of, write_json
-from hicode.preparation.clip import Clip, read_png, write_png
+from hicode.preparation.clip import Clip, write_png
 from hicode.preparation.pipeline import PrepareConfig, prepare
 from hicode.provenance import plain, provenance
 from hicode.runtime import tune_allocator

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from hicode.cli import NoPrefix
+from hicode.commands import NoPrefix
 from hicode.errors import InputError
 from research.reproduce.run import ReproduceConfig, Table, check, reproduce
 

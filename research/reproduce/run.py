@@ -18,18 +18,10 @@ from hicode.progress import progress_bar
 from hicode.provenance import plain, provenance
 from hicode.training.avatar import PARTS
 from hicode.training.stages import ABLATIONS, Preset, head_preset
-from research.reproduce.cells import (
-    Cell,
-    Difference,
-    Preparation,
-    Source,
-    check_cell,
-    code_version,
-    find_sources,
-    run_cell,
-    run_preparation,
-)
+from research.reproduce.cells import Cell, Preparation, run_cell, run_preparation
+from research.reproduce.rescore import Difference, check_cell
 from research.reproduce.show import latex, markdown, plot
+from research.reproduce.sources import Source, code_version, find_sources
 from research.reproduce.sweep import SweepConfig, Task, execute
 from research.reproduce.tables import Made, table1, table2
 

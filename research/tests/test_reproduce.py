@@ -16,7 +16,9 @@ import torch
 from research.reproduce import cells as cells_module
 from research.reproduce import run as run_module
 from research.reproduce import sweep
-from research.reproduce.cells import Source, check_cell, find_sources
+from research.reproduce import sources as sources_module
+from research.reproduce.rescore import check_cell
+from research.reproduce.sources import Source, find_sources
 from research.reproduce.paper import PAPER_TABLE1, PAPER_TABLE2
 from research.reproduce.run import ReproduceConfig, check, plan, reproduce
 from research.reproduce.show import latex, markdown, plot
@@ -394,7 +396,7 @@ def test_what_is_finished_is_not_made_again_and_what_is_missing_is(made, clips, 
     trained = []
     real = cells_module.train
     monkeypatch.setattr(
-        cells_module, "train", lambda *a, **k: trained.append(k["head"].deformation.coarse) or real(*a, **k)
+        cells_module, "train", lambda *a, **k: trained.append(a[2].head_config().deformation.coarse) or real(*a, **k)
     )
     again = reproduce("table2", clips, out, tiny("full", "none"), progress=False)
     assert trained == [] and again["figures"] == data["figures"]
@@ -498,15 +500,15 @@ def test_sources_that_people_see_are_not_part_of_the_code_and_all_others_are(tmp
     import shutil
 
     root = tmp_path / "hicode"
-    shutil.copytree(Path(cells_module.hicode.__file__).parent, root, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(cells_module.hicode, "__file__", str(root / "__init__.py"))
-    before = cells_module.code_version()
+    shutil.copytree(Path(sources_module.hicode.__file__).parent, root, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(sources_module.hicode, "__file__", str(root / "__init__.py"))
+    before = sources_module.code_version()
     with open(root / "cli.py", "a") as f:
         f.write("\n# a comment\n")
-    assert cells_module.code_version() == before
+    assert sources_module.code_version() == before
     with open(root / "avatar" / "deformation.py", "a") as f:
         f.write("\n# a comment\n")
-    assert cells_module.code_version() != before
+    assert sources_module.code_version() != before
 
 
 def test_a_machine_with_other_sources_is_refused(tmp_path):

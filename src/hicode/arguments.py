@@ -14,7 +14,7 @@ import tyro
 from hicode.errors import InputError
 
 
-def parse(function: Callable, argv: Sequence[str], command: str) -> Callable[[], None] | None:
+def parse(function: Callable, argv: Sequence[str], command: str) -> Callable[[], int | None] | None:
     """Bind the arguments to the function and return it, ready to be called. None if the user asked for help.
 
     Raises InputError if the arguments are wrong.
@@ -23,7 +23,13 @@ def parse(function: Callable, argv: Sequence[str], command: str) -> Callable[[],
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages), _unwrapped(argv):
-            return tyro.cli(_binder(function), args=argv, prog=f"hicode {command}", description=description)
+            return tyro.cli(
+                _binder(function),
+                args=argv,
+                prog=f"hicode {command}",
+                description=description,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             return None
