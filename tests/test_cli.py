@@ -51,7 +51,7 @@ def test_train_and_make_have_one_default_preset(trained, monkeypatch):
     ("command", "flags"),
     [
         ("prepare", ["--size", "--max-missing"]),
-        ("train", ["--head.rates.means", "--head.density.budget", "--head.loss.ssim", "--preset", "--seed", "--device"]),
+        ("train", ["--head.rates.means", "--head.density.budget", "--head.loss.ssim", "--preset", "--seed"]),
         ("speak", ["--region", "--no-rest", "--still", "--seed", "--original-size", "--device"]),
         ("evaluate", ["--json", "--html", "--region", "--syncnet", "--resize"]),
         ("make", ["--duration", "--preset", "--head.rates.means", "--speak.region", "--work"]),

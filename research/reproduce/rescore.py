@@ -62,9 +62,7 @@ def check_cell(file: Path) -> tuple[int, list[Difference]]:
                 truths[i] = truth, detect([clip.image(t)], landmarker)
             truth, points = truths[i]
             scores.append(truth.compare(image))
-            distances.append(
-                float(lip_distances(detect([image], landmarker), points)[0][0]) * LMD_SIZE_PX / clip.width
-            )
+            distances.append(float(lip_distances(detect([image], landmarker), points)[0][0]) * LMD_SIZE_PX / clip.width)
             again = {
                 "psnr_head": scores[-1]["head"]["psnr"],
                 "psnr_mouth": scores[-1]["mouth"]["psnr"],
@@ -79,9 +77,7 @@ def check_cell(file: Path) -> tuple[int, list[Difference]]:
     return comparison.compared, comparison.differences
 
 
-def _compare_means(
-    comparison: _Comparison, row: str, stored: dict, scores: list[dict], distances: list[float]
-) -> None:
+def _compare_means(comparison: _Comparison, row: str, stored: dict, scores: list[dict], distances: list[float]) -> None:
     for region in REGIONS:
         for kind in ("psnr", "ssim", "lpips"):
             again = mean_of_frames([s[region][kind] for s in scores])

@@ -15,13 +15,13 @@ import pytest
 import torch
 from research.reproduce import cells as cells_module
 from research.reproduce import run as run_module
-from research.reproduce import sweep
 from research.reproduce import sources as sources_module
-from research.reproduce.rescore import check_cell
-from research.reproduce.sources import Source, find_sources
+from research.reproduce import sweep
 from research.reproduce.paper import PAPER_TABLE1, PAPER_TABLE2
+from research.reproduce.rescore import check_cell
 from research.reproduce.run import ReproduceConfig, check, plan, reproduce
 from research.reproduce.show import latex, markdown, plot
+from research.reproduce.sources import Source, find_sources
 from research.reproduce.sweep import SweepConfig, Task, execute
 from research.reproduce.tables import METRICS, Figure, Row, agreement, figure, table1, table2
 from research.tests import sweep_work
@@ -385,8 +385,6 @@ def test_a_table_holds_its_rows_and_where_they_came_from(made):
         assert made_by["config"]["deformation"]["coarse"] == {"full": "adain", "none": "audio"}[cell["row"]]
         assert made_by["assets"]["perceptual"]["sha256"] and {"commit", "machine", "torch"} <= set(made_by)
     assert not list((out / "work").iterdir())
-
-
 
 
 @pytest.mark.slow

@@ -239,7 +239,9 @@ def _assets(argv: list[str]) -> Command:
             for name, asset in assets.ASSETS.items():
                 package, note = asset.package, "" if assets.is_cached(name) else " (not fetched yet)"
                 print(f"{name:<15} {asset.what}{note}")
-                print(f"{'':<15} {package.registry} {package.name} {package.version}: {package.source}. {package.licence}")
+                print(
+                    f"{'':<15} {package.registry} {package.name} {package.version}: {package.source}. {package.licence}"
+                )
             print(f"Cache: {assets.cache_dir()}")
             return
         parts = names or tuple(assets.ASSETS)

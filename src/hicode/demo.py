@@ -1,6 +1,6 @@
-"""The commands in sequence: `make` for a user's own video and speech, `demo` for a sample from a package registry."""
+"""The commands in sequence: `make` for a user's video and speech, `demo` for a sample from a package registry."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,12 +9,20 @@ import tyro
 
 from hicode import assets
 from hicode.audio import SAMPLE_RATE_HZ
+from hicode.avatar.avatar import Avatar
 from hicode.errors import OutputError
+from hicode.evaluation.config import EvaluateConfig
+from hicode.evaluation.report import evaluate
 from hicode.files import sha256_of
 from hicode.media.audio import read_speech, write_audio
+from hicode.preparation.clip import Clip
 from hicode.preparation.pipeline import PrepareConfig, prepare
+from hicode.provenance import plain
 from hicode.runtime import Device, resolve_device
-from hicode.training.stages import DEFAULT_PRESET, Preset
+from hicode.session.config import SpeakConfig
+from hicode.session.speak import check_video_path, speak
+from hicode.training.adaptation import load_generic
+from hicode.training.avatar import TrainConfig, train
 
 DEMO_SECONDS = 12.0
 DEMO_SPEECH_SECONDS = 10.0
@@ -22,16 +30,13 @@ DEMO_SPEECH_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class MakeConfig:
-    """How an avatar is made, and where what is made on the way stays."""
+    """The whole way from a video to a video that speaks: the root of the config tree."""
 
-    preset: Preset = DEFAULT_PRESET
-    """draft (a first look in minutes), standard, paper (the paper's schedule)."""
     work: Path | None = None
-    """Folder for clip, avatar and run, which are kept; OUT.work next to the video if not given."""
-    speech_weights: Path | None = None
-    """What `hicode pretrain` made, instead of the weights that ship."""
-    device: Device = "auto"
-    """Where to train and render: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU."""
+    """Folder for clip, avatar and run, which are kept. Default: OUT.work next to the video."""
+    prepare: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    speak: SpeakConfig = field(default_factory=SpeakConfig)
 
 
 def make(
@@ -39,41 +44,35 @@ def make(
     audio: Path | str,
     out: Path | str,
     config: MakeConfig = MakeConfig(),
-    prepare_config: PrepareConfig = PrepareConfig(),
     progress: bool = True,
 ) -> Path:
-    """prepare + train + speak. A stopped or repeated call does only what is missing.
+    """Prepare, train and speak. A stopped or repeated call does only what is missing.
 
-    With other speech weights, speech alone is learned anew. What can be wrong with video, audio and places is noticed
-    before the long work. Raises InputError, OutputError.
+    Raises InputError or OutputError before the long work if video, audio or a place cannot be used.
     """
-    from hicode.avatar.avatar import Avatar
-    from hicode.session.speak import check_video_path, speak
-    from hicode.training.adaptation import load_generic
-    from hicode.training.avatar import TrainConfig, train
-
-    out = Path(out)
-    check_video_path(out, audio, video)
-    resolve_device(config.device)
+    out, training = Path(out), replace(config.train, progress=progress)
+    check_video_path(out, video, audio)
+    resolve_device(training.device)
     read_speech(audio)
-    weights = None
-    if config.speech_weights is not None:
-        load_generic(config.speech_weights)
-        weights = sha256_of(config.speech_weights)
+    if training.speech_weights is not None:
+        load_generic(training.speech_weights)
     work = config.work or out.with_suffix(".work")
     name = Path(video).stem
-    clip = prepare(video, work / f"{name}.clip", prepare_config, progress)
-    stored = work / f"{name}.{config.preset}.hicode"
-    avatar = None
-    if stored.exists() and stored.stat().st_mtime >= (clip.path / "clip.json").stat().st_mtime:
-        avatar = Avatar.load(stored)
-    if avatar is None or avatar.info.get("speech_weights") != weights:
-        settings = TrainConfig(
-            config.preset, device=config.device, progress=progress, speech_weights=config.speech_weights
-        )
-        avatar = train(clip, stored, settings)
-    print(speak(avatar, audio, out, device=config.device, progress=progress))
+    clip = prepare(video, work / f"{name}.clip", config.prepare, progress)
+    file = work / f"{name}.{training.preset}.hicode"
+    avatar = Avatar.load(file) if file.exists() else None
+    if avatar is None or not _is_made_of(avatar, file, clip, training):
+        avatar = train(clip, file, training)
+    print(speak(avatar, audio, out, config.speak, device=training.device, progress=progress))
     return out
+
+
+def _is_made_of(avatar: Avatar, file: Path, clip: Clip, config: TrainConfig) -> bool:
+    """Whether the avatar was trained on this clip with this config."""
+    is_newer = file.stat().st_mtime >= (clip.path / "clip.json").stat().st_mtime
+    weights = None if config.speech_weights is None else sha256_of(config.speech_weights)
+    head = plain(config.head_config())
+    return is_newer and avatar.info.get("config") == head and avatar.info.get("speech_weights") == weights
 
 
 def demo(
@@ -81,7 +80,8 @@ def demo(
     seconds: float = DEMO_SECONDS,
     device: Device = "auto",
 ) -> None:
-    """From nothing to a talking head: fetch a sample video and speech, learn a draft avatar, make it speak, measure it.
+    """From nothing to a talking head: fetch a video and a recording of speech, learn a draft avatar,
+    make it speak, measure it.
 
     Takes a few minutes on two processor cores. A stopped demo goes on where it was when the same command is given
     again.
@@ -91,9 +91,6 @@ def demo(
         seconds: How much of the video to learn from.
         device: cpu, or cuda for an NVIDIA GPU with gsplat; auto is the CPU.
     """
-    from hicode.evaluation.config import EvaluateConfig
-    from hicode.evaluation.report import evaluate
-
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; the demo needs a folder. Choose another name with -o.")
     video = assets.path("demo_video", "franck.mp4")
@@ -102,9 +99,9 @@ def demo(
         samples = read_speech(assets.path("demo_speech", "two_cities.wav"))
         write_audio(speech, excerpt(samples, DEMO_SPEECH_SECONDS), SAMPLE_RATE_HZ)
     spoken, page = out / "talking.mp4", out / "report.html"
-    make(video, speech, spoken, MakeConfig("draft", out, device=device), PrepareConfig(duration=seconds))
-    config = EvaluateConfig(json=out / "report.json", html=page, device=device)
-    evaluate(out / "franck.draft.hicode", out / "franck.clip", config)
+    make(video, speech, spoken, MakeConfig(out, PrepareConfig(duration=seconds), TrainConfig("draft", device=device)))
+    report = EvaluateConfig(json=out / "report.json", html=page, device=device)
+    evaluate(out / "franck.draft.hicode", out / "franck.clip", report)
     print(f"\nThe talking video: {spoken}\nThe report:        {page}")
 
 

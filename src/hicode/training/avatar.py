@@ -10,9 +10,11 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import tyro
 from jaxtyping import UInt8
 
 from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar
@@ -66,7 +68,7 @@ class TrainConfig:
     """Folder of checkpoints and logs. Default: runs/NAME next to the avatar."""
     speech_weights: Path | None = None
     """Generic speech weights of `hicode pretrain`, instead of those that ship."""
-    progress: bool = True
+    progress: Annotated[bool, tyro.conf.Suppress] = True
     """Show progress on standard error."""
 
     def head_config(self) -> HeadConfig:
