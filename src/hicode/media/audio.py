@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import av.error
+import av.stream
 import numpy as np
 from jaxtyping import Float, Float32
 
@@ -74,8 +76,8 @@ def mix_weights(
 ) -> Float32[np.ndarray, "c"]:
     """The share of each channel in a mix that speech survives, from the channels' second moments; magnitudes sum to 1.
 
-    layout: the share by what a channel is (centre, side ...), equal where not given. Channels more than 40 dB weaker than
-    the strongest get none, those that are the strongest turned round a negative one.
+    layout: the share by what a channel is (centre, side ...), equal where not given. Channels more than 40 dB weaker
+    than the strongest get none, those that are the strongest turned round a negative one.
     """
     power = np.diag(covariance).clip(0)
     weights = np.ones(len(power)) if layout is None else np.asarray(layout, np.float64)
@@ -109,7 +111,9 @@ def read_speech(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Float32[np.n
 
 
 def level_db(samples: Float32[np.ndarray, "n"], window: int = SAMPLES_PER_FEATURE) -> float:
-    """Level of the loudest window in dB below full scale, each about its own mean, since an offset is no sound; -120 for digital silence."""
+    """Level of the loudest window in dB below full scale, each about its own mean, since an offset is no sound; -120
+    for digital silence.
+    """
     if len(samples) == 0:
         return -120.0
     padded = np.pad(samples, (0, -len(samples) % window), mode="edge").reshape(-1, window)

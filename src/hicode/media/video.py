@@ -9,12 +9,16 @@ nearest to i / fps. Memory is constant: two decoded frames and the decoder's own
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.container
+import av.error
+import av.stream
+import av.video.stream
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
@@ -83,9 +87,10 @@ def video_stream(container: av.container.InputContainer, path: Path | str) -> av
     return streams[0]
 
 
-def _kinds(container) -> str:
+def _kinds(container: av.container.InputContainer) -> str:
     kinds = {"audio": "sound", "video": "a cover picture", "subtitle": "subtitles"}
-    return " and ".join(dict.fromkeys(kinds.get(s.type, s.type) for s in container.streams)) or "nothing"
+    names = dict.fromkeys(kinds.get(s.type, str(s.type)) for s in container.streams)
+    return " and ".join(names) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def _orientation(frame: av.VideoFrame) -> _Orientation:
     """From the frame's display matrix: a row vector (x, y, 1) times [[a b u] [c d v] [x y w]] in 16.16 fixed point is
     where a pixel goes.
     """
-    data = frame.side_data.get(SideData.DISPLAYMATRIX)
+    data = frame.side_data.get(SideData.DISPLAYMATRIX)  # pyright: ignore - PyAV takes the enum, its stub a str
     if data is None:
         return _Orientation()
     m = np.frombuffer(bytes(data), np.int32)[:9].astype(np.float64) / 65536
@@ -243,7 +248,9 @@ def read_video(path: Path | str, fps: float = FPS, max_size: int | None = None) 
         stream = video_stream(container, path)
         convert = _Converter(stream, max_size)
         count = 0
-        start_s = held = held_s = held_rgb = None
+        start_s: float | None = None
+        held: tuple[float, av.VideoFrame] | None = None
+        held_rgb: np.ndarray | None = None
         frame_s = 1 / fps
 
         def emit_until(next_s: float) -> Iterator[np.ndarray]:
@@ -252,24 +259,26 @@ def read_video(path: Path | str, fps: float = FPS, max_size: int | None = None) 
                 # Converted once and only where it is shown; repeats are copies, so that a caller may write into what it
                 # gets.
                 if held_rgb is None:
-                    held_rgb = convert(held)
+                    assert held is not None
+                    held_rgb = convert(held[1])
                     yield held_rgb
                 else:
                     yield held_rgb.copy()
                 count += 1
 
         for time_s, frame in _decoded(container, stream, path):
-            if start_s is None:
+            if start_s is None or held is None:
                 start_s = time_s
             else:
-                # The middle between two frames is where the nearer one changes; 1 µs absorbs the rounding of time
-                # stamps.
-                frame_s = time_s - held_s
-                yield from emit_until((held_s + time_s) / 2 - start_s + 1e-6)
-            held, held_s, held_rgb = frame, time_s, None
-        # The last frame lasts as long as it says, else as long as the one before it, but no longer than a second.
-        last_s = float(held.duration * held.time_base) if held.duration and held.time_base else frame_s
-        yield from emit_until(held_s + min(last_s, 1.0) - start_s - 0.5 / fps)
+                # The nearer frame changes in the middle between two; 1 µs absorbs the rounding of time stamps.
+                frame_s = time_s - held[0]
+                yield from emit_until((held[0] + time_s) / 2 - start_s + 1e-6)
+            held, held_rgb = (time_s, frame), None
+        assert start_s is not None and held is not None  # otherwise _decoded has raised
+        # The last frame lasts as long as it says, or as long as the one before it, but no longer than a second.
+        last = held[1]
+        last_s = float(last.duration * last.time_base) if last.duration and last.time_base else frame_s
+        yield from emit_until(held[0] + min(last_s, 1.0) - start_s - 0.5 / fps)
 
 
 class VideoWriter:
@@ -284,7 +293,7 @@ class VideoWriter:
     column. `crf`, `preset` and `threads` are x264's. On an exception, or a full disk (OutputError), no file stays.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the last three are x264's own options
         self,
         path: Path | str,
         width: int,
@@ -374,6 +383,7 @@ class VideoWriter:
                 sound.sample_rate = self._audio_rate_hz
                 sound.time_base = Fraction(1, self._audio_rate_hz)
                 sound.pts = self._samples_written
+                assert self._sound is not None
                 self._container.mux(self._sound.encode(sound))
                 self._samples_written += len(samples)
 
@@ -385,10 +395,8 @@ class VideoWriter:
                 self._container.mux(self._sound.encode(None))
             self._container.close()
             return
-        try:
+        with suppress(Exception):  # the first error is the one to tell; the file is removed anyway
             self._container.close()
-        except Exception:  # noqa: BLE001 - the first error is the one to tell; the file is removed anyway
-            pass
 
     def __exit__(self, kind, error, trace) -> None:
         self._stack.__exit__(kind, error, trace)
