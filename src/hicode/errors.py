@@ -1,7 +1,7 @@
 """Errors a person can act on: each names the thing, the finding and the remedy.
 
-A `HicodeError` is the user's to mend: the command line prints it as one line and exits with status 2. Broken invariants of our own
-are assertions, and stay tracebacks.
+A `HicodeError` is the user's to mend: the command line prints it as one line and exits with status 2. Broken invariants
+of our own are assertions, and stay tracebacks.
 """
 
 

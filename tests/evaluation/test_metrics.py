@@ -107,7 +107,7 @@ def test_ssim_over_a_mask_is_scikit_images_map_over_it():
 
 @needs_lpips
 def test_lpips_is_its_definition_in_numpy():
-    """AlexNet, unit features, squared differences weighted by the package's heads, summed: without torch, layer by layer."""
+    """AlexNet without torch: unit features, squared differences weighted by the heads, summed."""
     from hicode.perceptual import LPIPS_LAYERS, load_weights
 
     weights = {k: v.double().numpy() for k, v in load_weights("alexnet").items()}
@@ -123,7 +123,8 @@ def test_lpips_is_its_definition_in_numpy():
         return np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2].max((3, 4))
 
     def features(picture):
-        # the package takes [-1, 1] and standardises by its own shift and scale; that is ImageNet's mean and deviation on [0, 1]
+        # the package takes [-1, 1] and standardises by its own shift and scale; that is ImageNet's mean and deviation
+        # on [0, 1]
         x = 2 * (picture.transpose(2, 0, 1) / 255.0) - 1
         x = (x - np.array([-0.030, -0.088, -0.188])[:, None, None]) / np.array([0.458, 0.448, 0.450])[:, None, None]
         maps = [convolved(x, "relu1", 4, 2)]

@@ -1,7 +1,4 @@
-"""SyncNet: the towers' shapes and weights, its sound features against their published form, the crop, and the scoring with offsets that are known.
-
-No weights of the authors are here: what can be tested without them is everything but the values that they give.
-"""
+"""SyncNet: shapes and weights of the towers, sound features against their published form, crop, known offsets."""
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ from hicode.evaluation.syncnet import MAX_OFFSET, MIN_FRAMES, LipStream, SyncNet
 
 
 def sound(seconds: float = 1.0) -> np.ndarray:
-    """A formula, so that the golden below can be made again: a chirp that swells, grain, and a hole of digital silence."""
+    """A formula, so the golden values can be made again: a swelling chirp, noise, and a hole of digital silence."""
     n = round(16000 * seconds)
     t = np.arange(n) / 16000
     x = 0.3 * np.sin(2 * np.pi * (180 + 400 * t) * t) * (0.6 + 0.4 * np.cos(2 * np.pi * 3 * t))
@@ -22,13 +19,56 @@ def sound(seconds: float = 1.0) -> np.ndarray:
     return x.astype(np.float32)
 
 
-# By hand: python_speech_features 0.6, mfcc(int16 samples, 16000) with its defaults, rounded to 5 digits. SyncNet was taught on these.
+# By hand: python_speech_features 0.6, mfcc(int16 samples, 16000) with its defaults, rounded to 5 digits. SyncNet was
+# taught on these.
 GOLDEN = {
-    0: [18.72139, -10.26704, 22.83578, 18.13494, 10.99521, 1.21366, -1.81971, -4.54879, -11.75082, -17.09437, -16.85954, -22.07382, -17.42789],
-    10: [18.46314, -17.20434, 19.02288, 7.5083, -1.72875, -3.32423, -4.80817, -24.97838, -33.56832, -22.91499, -18.62549, -11.23136, -3.08501],
+    0: [
+        18.72139,
+        -10.26704,
+        22.83578,
+        18.13494,
+        10.99521,
+        1.21366,
+        -1.81971,
+        -4.54879,
+        -11.75082,
+        -17.09437,
+        -16.85954,
+        -22.07382,
+        -17.42789,
+    ],
+    10: [
+        18.46314,
+        -17.20434,
+        19.02288,
+        7.5083,
+        -1.72875,
+        -3.32423,
+        -4.80817,
+        -24.97838,
+        -33.56832,
+        -22.91499,
+        -18.62549,
+        -11.23136,
+        -3.08501,
+    ],
     27: [-36.04365, *[0.0] * 12],
-    60: [20.07156, -5.68704, 7.50498, -22.81156, -28.57911, -19.2279, 7.74457, 28.07609, 23.40807, 6.07344, -10.33884, -22.87527, -14.42451],
-}  # fmt: skip
+    60: [
+        20.07156,
+        -5.68704,
+        7.50498,
+        -22.81156,
+        -28.57911,
+        -19.2279,
+        7.74457,
+        28.07609,
+        23.40807,
+        6.07344,
+        -10.33884,
+        -22.87527,
+        -14.42451,
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +203,10 @@ def test_scores_are_the_definition():
 
 
 class Transparent(SyncNet):
-    """Towers that pass on what they are given, so that only the windows' timing is left: a frame's brightness about 100, a frame's loudness about
-    a usual one (beyond its ends a clip is compared with zeros, so the mean must be there)."""
+    """Towers that pass on their input: a frame's brightness about 100, a frame's loudness about a usual one.
+
+    Beyond its ends a clip is compared with zeros, so the mean must be there.
+    """
 
     def see(self, windows):
         return windows.mean((1, 3, 4)) - 100
@@ -176,7 +218,7 @@ class Transparent(SyncNet):
 
 @pytest.mark.parametrize("planted", [0, 3, -5])
 def test_windows_of_picture_and_sound_start_together(planted):
-    """Crops as bright as the sound of `planted` frames before is loud: from files to an offset, nothing slips by a frame."""
+    """Crops as bright as the sound of `planted` frames before is loud: from files to an offset, without a slip."""
     rng = np.random.default_rng(4)
     frames, start = 60, 15
     level = rng.uniform(0.002, 0.5, frames + 40)

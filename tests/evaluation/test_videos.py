@@ -140,7 +140,7 @@ def test_without_syncnets_weights_nothing_is_called_avconf(compared):
 
 
 def test_with_weights_every_row_has_an_avconf(tmp_path, monkeypatch):
-    """Random weights, six frames: that crops, sound and both towers meet; what the scores are worth is tested with the scoring."""
+    """Random weights, six frames: crops, sound and both towers fit together. Scores are tested elsewhere."""
     import torch
 
     from hicode.evaluation import rows, syncnet
@@ -298,7 +298,7 @@ def test_the_sound_is_the_videos_own_and_else_the_references(tmp_path):
     assert len(both.heard("video").samples) == 640 * COUNT
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 @pytest.mark.parametrize(
