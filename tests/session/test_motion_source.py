@@ -54,7 +54,7 @@ def test_an_avatar_driven_by_features_is_given_those_of_each_frame():
     """Frame i is driven by features 2i and 2i + 1 of its sound, however it comes; a last half frame repeats its row."""
     sound = speechlike(1.01)
     features = create_encoder("logmel").encode(sound)
-    motions = [frame.motion for frame in synthesize(FakeAvatar(hears=True), sound)]
+    motions = [frame.motion for frame in synthesize(FakeAvatar(audio_driven=True), sound)]
     assert len(motions) == 26
     given = torch.cat([m.speech for m in motions])
     # streamed against whole

@@ -115,7 +115,7 @@ def encoder_of(spec: EncoderSpec, weights: str | Path | None = None) -> AudioEnc
     return encoder
 
 
-def match_frames(features: Float[Tensor, "t d"], frames: int) -> Float[Tensor, "2*frames d"]:
+def match_frames(features: Float[Tensor, "t d"], frames: int) -> Float[Tensor, "m d"]:
     """Exactly two features a video frame: cut, or the last one repeated, where sound and picture end apart."""
     assert len(features) > 0 or frames == 0, "no features to repeat"
     return features[torch.arange(FEATURES_PER_FRAME * frames).clamp(max=len(features) - 1)]
