@@ -45,7 +45,7 @@ def test_wing_through_the_real_network_follows_a_displaced_face(markey):
     with av.open(str(markey)) as video:
         frame = next(video.decode(video=0)).to_ndarray(format="rgb24")
     landmarker = FaceLandmarker().requires_grad_(False)
-    where = torch.from_numpy(detect([frame], landmarker, looks=1)[0, :, :2])
+    where = torch.from_numpy(detect([frame], landmarker, samples=1)[0, :, :2])
     target = torch.from_numpy(frame).float() / 255
     term = WingLandmarks(landmarker)
     values = [term(target.roll(shift, 0), target, where).item() for shift in (0, 2, 6)]
