@@ -8,7 +8,6 @@ or "t 478 3" in px, NaN in frames without a face.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from hicode.errors import InputError
 from hicode.motion import LEFT_EYE_OUTER, LIPS, LOWER_LIP_INNER, N_LANDMARKS, RIGHT_EYE_OUTER, UPPER_LIP_INNER
-
-if TYPE_CHECKING:
-    from hicode.tracking.landmarks import FaceLandmarker
+from hicode.tracking.landmarks import FaceLandmarker, rois_from_landmarks
 
 DETECTOR = (
     "MediaPipe face_landmark_with_attention (478 points, mediapipe 0.10.21), each frame by itself: "
@@ -33,11 +30,9 @@ PRESENCE = 0.5
 
 
 def detect(
-    frames: list[UInt8[np.ndarray, "h w 3"]], landmarker: "FaceLandmarker", samples: int = SAMPLES
+    frames: list[UInt8[np.ndarray, "h w 3"]], landmarker: FaceLandmarker, samples: int = SAMPLES
 ) -> Float[np.ndarray, "t 478 3"]:
     """Landmarks of the largest face of each frame, in px; NaN where none is detected or believed."""
-    from hicode.tracking.landmarks import rois_from_landmarks
-
     out = np.full((len(frames), N_LANDMARKS, 3), np.nan, np.float32)
     for i, frame in enumerate(frames):
         faces = landmarker.detect(frame)
