@@ -31,7 +31,7 @@ class Pictures:
 
     frames: list[ShownFrame]
     strip: list[tuple[int, dict[str, Image]]]
-    sound: Float32[np.ndarray, "640*t"] | None = None
+    sound: Float32[np.ndarray, "n"] | None = None
 
 
 class Gallery:
@@ -85,7 +85,7 @@ class Gallery:
         images = {name: image[self._window] for name, image in frame.images.items()}
         return ShownFrame(frame.t, note, frame.truth[self._window], images, scores)
 
-    def pictures(self, sound: Float32[np.ndarray, "640*t"] | None) -> Pictures:
+    def pictures(self, sound: Float32[np.ndarray, "n"] | None) -> Pictures:
         """What was collected, worst first."""
         worst = {i for _, i, _ in self._worst}
         frames = [

@@ -60,7 +60,7 @@ class Moments:
         return Moments(values, mean, _blur(values * values) - mean * mean)
 
 
-def ssim_map(a: Moments, b: Moments) -> Float64[np.ndarray, "h-10 w-10"]:
+def ssim_map(a: Moments, b: Moments) -> Float64[np.ndarray, "h2 w2"]:
     """SSIM of each place whose 11 x 11 window (Gaussian, σ 1.5) lies inside, mean over the channels; population
     covariances, data range 1."""
     covariance = _blur(a.image * b.image) - a.mean * b.mean

@@ -126,7 +126,7 @@ class Row:
 class Sound:
     """The sound of t frames: 16 kHz mono, 640 samples a frame, and its features by an encoder's name, "2*t d"."""
 
-    samples: Float32[np.ndarray, "640*t"]
+    samples: Float32[np.ndarray, "n"]
     features: Callable[[str], Float[Tensor, "2*t d"]]
 
     def rms(self) -> Float[np.ndarray, "t"]:

@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Self
 
 import cv2
 import numpy as np
@@ -55,7 +54,7 @@ class OriginalVideo:
         self._first = int(source.get("first_frame", 0))
         self._again = start + frames > len(avatar.driving)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "OriginalVideo":
         self._frames = read_video(self.path, float(self._avatar.driving.fps))
         self._next = -self._first  # driving frame that the video gives next
         self._kept = tempfile.TemporaryFile(dir=self._folder) if self._again else None

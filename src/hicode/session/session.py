@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -212,7 +211,7 @@ class Session:
             for planned in self._planned:
                 planned.image.cancel()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, *error) -> None:
