@@ -235,7 +235,8 @@ def speak_other(avatar: "Avatar", other: Clip, name: str) -> dict | None:
     if sound is None or avatar.speech is None:
         return None
     count = min(CROSS_FRAMES, len(other))
-    features = other.speech_features(avatar.speech.encoder)[: 2 * count]
+    features = other.speech_features(avatar.speech.encoder)
+    assert features is not None  # there is sound
     landmarker = FaceLandmarker()
     spoken = (frame.image for frame in synthesize(avatar, sound[: SAMPLES_PER_FRAME * count], SpeakConfig()))
     rows = {
@@ -246,7 +247,7 @@ def speak_other(avatar: "Avatar", other: Clip, name: str) -> dict | None:
     for row, (frames, width) in rows.items():
         points = np.stack([detect([frame], landmarker)[0] for frame in frames])
         missed = int(np.isnan(points[:, 0, 0]).sum())
-        out[row] = {"jitter_px": jitter(points, width), "missed_faces": missed} | _sync(features, points)
+        out[row] = {"jitter_px": jitter(points, width), "missed_faces": missed} | _sync(features[: 2 * count], points)
     return plain(out)
 
 

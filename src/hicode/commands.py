@@ -59,7 +59,7 @@ def _training(argv: list[str]) -> "TrainConfig":
     from hicode.training.stages import DEFAULT_PRESET, Preset, head_preset
 
     name = option(argv, "--preset")
-    preset = name if name in get_args(Preset) else DEFAULT_PRESET  # the parser refuses a wrong name
+    preset: Preset = next((p for p in get_args(Preset) if p == name), DEFAULT_PRESET)  # the parser refuses others
     return TrainConfig(preset, head=head_preset(preset))
 
 
