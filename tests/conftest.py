@@ -1,6 +1,7 @@
 """Shared fixtures. Tests that need a real clip find it at ../shared/data and skip, saying so, where it is absent."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ DATA = REPOSITORY.parent / "shared" / "data"
 
 # Waiting OpenMP threads sleep: on two busy cores spinning ones cost three times the time. Before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Keys and logs of the tests never lie among the user's own.
+os.environ["HICODE_CONFIG"] = tempfile.mkdtemp(prefix="hicode-config-")
 
 
 @pytest.fixture(scope="session")

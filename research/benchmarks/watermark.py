@@ -1,15 +1,14 @@
 """The invisible mark measured on real clips: bit errors after what platforms do, PSNR, false alarms, time.
 
     python -m research.benchmarks.watermark marked CLIP... -o docs/results/watermark.json
-    python -m research.benchmarks.watermark unmarked CLIP... --windows 10000 --minutes 60 -o docs/results/watermark.json
+    python -m research.benchmarks.watermark unmarked CLIP... -o docs/results/watermark-unmarked.json
 
 `marked` marks the first 100 frames of each clip, changes them, and looks for the mark. `unmarked` looks for the mark in
 windows of clips that do not carry it: position, size, scale and time are drawn at random. It stops at either limit and
-says how many windows it saw. Each writes its own part of the file.
+says how many windows it saw.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +19,9 @@ from tempfile import TemporaryDirectory
 import cv2
 import numpy as np
 
-from hicode.files import write_json
 from hicode.media.video import VideoWriter, read_video
 from hicode.trust.watermark import FALSE_ALARM_RATE, Detection, Payload, Watermark, detect
+from research.reproduce.docs import save_results
 
 FRAMES = 100
 PAYLOAD = Payload(0x89ABCDEF)
@@ -94,12 +93,21 @@ def marked(clips: list[Path]) -> dict:
             row = {"clip": number + 1, "change": name, "frames": found.frames, "bit_errors": bit_errors(found)}
             rows.append(row | {"false_alarm_rate": found.false_alarm_rate, "coherence": round(found.coherence, 3)})
             print(row, f"{found.false_alarm_rate:.1e}", flush=True)
-    return {
-        "psnr_db": psnr_db,
-        "embed_ms_a_frame": round(min(embed_ms), 3),
-        "detect_s_a_video": round(float(np.median(detect_s)), 2),
-        "rows": rows,
-    }
+    measured = {"PSNR, dB": psnr_db, "embed, ms a frame": min(embed_ms), "detect, s": float(np.median(detect_s))}
+    return measured | {"rows": rows}
+
+
+def marked_table(measured: dict) -> list[list[str]]:
+    """Rows for the docs: change, wrong bits of each clip, the worst false-alarm rate."""
+    out = []
+    for name in CHANGES:
+        rows = [row for row in measured["rows"] if row["change"] == name]
+        worst = max(row["false_alarm_rate"] for row in rows)
+        out.append([name, ", ".join(str(row["bit_errors"]) for row in rows), f"{worst:.0e}"])
+    out.append(["PSNR of the mark, dB", ", ".join(f"{v:.1f}" for v in measured["PSNR, dB"].values()), "–"])
+    out.append(["embedding, ms of a core a frame", f"{measured['embed, ms a frame']:.2f}", "–"])
+    out.append(["detection in 100 frames, s of a core", f"{measured['detect, s']:.1f}", "–"])
+    return out
 
 
 def unmarked(clips: list[Path], windows: int, minutes: float, seed: int = 0) -> dict:
@@ -127,8 +135,8 @@ def unmarked(clips: list[Path], windows: int, minutes: float, seed: int = 0) -> 
         "windows": seen,
         "alarms": alarms,
         "threshold": FALSE_ALARM_RATE,
-        "lowest_rate": lowest,
-        "highest_score": round(highest, 2),
+        "lowest rate": lowest,
+        "highest score": highest,
     }
 
 
@@ -142,12 +150,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     options = parser.parse_args()
     cv2.setNumThreads(1)
+    command = f"python -m research.benchmarks.watermark {options.part} CLIPS"
     if options.part == "marked":
-        part = marked(options.clips)
+        columns = ("change", "wrong bits of 48, each clip", "false-alarm rate, worst clip")
+        save_results(options.out, columns, marked_table(marked(options.clips)), command)
     else:
-        part = unmarked(options.clips, options.windows, options.minutes)
-    known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    write_json(options.out, known | {options.part: part})
+        found = unmarked(options.clips, options.windows, options.minutes)
+        save_results(options.out, tuple(found), [[f"{value:.3g}" for value in found.values()]], command)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hicode.session.config import SpeakConfig
 from hicode.session.speak import check_video_path, speak
 from hicode.training.adaptation import load_generic
 from hicode.training.avatar import TrainConfig, train
+from hicode.trust.consent import consent_record
 
 DEMO_SECONDS = 12.0
 DEMO_SPEECH_SECONDS = 10.0
@@ -63,6 +64,9 @@ def make(
     avatar = Avatar.load(file) if file.exists() else None
     if avatar is None or not _is_made_of(avatar, file, clip, training):
         avatar = train(clip, file, training)
+    elif training.consent is not None:
+        avatar.info["consent"] = consent_record(training.consent, str(avatar.source.get("sha256", ""))).to_dict()
+        avatar.save(file)
     print(speak(avatar, audio, out, config.speak, device=training.device, progress=progress))
     return out
 

@@ -11,8 +11,12 @@ from hicode.errors import FileFormatError, HicodeError, InputError, OutputError
 from hicode.motion import ping_pong
 from hicode.session.config import SpeakConfig, VideoConfig
 from hicode.session.speak import speak, synthesize
+from hicode.trust.machine_key import config_folder
+from hicode.trust.marks import MarkConfig
+from hicode.trust.verify import verify
 
 ORIGINAL = VideoConfig(original_size=True)
+UNMARKED = MarkConfig(mark="none", reason="a test that compares pixels")
 
 
 def bad_sounds() -> dict[str, tuple[np.ndarray, int, str]]:
@@ -172,7 +176,8 @@ def test_original_size_pastes_the_head_into_the_sources_frames(tmp_path, wav, si
 
     source_video(tmp_path / "source.mp4")
     avatar = FakeAvatar(source={"path": str(tmp_path / "source.mp4"), "crop_box": [30, 10, side]})
-    spoken = speak(avatar, wav, tmp_path / "out.mp4", video=ORIGINAL, progress=False)
+    config = SpeakConfig(mark=UNMARKED)
+    spoken = speak(avatar, wav, tmp_path / "out.mp4", config, ORIGINAL, progress=False)
     info = probe(tmp_path / "out.mp4")
     assert (info.width, info.height) == (160, 120) and spoken.frames == 33
     scale = side / SIZE
@@ -193,7 +198,7 @@ def test_original_size_takes_no_more_of_the_crop_than_what_is_new_in_it(tmp_path
     greys = {}
     for region in ("face", "head"):
         avatar = FakeAvatar(source={"path": str(tmp_path / "source.mp4"), "crop_box": [30, 10, 100]})
-        speak(avatar, wav, tmp_path / "out.mp4", SpeakConfig(region=region), ORIGINAL, progress=False)
+        speak(avatar, wav, tmp_path / "out.mp4", SpeakConfig(region=region, mark=UNMARKED), ORIGINAL, progress=False)
         frames = zip(read_video(tmp_path / "out.mp4"), ping_pong(DRIVING, 0, 33), strict=True)
         greys[region] = np.array(
             [int(frame[10 + round(1.5625 * 18), 30 + round(1.5625 * 32), 0]) - (100 + 3 * t) for frame, t in frames]
@@ -250,3 +255,33 @@ def test_grain_is_left_out_where_asked_for():
             pass
         assert set(avatar.grains) == {"grain" if grain else None}
     assert avatar.grain == "grain"
+
+
+def test_a_spoken_video_is_marked_and_signed_and_verify_names_its_avatar(tmp_path, wav):
+    # The mark is looked for at the size of a source video: 64 px are too small a picture for it.
+    source_video(tmp_path / "source.mp4", width=256, height=192)
+    avatar = FakeAvatar(source={"path": str(tmp_path / "source.mp4"), "crop_box": [30, 10, 100], "sha256": 64 * "b"})
+    out = tmp_path / "out.mp4"
+    speak(avatar, wav, out, video=ORIGINAL, progress=False)
+    found = verify(out)
+    assert found.verdict == "synthetic" and found.agreement and found.manifest.state == "ours"
+    assert found.manifest.avatar_sha256 == avatar.sha256 and found.watermark.avatar_id == avatar.sha256[:8]
+    assert found.manifest.consent == "not stated" and found.aigc is not None
+
+
+def test_a_video_without_marks_needs_a_reason_which_is_logged(tmp_path, wav):
+    avatar = FakeAvatar(sha256=64 * "c")
+    with pytest.raises(InputError, match="--reason"):
+        MarkConfig(mark="none")
+    out = tmp_path / "out.mp4"
+    speak(avatar, wav, out, SpeakConfig(mark=UNMARKED), progress=False)
+    log = (config_folder() / "log" / "cccccccc.jsonl").read_text(encoding="utf-8")
+    assert "a test that compares pixels" in log and "out.mp4" in log
+    assert b"c2pa" not in out.read_bytes()
+
+
+def test_the_frames_of_a_session_carry_no_mark():
+    # `evaluate` and `synthesize` measure what the renderer makes.
+    sound = speechlike(0.2)
+    plain = [f.image for f in synthesize(FakeAvatar(), sound, SpeakConfig(mark=UNMARKED))]
+    assert all(np.array_equal(a, f.image) for a, f in zip(plain, synthesize(FakeAvatar(), sound), strict=True))

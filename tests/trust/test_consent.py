@@ -28,7 +28,7 @@ def test_any_change_is_noticed(change):
 
 def test_nothing_said_is_recorded_as_not_stated():
     record = consent_record(None, CLIP)
-    assert record.statement == NOT_STATED and not record.stated and record.is_unaltered()
+    assert record.statement == NOT_STATED and not record.stated and not record.signature
     assert not ConsentRecord.from_dict(None).stated
 
 

@@ -5,6 +5,7 @@ training part of the clip, which gives a spoken head its body, background, head 
 """
 
 import copy
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,6 +67,14 @@ class Avatar:
     def __post_init__(self):
         supported = FrameDeformer.supports(self.deformation)
         self._fast = FrameDeformer(self.deformation, self.gaussians) if supported else None
+
+    @property
+    def sha256(self) -> str:
+        """Of the canonical Gaussians: the avatar's name in the marks of its videos, whatever file holds it."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.gaussians.tensors().items()):
+            digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def driving_frame(self, t: int) -> UInt8[np.ndarray, "h w 3"]:
         """Picture t of the driving track."""

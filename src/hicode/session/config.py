@@ -9,6 +9,7 @@ import tyro
 from hicode.audio import FPS, SAMPLE_RATE_HZ
 from hicode.avatar.blend import Region
 from hicode.errors import InputError
+from hicode.trust.marks import MarkConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class SpeakConfig:
     """Where the weights of the avatar's speech encoder lie, if they have moved (hubert only)."""
     film_grain: bool = True
     """Add the recording's own grain to the rendered head."""
+    mark: Annotated[MarkConfig, tyro.conf.arg(name="")] = MarkConfig()
+    """Marks of the videos that `speak` writes. A session's own frames carry none: `trust.marks.FrameMarker` adds them."""
     level: Annotated[float | None, tyro.conf.Suppress] = None
     """RMS of the speech, where it is known in advance. Default: a running estimate."""
     output_rate_hz: Annotated[int, tyro.conf.Suppress] = SAMPLE_RATE_HZ

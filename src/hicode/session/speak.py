@@ -25,7 +25,7 @@ from hicode.audio import (
 )
 from hicode.avatar.avatar import Avatar
 from hicode.errors import InputError, OutputError
-from hicode.files import check_writable
+from hicode.files import atomic_path, check_writable
 from hicode.media.audio import stream_audio
 from hicode.media.video import VideoWriter
 from hicode.progress import progress_bar
@@ -36,6 +36,9 @@ from hicode.session.paste import OriginalVideo
 from hicode.session.session import Frame, Session
 from hicode.session.timings import Timings
 from hicode.speech.loudness import level_of_frames, speech_level
+from hicode.trust.consent import ConsentRecord
+from hicode.trust.machine_key import MachineKey
+from hicode.trust.marks import FrameMarker, VideoRecord, log_unmarked, sign_video
 
 SILENT_DB = -60.0
 READ_AHEAD = 2 * PIECE  # samples pushed at a time: bounds the motion that waits for its frames
@@ -107,6 +110,8 @@ def speak(
 ) -> SpeakResult:
     """Write an MP4 (H.264 and AAC, 25 fps) of the avatar speaking `audio`: a sound or video file, or 16 kHz samples.
 
+    Frames are marked after composition, the file is signed (`config.mark`).
+
     `device`: where the head is rendered; speech and video stay on the CPU. The file appears when it is whole. Raises
     InputError for a sound or a source that cannot be used, OutputError where `out` cannot be written: both before any
     work.
@@ -117,6 +122,9 @@ def speak(
         avatar = Avatar.load(avatar)
     if (place := resolve_device(device)) != "cpu":
         avatar = avatar.to(place)
+    record = video_record(avatar)
+    key = MachineKey.load() if config.mark.mark == "full" else None
+    marker = FrameMarker(config.mark, record, avatar.driving.fps)
     sound = _Sound.measured(audio)
     session = Session(avatar, replace(config, level=config.level or sound.level))
     total = -(-sound.samples // SAMPLES_PER_FRAME)
@@ -127,18 +135,29 @@ def speak(
     height, width = avatar.background_plate.shape[:2]
     size = (width, height) if original is None else original.size
     started = time.perf_counter()
-    with ExitStack() as stack:
-        if original is not None:
-            stack.enter_context(original)
-        report = stack.enter_context(progress_bar("Speaking", progress))
-        pieces, rate_hz = sound.pieces(sound.video_rate_hz), sound.video_rate_hz
-        writer = VideoWriter(out, *size, avatar.driving.fps, pieces, rate_hz, **VIDEO_ENCODING)
-        stack.enter_context(writer)
-        for done, frame in enumerate(drained(session, sound.pieces(SAMPLE_RATE_HZ)), 1):
-            with session.timings.clocked("encode"):
-                writer.write(frame.image if original is None else original.paste(frame.driving_frame, frame.image))
-            report(done, total)
+    with atomic_path(out) as whole:
+        with ExitStack() as stack:
+            if original is not None:
+                stack.enter_context(original)
+            report = stack.enter_context(progress_bar("Speaking", progress))
+            pieces, rate_hz = sound.pieces(sound.video_rate_hz), sound.video_rate_hz
+            writer = VideoWriter(whole, *size, avatar.driving.fps, pieces, rate_hz, **VIDEO_ENCODING)
+            stack.enter_context(writer)
+            for done, frame in enumerate(drained(session, sound.pieces(SAMPLE_RATE_HZ)), 1):
+                with session.timings.clocked("encode"):
+                    image = frame.image if original is None else original.paste(frame.driving_frame, frame.image)
+                    writer.write(marker(image))
+                report(done, total)
+        if key is not None:
+            sign_video(whole, record, key)
+    log_unmarked(config.mark, record, out)
     return SpeakResult(out, total, time.perf_counter() - started, session.timings)
+
+
+def video_record(avatar: "Avatar") -> VideoRecord:
+    """What the marks of an avatar's videos say. FileFormatError where its record of consent is damaged."""
+    consent = ConsentRecord.from_dict(avatar.info.get("consent"))
+    return VideoRecord(avatar.sha256, consent, str(avatar.source.get("sha256", "")))
 
 
 def check_video_path(out: Path, *inputs: object) -> None:

@@ -39,6 +39,7 @@ from hicode.training.head import TrainedHead, deform, train_head
 from hicode.training.refiner import RefinerTraining, train_refiner
 from hicode.training.run_folder import RunLog, open_run
 from hicode.training.stages import DEFAULT_PRESET, HeadConfig, Preset, head_preset
+from hicode.trust.consent import consent_record
 
 # The pretrained parts of a clip and an avatar. Provenance records their hashes.
 PARTS = ("face_landmarks", "face_detection", "person_mask", "head_model", "speech_encoder", "perceptual")
@@ -68,6 +69,8 @@ class TrainConfig:
     """Folder of checkpoints and logs. Default: runs/NAME next to the avatar."""
     speech_weights: Path | None = None
     """Generic speech weights of `hicode pretrain`, instead of those that ship."""
+    consent: str | None = None
+    """Who says that the person agreed: a name or a statement. It is signed into the avatar."""
     progress: Annotated[bool, tyro.conf.Suppress] = True
     """Show progress on standard error."""
 
@@ -90,6 +93,7 @@ def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainC
     device = resolve_device(config.device)
     clip, out = clip if isinstance(clip, Clip) else Clip.open(clip), Path(out)
     check_writable(out)
+    consent = consent_record(config.consent, str(clip.source.get("sha256", "")))
     _generic_speech(config.speech_weights)  # wrong weights are refused before the long work
     frames = len(clip.track)
     require_memory_for_frames(frames, clip.fps, TRAINING_BYTES, TRAINING_FRAME_BYTES, f"Training on {frames} frames")
@@ -126,6 +130,7 @@ def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainC
                 )
         own = [] if config.speech_weights is None else [str(config.speech_weights)]
         avatar.info = settings | {
+            "consent": consent.to_dict(),
             "seconds": log.seconds,
             "peak_memory_mb": round(peak_memory_mb()),
             "speech_weights": sha256_of(own[0]) if own else None,

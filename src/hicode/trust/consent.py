@@ -76,7 +76,10 @@ class ConsentRecord:
 
 
 def consent_record(statement: str | None, clip_sha256: str, key: MachineKey | None = None) -> ConsentRecord:
-    """The signed record for a new avatar. `statement` None: "not stated". InputError where it is empty or too long."""
+    """The signed record for a new avatar; one that says "not stated", without a signature, if `statement` is None.
+
+    InputError where the statement is empty or too long.
+    """
     if statement is not None:
         statement = " ".join(statement.split())
         if not statement:
@@ -85,4 +88,4 @@ def consent_record(statement: str | None, clip_sha256: str, key: MachineKey | No
             raise InputError(f"--consent has {len(statement)} characters. Say it in at most {MAX_CHARACTERS}.")
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = ConsentRecord(statement or NOT_STATED, date, clip_sha256)
-    return record.signed(key or MachineKey.load())
+    return record if statement is None else record.signed(key or MachineKey.load())

@@ -8,6 +8,7 @@ EU AI Act (the acronym AI as the main element, top right, at the start of a vide
 (AI with the word for "generated", at least 5 % of the picture's shorter side high, for at least 2 s from the start).
 """
 
+import datetime
 import json
 import shutil
 import uuid
@@ -26,7 +27,7 @@ from hicode.audio import FPS
 from hicode.errors import InputError, OutputError
 from hicode.files import atomic_path
 from hicode.trust.consent import ConsentRecord
-from hicode.trust.machine_key import MachineKey
+from hicode.trust.machine_key import MachineKey, config_folder
 from hicode.trust.watermark import Payload, Watermark
 
 Label = Literal["eu", "cn"]
@@ -117,6 +118,26 @@ def sign_video(path: Path | str, record: VideoRecord, key: MachineKey | None = N
             ) from error
         finally:
             plain.unlink(missing_ok=True)
+
+
+def log_unmarked(config: MarkConfig, record: VideoRecord, path: Path) -> None:
+    """Append a video that was made without marks, and the reason, to the avatar's log on this machine.
+
+    The log is `log/AVATAR_ID.jsonl` next to the signing key. OutputError where it cannot be written.
+    """
+    if config.mark != "none":
+        return
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    line = {"date": date, "video": path.name, "avatar_sha256": record.avatar_sha256, "reason": config.reason}
+    file = config_folder() / "log" / f"{record.payload.avatar_id:08x}.jsonl"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"The log {file} cannot be written ({error.strerror}). Set HICODE_CONFIG to your own folder."
+        ) from error
 
 
 def c2pa_context(key: MachineKey):

@@ -187,7 +187,7 @@ def find_watermark(path: Path | str) -> WatermarkFinding:
     return WatermarkFinding(
         present=best.present,
         avatar_id="" if best.payload is None else f"{best.payload.avatar_id:08x}",
-        confidence=best.payload_confidence if best.present else 0.0,
+        confidence=best.payload_confidence,
         false_alarm_rate=best.false_alarm_rate,
         marked_s=tuple(marked),
         scale=round(best.alignment.scale_x, 3),

@@ -28,7 +28,9 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
+from itertools import product
+from typing import no_type_check
 
 import cv2
 import numba
@@ -45,14 +47,16 @@ show as blotches."""
 SYMBOLS, SYMBOL_BITS = 4, 12
 FALSE_ALARM_RATE = 1e-9
 """A mark is reported only below this rate, the whole search included."""
-GAIN_MIN, GAIN_MAX, GAIN_STD = 0.7, 2.5, 5.5
+PAYLOAD_CONFIDENCE = 0.95
+"""A payload is reported only from this probability on."""
+GAIN_MIN, GAIN_MAX, GAIN_STD = 0.75, 2.5, 5.5
 """Standard deviation of the mark in grey levels: GAIN_MIN + std / GAIN_STD, at most GAIN_MAX (40.2 dB); std is that of
 an 8 px block's luma."""
 BLOCK_PX = 8
 SCALE_MIN, SCALE_MAX = 0.4, 1.75
 WINDOW_PX = 640
 """The search sees at most a square window of this size; the alignment is then refined on the whole frame."""
-_CANDIDATES = 6
+_CANDIDATES, _ALTERNATIVES = 6, 4
 _KEY = b"hicode watermark 1"
 _CRC12 = 0x80F
 
@@ -203,6 +207,7 @@ class Watermark:
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True, boundscheck=False)
+@no_type_check  # Numba must compile the function itself, not a checked wrapper
 def _gains(frame):
     """Gains of all block rows, interpolated along x and repeated for each channel: "rows w*c"."""
     h, w, c = frame.shape
@@ -229,6 +234,7 @@ def _gains(frame):
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True, boundscheck=False)
+@no_type_check
 def _add(frame, mark, gains):
     """frame "h w*c" += gain * mark, in place. One plain loop over a row, so that LLVM vectorises it."""
     rows = len(gains)
@@ -264,8 +270,8 @@ class Detection:
     """What the detector says of a picture.
 
     `false_alarm_rate` is the probability that a picture without the mark gives such evidence anywhere in the search.
-    `present` is true where it is at most FALSE_ALARM_RATE. `payload` is None where the mark is absent or its check
-    fails; else `payload_confidence` is the probability that all of its bits are right, given that the mark is there.
+    `present` is true where it is at most FALSE_ALARM_RATE. `payload` is None where the mark is absent or its bits are
+    not certain enough; `payload_confidence` is the probability that all are right, given that the mark is there.
     `score` counts the standard deviations of the always equal waves, `coherence` is the mean cosine of all waves (1:
     undisturbed).
     """
@@ -373,11 +379,11 @@ def _scales(window: tuple[slice, slice]) -> Float[np.ndarray, "s"]:
     return np.geomspace(SCALE_MIN, SCALE_MAX, count + 1)
 
 
-@lru_cache(1024)  # at most 40 MB: all scales of one size
 def _waves(length: int, first: int, last: int, period_px: float) -> Complex[np.ndarray, "f n"]:
     """exp(-2 pi i f y / period) for whole f from first to last."""
     turns = np.outer(np.arange(first, last + 1), np.arange(length) / period_px)
-    return np.exp(-2j * np.pi * turns).astype(np.complex64)
+    angle = (2 * np.pi * (turns % 1.0)).astype(np.float32)  # sines of single precision are vectorised
+    return np.cos(angle) - np.complex64(1j) * np.sin(angle)
 
 
 def _row_sums(picture: Float[np.ndarray, "h w"], scale_x: float) -> Complex[np.ndarray, "h u"]:
@@ -453,7 +459,6 @@ def _decoded(picture: Float[np.ndarray, "h w"], alignment: Alignment, compared: 
     phases = phases * np.exp(2j * np.pi * shift / TILE_PX)
     sync = np.real(phases[key.sync] * key.sync_phasors.conj())
     sums = np.real(key.codebook.conj() @ phases[key.data][..., None])[..., 0]  # symbols x codewords
-    symbols = sums.argmax(-1)
     total, count = float(sync.sum() + sums.max(-1).sum()), len(key.v)
     log_rates = (
         -(float(sync.sum()) ** 2) / len(sync),
@@ -464,8 +469,27 @@ def _decoded(picture: Float[np.ndarray, "h w"], alignment: Alignment, compared: 
     mean = min(max(float(sync.mean()), 0.0), 0.999)
     concentration = mean * (2 - mean**2) / (1 - mean**2)
     odds = np.exp(concentration * (sums - sums.max(-1, keepdims=True)))
-    confidence = float(np.prod(1 / odds.sum(-1)))
     present = total > 0 and rate <= FALSE_ALARM_RATE
-    payload = Payload.from_symbols(int(s) for s in symbols) if present and confidence > 0.5 else None
+    payload, confidence = _most_probable(odds / odds.sum(-1, keepdims=True)) if present else (None, 0.0)
     score = float(sync.sum()) / math.sqrt(len(sync) / 2)
     return Detection(present, payload, confidence, rate, score, total / count, alignment, 0)
+
+
+def _most_probable(symbols: Float[np.ndarray, "s c"]) -> tuple[Payload | None, float]:
+    """(payload, probability) from the symbols' own probabilities and the check; None below PAYLOAD_CONFIDENCE.
+
+    Of all words only one in 4,096 passes the check, so a word that does is that much more probable.
+    """
+    likely = np.argsort(symbols, axis=-1)[:, : -_ALTERNATIVES - 1 : -1]
+    listed, passing = 0.0, {}
+    for word in product(range(_ALTERNATIVES), repeat=SYMBOLS):
+        codewords = [int(likely[s, i]) for s, i in enumerate(word)]
+        probability = math.prod(float(symbols[s, c]) for s, c in enumerate(codewords))
+        listed += probability
+        if probability > 1e-6 and (payload := Payload.from_symbols(codewords)) is not None:
+            passing[payload] = probability
+    if not passing:
+        return None, 0.0
+    best = max(passing, key=lambda p: passing[p])
+    confidence = passing[best] / (sum(passing.values()) + max(1 - listed, 0.0) / 4096)
+    return (best, confidence) if confidence >= PAYLOAD_CONFIDENCE else (None, confidence)
