@@ -21,7 +21,7 @@ from hicode.trust.marks import (
     read_aigc,
     sign_video,
 )
-from hicode.trust.verify import find_watermark, read_manifest, verify
+from hicode.trust.verify import find_watermark, read_manifest, synthetic_source, verify
 
 AVATAR = "89abcdef" + 56 * "0"
 
@@ -171,3 +171,11 @@ def test_labels_are_large_enough_and_at_the_top_right(size):
 def test_labels_are_shown_at_the_start_and_again():
     assert label_is_shown("cn", 2.0) and not label_is_shown("cn", 60.0)
     assert label_is_shown("eu", 0.0) and not label_is_shown("eu", 30.0) and label_is_shown("eu", 61.0)
+
+
+def test_a_recording_that_says_it_is_synthetic_is_named(tmp_path, record):
+    assert synthetic_source(write(tmp_path / "real.mp4", pictures(5, 256))) is None
+    spoken = write(tmp_path / "spoken.mp4", marked(record))
+    assert f"avatar {AVATAR[:8]}" in str(synthetic_source(spoken))
+    sign_video(spoken, record)
+    assert "C2PA" in str(synthetic_source(spoken))

@@ -53,6 +53,7 @@ from hicode.tracking.landmark_drift import correct_landmark_drift
 from hicode.tracking.masks import head_mask
 from hicode.tracking.models import TrackingModels
 from hicode.tracking.rigid_pose import RigidPoints, corrected_depth, refine_rigid_pose
+from hicode.trust.verify import synthetic_source
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ def prepare(
     _check_memory(info, config)
     source = {"name": video.name, "path": str(video.resolve()), "sha256": sha256_of(video)}
     created = not out.exists()
+    if created and (synthetic := synthetic_source(video)):
+        source["synthetic"] = synthetic
+        if progress:
+            print(synthetic)
     cache = StepCache(out, open_state(out, video, source))
     try:
         make_folder(out)

@@ -1,6 +1,6 @@
 """Options of speaking: `SpeakConfig` of a session, `VideoConfig` of a video that `speak` writes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +32,8 @@ class SpeakConfig:
     """Where the weights of the avatar's speech encoder lie, if they have moved (hubert only)."""
     film_grain: bool = True
     """Add the recording's own grain to the rendered head."""
-    mark: Annotated[MarkConfig, tyro.conf.arg(name="")] = MarkConfig()
-    """Marks of the videos that `speak` writes. A session's own frames carry none: `trust.marks.FrameMarker` adds them."""
+    mark: Annotated[MarkConfig, tyro.conf.arg(name="")] = field(default_factory=MarkConfig)
+    """Marks of the videos that `speak` writes. A session's frames carry none; `trust.marks.FrameMarker` adds them."""
     level: Annotated[float | None, tyro.conf.Suppress] = None
     """RMS of the speech, where it is known in advance. Default: a running estimate."""
     output_rate_hz: Annotated[int, tyro.conf.Suppress] = SAMPLE_RATE_HZ

@@ -140,17 +140,15 @@ def log_unmarked(config: MarkConfig, record: VideoRecord, path: Path) -> None:
         ) from error
 
 
-def c2pa_context(key: MachineKey):
-    """Offline settings that trust this machine's own root."""
+def c2pa_context(key: MachineKey | None):
+    """Offline settings that trust this machine's own root, if it has a key."""
     import c2pa
 
-    return c2pa.Context.from_dict(
-        {
-            "verify": {"verify_trust": True, "remote_manifest_fetch": False, "verify_after_sign": False},
-            "trust": {"trust_anchors": key.root},
-            "builder": {"thumbnail": {"enabled": False}},
-        }
-    )
+    settings: dict = {
+        "verify": {"verify_trust": True, "remote_manifest_fetch": False, "verify_after_sign": False},
+        "builder": {"thumbnail": {"enabled": False}},
+    }
+    return c2pa.Context.from_dict(settings if key is None else settings | {"trust": {"trust_anchors": key.root}})
 
 
 def manifest(record: VideoRecord) -> dict:

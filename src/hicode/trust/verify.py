@@ -7,18 +7,20 @@ cannot be read; 3 a mark is there, but the file was altered after signing, or th
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import av
 import av.error
 import numpy as np
+from jaxtyping import UInt8
 
-from hicode.errors import HicodeError
+from hicode.errors import HicodeError, InputError
 from hicode.media.video import read_video
 from hicode.trust.machine_key import MachineKey
 from hicode.trust.marks import AVATAR_ASSERTION, c2pa_context, read_aigc
-from hicode.trust.watermark import FALSE_ALARM_RATE, Accumulator, Detection, detect_in
+from hicode.trust.watermark import FALSE_ALARM_RATE, WINDOW_PX, Accumulator, Detection, detect, detect_in
 
 FRAMES_A_PART, PARTS = 25, 12
 """The watermark is looked for in the whole video first, then in each of at most PARTS equal parts."""
@@ -29,6 +31,7 @@ LIMITS = (
     "Consent is what somebody stated when the avatar was trained. Nobody checked it.",
 )
 
+SYNTHETIC_TYPE = "rainedAlgorithmicMedia"  # of "trained..." and "compositeWithTrained..."
 Verdict = Literal["synthetic", "altered", "contradictory", "no mark"]
 
 
@@ -36,7 +39,8 @@ Verdict = Literal["synthetic", "altered", "contradictory", "no mark"]
 class ManifestFinding:
     """The C2PA layer. `state`: none; ours (signed by this machine); valid (by an unknown key); invalid (altered).
 
-    `by_hicode`: it has hicode's assertion about an avatar. `failures` are C2PA's own codes.
+    `by_hicode`: it has hicode's assertion about an avatar. `source_types`: the digital source types of its actions.
+    `failures` are C2PA's own codes.
     """
 
     state: Literal["none", "ours", "valid", "invalid"]
@@ -46,6 +50,7 @@ class ManifestFinding:
     avatar_id: str = ""
     consent: str = ""
     consent_sha256: str = ""
+    source_types: str = ""
     failures: tuple[str, ...] = ()
 
 
@@ -139,7 +144,29 @@ def _verdict(manifest: ManifestFinding, watermark: WatermarkFinding, agreement: 
     return "synthetic" if watermark.present or manifest.by_hicode else "no mark"
 
 
-def read_manifest(path: Path | str, key: MachineKey | None = None) -> ManifestFinding:
+def synthetic_source(path: Path | str) -> str | None:
+    """One sentence if a recording that somebody wants to learn from says itself that it is synthetic; else None.
+
+    Reads any maker's C2PA manifest and AIGC field, and looks for our watermark in the first seconds. A video that
+    cannot be read says nothing.
+    """
+    path = Path(path)
+    if SYNTHETIC_TYPE in read_manifest(path).source_types:
+        return f"{path.name} has a C2PA manifest that calls it synthetic."
+    if (read_aigc(path) or {}).get("Label") in ("1", 1):
+        return f"{path.name} has an AIGC field that calls it synthetic."
+    frames = islice(read_video(path, max_size=2 * WINDOW_PX), 0, 10 * FRAMES_A_PART, 10)
+    try:
+        found = detect(_middle(frame) for frame in frames)
+    except InputError:
+        return None
+    if not found.present:
+        return None
+    avatar = "" if found.payload is None else f" of avatar {found.payload.avatar_id:08x}"
+    return f"{path.name} carries hicode's watermark{avatar}: it is synthetic."
+
+
+def read_manifest(path: Path | str) -> ManifestFinding:
     """The active C2PA manifest of an MP4; other containers count as without one."""
     import c2pa
 
@@ -147,12 +174,16 @@ def read_manifest(path: Path | str, key: MachineKey | None = None) -> ManifestFi
         if f.read(8)[4:] != b"ftyp":
             return ManifestFinding("none")
 
+    try:
+        key = MachineKey.load()
+    except HicodeError:
+        key = None  # a machine without a key of its own knows none
     kind = {".mov": "video/quicktime", ".m4v": "video/x-m4v"}.get(Path(path).suffix.lower(), "video/mp4")
     try:
-        with open(path, "rb") as f, c2pa.Reader(kind, f, context=c2pa_context(key or MachineKey.load())) as reader:
+        with open(path, "rb") as f, c2pa.Reader(kind, f, context=c2pa_context(key)) as reader:
             store = json.loads(reader.json())
             state = str(reader.get_validation_state())
-    except (c2pa.C2paError, HicodeError, OSError, ValueError) as error:
+    except (c2pa.C2paError, OSError, ValueError) as error:
         missing = str(error).startswith("ManifestNotFound")  # its class has no public name that types know
         return ManifestFinding("none" if missing else "invalid", failures=() if missing else (str(error),))
     active = store["manifests"][store["active_manifest"]]
@@ -167,8 +198,21 @@ def read_manifest(path: Path | str, key: MachineKey | None = None) -> ManifestFi
         avatar_id=str(avatar.get("watermark", {}).get("avatar_id", "")),
         consent=str(avatar.get("consent", "")),
         consent_sha256=str(avatar.get("consent_sha256", "")),
+        source_types=" ".join(_source_types(active)),
         failures=tuple(f["code"] for f in failed if f["code"] != "signingCredential.untrusted"),
     )
+
+
+def _middle(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "y x 3"]:
+    """At most the window in which the detector searches."""
+    y, x = (max(side - WINDOW_PX, 0) // 2 for side in frame.shape[:2])
+    return frame[y : y + WINDOW_PX, x : x + WINDOW_PX]
+
+
+def _source_types(manifest: dict) -> Iterator[str]:
+    for assertion in manifest.get("assertions", ()):
+        if assertion["label"].startswith("c2pa.actions"):
+            yield from (str(a.get("digitalSourceType", "")) for a in assertion["data"].get("actions", ()))
 
 
 def find_watermark(path: Path | str) -> WatermarkFinding:
