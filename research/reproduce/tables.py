@@ -130,7 +130,7 @@ def row_of(
 
 def _training_seconds(cell: dict) -> float | None:
     seconds = cell["report"]["seconds"]
-    return sum(seconds.get(part, 0.0) for part in ("speech", "head", "compositor", "refiner")) or None
+    return sum(seconds.get(part, 0.0) for part in ("speech", "head", "refiner")) or None
 
 
 def _metrics(cells: Sequence[dict]) -> tuple[Metric, ...]:
