@@ -28,6 +28,7 @@ from hicode.session.config import SpeakConfig, VideoConfig
 from hicode.session.session import Session
 from hicode.session.speak import speak, synthesize
 from hicode.speech.loudness import speech_level
+from hicode.trust.marks import MarkConfig
 
 FPS = 25
 EYE = {1: 0.3, 0: -0.3}  # x of the eyes' middle: left, right
@@ -499,7 +500,8 @@ def test_a_held_frame_goes_back_into_its_source(tmp_path):
     source_video(tmp_path / "source.mp4")
     avatar = Face()
     avatar.source = {"path": str(tmp_path / "source.mp4"), "crop_box": [30, 10, 64]}
-    config, video = SpeakConfig(still=True, start=12), VideoConfig(original_size=True)
+    mark = MarkConfig(mark="none", reason="a test that compares pixels")
+    config, video = SpeakConfig(still=True, start=12, mark=mark), VideoConfig(original_size=True)
     spoken = speak(avatar, speechlike(1.0), tmp_path / "out.mp4", config, video, progress=False)
     corners = [int(frame[5, 5, 0]) for frame in read_video(tmp_path / "out.mp4")]
     assert spoken.frames == len(corners) == 25
