@@ -6,7 +6,7 @@ Only the modules of the chosen command are imported: each command is made by a f
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import tyro
 
@@ -59,7 +59,7 @@ def _training(argv: list[str]) -> "TrainConfig":
     from hicode.training.stages import DEFAULT_PRESET, Preset, head_preset
 
     name = option(argv, "--preset")
-    preset: Preset = next((p for p in get_args(Preset) if p == name), DEFAULT_PRESET)  # the parser refuses others
+    preset = cast(Preset, name if name in get_args(Preset) else DEFAULT_PRESET)  # the parser refuses other names
     return TrainConfig(preset, head=head_preset(preset))
 
 
