@@ -64,7 +64,7 @@ def test_saving_some_keeps_the_others(work):
 
 
 def test_the_committed_baseline_knows_every_part():
-    cost = json.loads((REPOSITORY / "benchmarks" / "baseline.json").read_text())["cost"]
+    cost = json.loads((REPOSITORY / "research" / "benchmarks" / "baseline.json").read_text())["cost"]
     for name in (
         "raster both",
         "control 4096 both",

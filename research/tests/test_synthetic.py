@@ -401,7 +401,7 @@ def test_a_synthesiser_that_dies_is_told_in_one_line():
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(espeak_module, "installed", lambda: False)
-    with pytest.raises(InputError, match=r"pip install 'hicode\[corpus\]'"):
+    with pytest.raises(InputError, match=r"pip install 'hicode\[research\]'"):
         Espeak()
 
 

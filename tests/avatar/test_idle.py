@@ -313,7 +313,7 @@ def test_eyes_turn_against_the_head():
         2 * eyes_module.IRIS_GAIN * eyes_module.EYEBALL * np.pi / 180, rel=0.05
     )
     turned = axis_angle_from_rotation(avatar.driving.T_camera_head[0, :3, :3].T @ pose[:3, :3])
-    torch.testing.assert_close(turned, torch.tensor([0.0, 2 * idle.RADIANS, 0.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(turned, torch.tensor([0.0, 2 * eyes_module.RADIANS, 0.0]), atol=1e-5, rtol=0)
 
 
 def test_the_head_turns_about_the_neck():

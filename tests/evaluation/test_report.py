@@ -33,6 +33,7 @@ from hicode.preparation.clip import SCHEMA, VERSION, Clip, save_track, write_png
 from hicode.session.config import SpeakConfig
 from hicode.session.speak import speak
 from hicode.speech.encoders import default_spec
+from hicode.trust.marks import MarkConfig
 
 pytestmark = pytest.mark.skipif(
     not assets.is_cached("perceptual"),
@@ -303,7 +304,7 @@ def test_the_frames_scored_in_row_audio_are_those_that_speak_writes(clip, tmp_pa
     scored, written, write = [], [], VideoWriter.write
     evaluate(avatar, clip, keep=lambda row, i, image: scored.append(image) if row == "audio" else None, progress=False)
     monkeypatch.setattr(VideoWriter, "write", lambda self, image: (written.append(image), write(self, image)))
-    config = SpeakConfig(blinks=False, film_grain=False)
+    config = SpeakConfig(blinks=False, film_grain=False, mark=MarkConfig("none", "compared before any mark"))
     speak(avatar, clip.audio()[640 * first : 640 * end], tmp_path / "a.mp4", config, progress=False)
     assert len(scored) == len(written) == FRAMES - TRAIN
     assert all(np.array_equal(a, b) for a, b in zip(scored, written, strict=True))

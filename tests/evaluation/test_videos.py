@@ -295,7 +295,7 @@ def test_the_sound_is_the_videos_own_and_else_the_references(tmp_path):
         assert (pair.sound("video") is None) == (whose is None)
     both = videos.Pair.open(loud, loud, CompareConfig())
     assert (both.whose_sound("video"), both.whose_sound("control")) == ("video", "reference")
-    assert len(both.heard("video").samples) == 640 * COUNT
+    assert len(both.sound("video").samples) == 640 * COUNT
 
 
 # ----------------------------------------------------------------------------------------------------- the command line

@@ -254,7 +254,7 @@ def test_grain_is_left_out_where_asked_for():
         for _ in synthesize(avatar, speechlike(0.2), SpeakConfig(film_grain=grain)):
             pass
         assert set(avatar.grains) == {"grain" if grain else None}
-    assert avatar.grain == "grain"
+    assert avatar.film_grain == "grain"
 
 
 def test_a_spoken_video_is_marked_and_signed_and_verify_names_its_avatar(tmp_path, wav):

@@ -24,7 +24,7 @@ class ShownFrame:
     psnr_head: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pictures:
     """`frames` side by side, worst first; `strip`: (frame, {row: mouth crop}) evenly through the frames; `sound` at
     16 kHz, 640 samples a frame, or None."""

@@ -92,7 +92,7 @@ AVCONF_DEFINITION = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compared:
     """One frame of truth and what is compared with it.
 
@@ -108,7 +108,7 @@ class Compared:
     regions: dict[str, UInt8[np.ndarray, "h w"]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """What was measured of one row: a list entry a frame. `lips` collects for AVConf where weights are given."""
 
@@ -122,7 +122,7 @@ class Row:
         return np.stack(self.points)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sound:
     """The sound of t frames: 16 kHz mono, 640 samples a frame, and its features by an encoder's name, "2*t d"."""
 

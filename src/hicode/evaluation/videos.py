@@ -135,7 +135,7 @@ def compare_videos(
 # --- the files
 
 
-@dataclass
+@dataclass(eq=False)
 class Pair:
     """Two videos that can be compared.
 
@@ -257,7 +257,7 @@ def _sound(samples: np.ndarray | None, count: int) -> Sound | None:
 # --- the reference's face
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Face:
     """The reference's face over the frames that are compared.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hicode.audio import SAMPLES_PER_FEATURE
@@ -50,7 +51,7 @@ class HubertEncoder(WindowedEncoder):
             ) from error
         try:
             self._model = HubertModel.from_pretrained(str(folder), local_files_only=True).eval()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"The HuBERT model at {folder} cannot be read ({reason}). Copy it anew, or use --encoder embedded."
