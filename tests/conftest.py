@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from jaxtyping import config as shape_checks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -31,3 +32,12 @@ def markey(data_dir) -> Path:
     if not clip.exists():
         pytest.skip(f"{clip.name} is not in ../shared/data/hdtf")
     return clip
+
+
+@pytest.fixture(autouse=True)
+def _shapes_unchecked_where_wrong_ones_are_the_point(request):
+    """Tests of what a function itself says to wrong shapes (`@pytest.mark.wrong_shapes`) run without the checks."""
+    wrong = request.node.get_closest_marker("wrong_shapes") is not None
+    shape_checks.update("jaxtyping_disable", wrong)
+    yield
+    shape_checks.update("jaxtyping_disable", False)

@@ -100,6 +100,7 @@ def test_bounce_runs_back_and_forth_without_a_jump():
     assert ping_pong(1, 0, 3).tolist() == [0, 0, 0]
 
 
+@pytest.mark.wrong_shapes
 def test_motion_refuses_wrong_shapes():
     with pytest.raises(AssertionError):
         Motion(torch.zeros(3, 64), torch.zeros(3, 468, 3), torch.eye(4).expand(3, 4, 4))

@@ -188,6 +188,7 @@ def test_a_frame_without_a_face_counts_for_the_frame_alone():
     assert all(np.isnan(v) for region in ("head", "mouth") for v in found[region].values())
 
 
+@pytest.mark.wrong_shapes
 def test_images_of_other_sizes_and_kinds_are_refused():
     a = np.zeros((32, 32, 3), np.uint8)
     with pytest.raises(InputError, match="The image is 32x16, the truth 32x32"):
@@ -255,6 +256,7 @@ def test_a_frame_without_a_face_is_counted_not_scored():
     assert lips.lip_distance(np.full_like(truth, np.nan), truth) == lips.LipDistance(None, None, 12, 12)
 
 
+@pytest.mark.wrong_shapes
 def test_clips_of_other_lengths_are_refused():
     with pytest.raises(InputError, match="The prediction has 11 frames, the truth 12"):
         lips.lip_distance(faces(11), faces(12))

@@ -21,7 +21,7 @@ from hicode.session.config import SpeakConfig
 from hicode.session.motion_source import DrivingTrack
 from hicode.session.session import Frame, Session
 from hicode.session.speak import READ_AHEAD, drained, synthesize
-from hicode.speech.encoders import default_spec
+from hicode.speech.encoders import create_encoder, default_spec
 from hicode.speech.loudness import speech_level
 from hicode.speech.speech_model import SpeechModels
 

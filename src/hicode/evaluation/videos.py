@@ -293,7 +293,7 @@ def track_reference(pair: Pair, landmarker: FaceLandmarker, report: Callable[[in
         ) from error
     points, detected = landmarks.points_px.numpy(), np.asarray(landmarks.found)
     low, high = points[detected, :468, :2].min(1), points[detected, :468, :2].max(1)
-    box = [*np.percentile(low, 1, axis=0), *np.percentile(high, 99, axis=0)]
+    box = [float(x) for x in (*np.percentile(low, 1, axis=0), *np.percentile(high, 99, axis=0))]
     x, y, side = head_box(pair.width, pair.height, box, float(np.median((high - low).max(1))))
     square = np.s_[y : y + side, x : x + side]
     masks: list[bytes] = []
