@@ -11,15 +11,6 @@ SOURCES = ROOT / "src" / "hicode"
 # A file or folder of the source or the repository, in backquotes: `avatar/hfec.py`, `training/losses/`.
 PATH = re.compile(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?|[a-z_]+\.py)`")
 
-# Pages that name modules of the layout which are not in the source yet: remove a page as soon as its names are there.
-PENDING = {"architecture.md", "evaluation.md", "extend.md"}
-
-
-def page_cases() -> list:
-    """All pages; those that are pending may fail."""
-    pending = pytest.mark.xfail(reason="names modules that are not in the source yet", strict=False)
-    return [pytest.param(p, id=p.name, marks=pending if p.name in PENDING else ()) for p in PAGES]
-
 
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
@@ -27,7 +18,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@pytest.mark.parametrize("page", page_cases())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith("http"):
@@ -39,7 +30,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file), f"{page.name} links to {target}, which has no such heading"
 
 
-@pytest.mark.parametrize("page", page_cases())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page):
     names = set(PATH.findall(page.read_text(encoding="utf-8")))
     missing = {name for name in names if not (ROOT / name).exists() and not (SOURCES / name).exists()}

@@ -4,7 +4,15 @@ The same steps as the command line, importable by name; nothing heavy loads unti
 
     clip = hicode.prepare("me.mp4", "me.clip")
     avatar = hicode.train(clip, "me.hicode", hicode.TrainConfig(preset="draft"))
-    hicode.speak(avatar, "hello.wav", "out.mp4")
+    hicode.speak(avatar, "hello.wav", "out.mp4", hicode.SpeakConfig(region="face"))
+
+Or live, sound in and frames out:
+
+    with hicode.Session(avatar, hicode.SpeakConfig()) as session:
+        session.push_audio(samples, sample_rate=24_000)
+        session.end_utterance()
+        for frame in session.frames():
+            show(frame.image, frame.audio)
 """
 
 from importlib import import_module
