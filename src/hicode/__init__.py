@@ -29,6 +29,7 @@ _HOME = {
     "synthesize": "hicode.session.speak",
     "Session": "hicode.session.session",
     "SpeakConfig": "hicode.session.config",
+    "open": "hicode.session.open",
     "evaluate": "hicode.evaluation.report",
     "compare_videos": "hicode.evaluation.videos",
     "rasterize": "hicode.render",
@@ -37,7 +38,8 @@ _HOME = {
     "Motion": "hicode.motion",
     "FaceTrack": "hicode.motion",
 }
-__all__ = ["__version__", *_HOME]
+# A star import must not hide the built-in `open`.
+__all__ = ["__version__", *(name for name in _HOME if name != "open")]
 
 
 def __getattr__(name: str):
