@@ -44,6 +44,7 @@ class Frame:
     speaking       whether it belongs to an utterance
     driving_frame  the frame of the driving track that it shows
     motion         what its head was rendered from, "1 ..."
+    late           whether its own picture was not ready in time: `image` is the newest one that was
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -52,6 +53,7 @@ class Frame:
     speaking: bool
     driving_frame: int
     motion: Motion
+    late: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +155,8 @@ class Session:
         self._between = True  # no sound of the utterance to come was taken yet
         self._moving: Mouth | None = None  # the mouth of the frame planned last, if that speaks
         self._shown_mouth: Mouth | None = None  # likewise of the frame handed out last
+        self._overdue: deque[Future] = deque(maxlen=8)  # pictures that were not ready in time
+        self._image: np.ndarray | None = None  # handed out last
 
     # ---------------------------------------------------------------------------------------------------- the writer
 
@@ -250,7 +254,15 @@ class Session:
         while (frame := self._next(idle=False, keep=keep)) is not None:
             yield frame
 
-    def _next(self, idle: bool, keep: int = 0) -> Frame | None:
+    def frame_within(self, wait_s: float) -> Frame | None:
+        """The next frame, for a reader with a clock: its picture is waited for `wait_s` at most; None: closed.
+
+        A frame of an utterance that is late comes with the newest picture that is ready, so its sound is in time. An
+        idle frame that is late is asked for again the next time. The first picture of all is always waited for.
+        """
+        return self._next(idle=True, wait_s=wait_s)
+
+    def _next(self, idle: bool, keep: int = 0, wait_s: float | None = None) -> Frame | None:
         if not self._reading.acquire(blocking=False):
             raise InputError("Two threads take frames of one session. Give each session one reader.")
         try:
@@ -267,9 +279,12 @@ class Session:
                 else:
                     return None
                 try:
-                    frame = self._hand_out(planned, planned.image.result())
-                except CancelledError:  # closed meanwhile
-                    return None
+                    image = planned.image.result(None if self._image is None else wait_s)
+                    frame = self._hand_out(planned, image)
+                except (CancelledError, TimeoutError):
+                    if self._closed or wait_s is None:
+                        return None
+                    frame = self._hand_out_late(planned)
                 if frame is not None:
                     return frame
             return None
@@ -287,6 +302,7 @@ class Session:
             self._animation.put_back(planned.base for planned in self._planned)
             self._planned.clear()
         self._mouths.clear()
+        self._overdue.clear()
         self._moving = self._shown_mouth
         self._begin_utterance()
 
@@ -375,15 +391,35 @@ class Session:
             base.idle = self._pool.submit(self._idle_frames.image, self._renderer, base, motion, self.timings)
         return base.idle
 
-    def _hand_out(self, planned: _Planned, image: np.ndarray) -> Frame | None:
+    def _hand_out_late(self, planned: _Planned) -> Frame | None:
+        """The frame with the newest picture that is ready; its own is rendered on only if that has begun."""
+        image = self._image
+        assert image is not None
+        while self._overdue and self._overdue[0].done():
+            overdue = self._overdue.popleft()
+            image = image if overdue.cancelled() else overdue.result()
+        if planned.spoken.utterance is not None:
+            if not planned.image.cancel():
+                self._overdue.append(planned.image)
+            # Frames that wait for a thread would be late too: those with the most time left are rendered instead.
+            for other in list(self._planned)[1:-2]:
+                other.image.cancel()
+        elif planned.image is not planned.base.idle:  # half-way to rest: it is not asked for again
+            planned.image.cancel()
+        return self._hand_out(planned, image, late=True)
+
+    def _hand_out(self, planned: _Planned, image: np.ndarray, late: bool = False) -> Frame | None:
         """The frame, unless it was interrupted."""
         spoken = planned.spoken
         with self._lock:
             if self._seen != self._generation:
                 return None
+            self._image = image
             if spoken.utterance is None:
-                self._animation.next()
-                self._moving = None
+                if not late or self._moving is not None:
+                    self._overdue.clear()
+                    self._animation.next()
+                    self._moving = None
             else:
                 self._planned.popleft()
                 utterance, frames = self._utterance_shown
@@ -392,4 +428,4 @@ class Session:
             pts_s = self._shown / FPS
             self._shown += 1
         speaking = spoken.utterance is not None
-        return Frame(image, pts_s, spoken.audio, speaking, planned.base.driving_frame, planned.motion)
+        return Frame(image, pts_s, spoken.audio, speaking, planned.base.driving_frame, planned.motion, late)

@@ -1,0 +1,332 @@
+"""A live session as the server has it: renderer processes, one clock, bounded queues, admission by measured speed.
+
+    push, end, clear --> renderer process --ticks--> LiveSession --each when it is due--> a listener's queue
+
+Every tick holds a picture and its 40 ms of sound: what sends the one sends the other. A listener who reads too slowly
+loses the oldest ticks; nobody else waits for it. A renderer that dies is one error event of one session.
+"""
+
+import asyncio
+import contextlib
+import multiprocessing
+import time
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
+
+import numpy as np
+from jaxtyping import Int16, UInt8
+
+from hicode.audio import FPS, VIDEO_SAMPLE_RATE_HZ
+from hicode.errors import HicodeError, InputError, ResourceError
+from hicode.serve.renderer import TICK_S, Failure, Hello, Push, Source, Tick, run_renderer
+
+TICK_SAMPLES = round(VIDEO_SAMPLE_RATE_HZ * TICK_S)
+SILENCE = np.zeros(TICK_SAMPLES, np.int16)
+QUEUED_TICKS = 5
+"""Ticks that wait for a listener before the oldest is dropped."""
+START_S = 60.0
+"""A renderer that is not ready by then is given up."""
+SPARE = 0.9
+"""Share of the measured speed that may be promised to speakers."""
+
+
+@dataclass(frozen=True, eq=False)
+class LiveTick:
+    """40 ms as they are sent. `picture`: yuv420p, the last one where a new one was late (`repeated`)."""
+
+    number: int
+    due_s: float
+    picture: UInt8[np.ndarray, "h*3/2 w"]
+    audio: Int16[np.ndarray, "n"]
+    speaking: bool
+    repeated: bool
+
+
+@dataclass
+class Counters:
+    """Of all sessions since the server began."""
+
+    sessions: int = 0
+    failed: int = 0
+    refused: int = 0
+    ticks: int = 0
+    repeated: int = 0
+    dropped: int = 0
+    late_s: float = 0.0
+
+
+class Machine:
+    """What this machine can do, and who uses it.
+
+    A machine whose renderer makes r frames a second serves SPARE · r / 25 speakers at once, at least one; listeners cost
+    next to nothing.
+    """
+
+    def __init__(self, max_sessions: int = 4):
+        self.max_sessions = max_sessions
+        self.counters = Counters()
+        self.fps = 0.0
+        self.sessions: set[LiveSession] = set()
+        self._context = multiprocessing.get_context("spawn")
+        self._spare: tuple | None = None
+
+    @property
+    def speakers(self) -> int:
+        """Sessions that speak now."""
+        return sum(session.speaking for session in self.sessions)
+
+    @property
+    def room(self) -> int:
+        """Sessions that may speak at once."""
+        return max(1, int(SPARE * self.fps / FPS))
+
+    def prepare(self) -> None:
+        """Start a renderer process before anybody asks for it."""
+        if self._spare is None:
+            self._spare = self._spawn()
+
+    def take_renderer(self) -> tuple:
+        """(process, connection) of a fresh renderer."""
+        spare, self._spare = self._spare, None
+        if spare is not None and spare[0].is_alive():
+            return spare
+        return self._spawn()
+
+    def _spawn(self) -> tuple:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=run_renderer, args=(theirs,), daemon=True, name="hicode-renderer")
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def admit_session(self) -> None:
+        """ResourceError where there are too many sessions."""
+        if len(self.sessions) >= self.max_sessions:
+            self.counters.refused += 1
+            raise ResourceError(
+                f"{len(self.sessions)} conversations are open, and no more fit. End one, or raise --max-sessions."
+            )
+
+    def admit_speaker(self, session: "LiveSession") -> None:
+        """ResourceError where the machine cannot render one more speaker at 25 frames a second."""
+        if not session.speaking and self.speakers >= self.room:
+            self.counters.refused += 1
+            raise ResourceError(
+                f"This machine renders {self.fps:.0f} frames a second, enough for {self.room} speaker(s) at a time. "
+                "Wait until the other avatar has finished."
+            )
+
+    async def close(self) -> None:
+        """End all sessions and renderers."""
+        for session in list(self.sessions):
+            await session.close()
+        if self._spare is not None:
+            process, connection = self._spare
+            connection.close()
+            await asyncio.to_thread(_end, process)
+            self._spare = None
+
+
+def _end(process) -> None:
+    process.join(2)
+    if process.is_alive():
+        process.terminate()
+        process.join(2)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+class LiveSession:
+    """One avatar, one listener.
+
+        session = await LiveSession.open(machine, path)
+        session.push(samples, 24_000); session.end_utterance()
+        async for tick in session.ticks(): ...
+
+    All methods are called on the event loop.
+    """
+
+    def __init__(self, machine: Machine, process, connection):
+        self._machine, self._process, self._connection = machine, process, connection
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[LiveTick] = deque(maxlen=QUEUED_TICKS)
+        self._arrived: deque[Tick] = deque()
+        self._pictures: dict[int, np.ndarray] = {}
+        self._ready: asyncio.Future[Hello] = self._loop.create_future()
+        self._wake = asyncio.Event()
+        self._news = asyncio.Event()
+        self._pacer: asyncio.Task | None = None
+        self._memory: SharedMemory | None = None
+        self._generation = 0
+        self._until_s = 0.0  # speech that was pushed lasts until then, about
+        self._speaks = False
+        self.error: str | None = None
+        self.closed = False
+        self.hello: Hello | None = None
+        self.spoken_s = 0.0
+
+    @staticmethod
+    async def open(machine: Machine, source: Source) -> "LiveSession":
+        """Begin a session. ResourceError where there is no room; InputError where the avatar cannot be used."""
+        machine.admit_session()
+        session = LiveSession(machine, *machine.take_renderer())
+        machine.sessions.add(session)
+        machine.counters.sessions += 1
+        session._loop.add_reader(session._connection.fileno(), session._receive)
+        try:
+            session._connection.send(source)
+            session.hello = await asyncio.wait_for(asyncio.shield(session._ready), START_S)
+        except (OSError, TimeoutError, asyncio.CancelledError) as error:
+            await session.close()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise ResourceError("The renderer did not start. Free some memory, and try again.") from error
+        except HicodeError:
+            await session.close()
+            raise
+        hello = session.hello
+        session._memory = SharedMemory(hello.memory)
+        if machine.fps == 0 or not machine.speakers:
+            machine.fps = hello.fps
+        session._pacer = asyncio.create_task(session._pace())
+        return session
+
+    # ---- the writer ----
+
+    @property
+    def speaking(self) -> bool:
+        """Whether it says something, or is about to."""
+        return not self.closed and (self._speaks or time.monotonic() < self._until_s)
+
+    def push(self, samples: Int16[np.ndarray, "n"], rate_hz: int) -> None:
+        """Sound to say. ResourceError where the machine has no room for one more speaker."""
+        if self.closed:
+            raise InputError(self.error or "The conversation has ended. Begin another one.")
+        if not 4000 <= rate_hz <= 192_000:
+            raise InputError(f"Sound at {rate_hz} samples a second cannot be used. Give 8,000 to 96,000.")
+        self._machine.admit_speaker(self)
+        now = time.monotonic()
+        self._until_s = max(self._until_s, now + 0.2) + len(samples) / rate_hz
+        self._send(Push(np.ascontiguousarray(samples, np.int16).tobytes(), rate_hz))
+
+    def end_utterance(self) -> None:
+        """The last words are out."""
+        self._send("end")
+
+    def clear(self) -> None:
+        """Interrupt. What is on its way from the renderer is neither heard nor shown."""
+        self._generation += 1
+        self._until_s, self._speaks = 0.0, False
+        self._send("clear")
+
+    def _send(self, command) -> None:
+        if self.closed:
+            return
+        try:
+            self._connection.send(command)
+        except OSError:
+            self._fail("The renderer has stopped. Begin another conversation.")
+
+    # ---- the renderer's messages ----
+
+    def _receive(self) -> None:
+        """What has arrived; called by the event loop."""
+        try:
+            while not self.closed and self._connection.poll():
+                message = self._connection.recv()
+                if isinstance(message, Tick):
+                    self._take(message)
+                elif isinstance(message, Hello):
+                    self._ready.set_result(message)
+                elif isinstance(message, Failure):
+                    self._fail(message.message)
+                elif isinstance(message, HicodeError):
+                    self.error = str(message)
+        except (EOFError, OSError):
+            self._fail("The renderer has stopped. Begin another conversation.")
+
+    def _take(self, tick: Tick) -> None:
+        if tick.slot is not None and self._memory is not None and self.hello is not None:
+            height, width = self.hello.height, self.hello.width
+            size = height * width * 3 // 2
+            view = np.frombuffer(self._memory.buf, np.uint8, size, tick.slot * size)
+            self._pictures[tick.number] = view.reshape(height * 3 // 2, width).copy()
+            del view
+        if tick.slot is not None:
+            self._send(tick.slot)
+        self._arrived.append(tick)
+        self._news.set()
+
+    def _fail(self, message: str) -> None:
+        if self.closed or self.error:
+            return
+        self.error = message
+        self._machine.counters.failed += 1
+        if not self._ready.done():
+            self._ready.set_exception(InputError(message))
+        self._loop.remove_reader(self._connection.fileno())
+        self._wake.set()
+        self._news.set()
+
+    # ---- the pacer ----
+
+    async def _pace(self) -> None:
+        """Hand each tick on when it is due."""
+        picture: np.ndarray | None = None
+        counters = self._machine.counters
+        while not self.closed and not self.error:
+            if not self._arrived:
+                self._news.clear()
+                await self._news.wait()
+                continue
+            tick = self._arrived.popleft()
+            await asyncio.sleep(max(0.0, tick.due_s - time.monotonic()))
+            new = self._pictures.pop(tick.number, None)
+            stale = tick.generation < self._generation and tick.audio is not None
+            if new is not None and not stale:
+                picture = new
+            if picture is None:
+                continue
+            speaking = tick.audio is not None and not stale
+            audio = np.frombuffer(tick.audio, np.int16) if speaking and tick.audio else SILENCE
+            self._speaks = speaking
+            self.spoken_s += TICK_S * speaking
+            counters.ticks += 1
+            counters.repeated += tick.late
+            counters.late_s += max(0.0, time.monotonic() - tick.due_s)
+            counters.dropped += len(self._queue) == QUEUED_TICKS
+            self._queue.append(LiveTick(tick.number, tick.due_s, picture, audio, speaking, new is None))
+            self._wake.set()
+
+    async def ticks(self):
+        """Ticks as they are due, until the session is closed or has failed."""
+        while not self.closed:
+            if self._queue:
+                yield self._queue.popleft()
+                continue
+            if self.error:
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def close(self) -> None:
+        """End the session and its process."""
+        if self.closed:
+            return
+        if not self.error:
+            self._loop.remove_reader(self._connection.fileno())
+            self._send("close")
+        self.closed = True
+        self._machine.sessions.discard(self)
+        self._wake.set()
+        self._news.set()
+        if self._pacer is not None:
+            self._pacer.cancel()
+        self._connection.close()
+        await asyncio.to_thread(_end, self._process)
+        if self._memory is not None:
+            self._memory.close()
+            with contextlib.suppress(FileNotFoundError):  # the renderer has removed it, unless it was killed
+                self._memory.unlink()

@@ -1,0 +1,223 @@
+"""The renderer: a process of its own that runs one `Session` by the clock.
+
+    parent --commands--> Session --pictures in shared memory, sound with each tick--> parent
+
+Tick i is due at start + 40 ms · i. The renderer is `LEAD` ticks early, so that the parent can send each tick when it is
+due. A picture that is not ready then is repeated; its sound goes out in time. If the clock itself falls behind by more
+than half a second (a suspended machine), it begins anew.
+"""
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from hicode.audio import FPS, VIDEO_SAMPLE_RATE_HZ
+from hicode.errors import HicodeError
+
+if TYPE_CHECKING:
+    from hicode.avatar.avatar import Avatar
+
+TICK_S = 1 / FPS
+LEAD = 2
+"""Ticks between the making of a picture and its showing: what the parent may hold."""
+SLOTS = 8
+"""Pictures in shared memory."""
+BEHIND_S = 0.5
+NICENESS = 5
+"""Of the renderer, so that the process with the sockets is punctual."""
+MEASURED = 8
+"""Frames that the renderer's speed is measured on."""
+
+Source = Path | str
+"""An avatar's file; or "module:function", which makes one (tests)."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The renderer is ready. `fps`: frames that it renders a second on the whole machine, measured."""
+
+    width: int
+    height: int
+    memory: str
+    latency_s: float
+    fps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Tick:
+    """40 ms. `slot`: picture in shared memory (yuv420p), None: the last one again. `audio`: int16 at 48 kHz, None: silence.
+
+    `generation`: interruptions before it. `late`: its own picture was not ready.
+    """
+
+    number: int
+    due_s: float
+    slot: int | None
+    audio: bytes | None
+    generation: int
+    late: bool
+
+
+@dataclass(frozen=True)
+class Push:
+    """Sound to say: int16, mono."""
+
+    samples: bytes
+    rate_hz: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The renderer cannot go on; one sentence."""
+
+    message: str
+
+
+Command = Literal["end", "clear", "close"]
+
+
+def run_renderer(connection: Connection) -> None:
+    """Main function of the process: waits for the avatar's source, then serves one session until it is closed."""
+    os.nice(NICENESS)
+    import hicode.session.session  # noqa: F401 - imports take seconds: done before anybody asks
+
+    try:
+        source = connection.recv()
+    except (EOFError, KeyboardInterrupt):
+        return
+    try:
+        _serve(connection, load_avatar(source))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        pass  # the parent has gone
+    except HicodeError as error:
+        connection.send(Failure(str(error)))
+    except MemoryError:
+        connection.send(Failure("The renderer ran out of memory. Close other programs, or other conversations."))
+
+
+def load_avatar(source: Source) -> "Avatar":
+    """Of a file; or, for tests, what "module:function" makes."""
+    if isinstance(source, str) and ":" in source:
+        import importlib
+
+        module, function = source.split(":")
+        return getattr(importlib.import_module(module), function)()
+    from hicode.avatar.avatar import Avatar
+
+    return Avatar.load(source)
+
+
+def _serve(connection: Connection, avatar: "Avatar") -> None:
+    from hicode.session.config import SpeakConfig
+    from hicode.session.session import Session
+
+    height, width = (side - side % 2 for side in avatar.background_plate.shape[:2])
+    memory = SharedMemory(create=True, size=SLOTS * (height * width * 3 // 2))
+    try:
+        with Session(avatar, SpeakConfig(output_rate_hz=VIDEO_SAMPLE_RATE_HZ, max_waiting_s=120)) as session:
+            fps = _speed(session)
+            connection.send(Hello(width, height, memory.name, session.latency_s, fps))
+            loop = _Loop(connection, session, memory, (height, width))
+            reader = threading.Thread(target=loop.read_commands, daemon=True)
+            reader.start()
+            loop.run()
+    finally:
+        memory.close()
+        memory.unlink()
+
+
+def _speed(session) -> float:
+    """Frames a second, as idling renders them for the first time; they are kept for the session."""
+    frames = session.frames()
+    for _ in range(session.ahead + 1):  # compiles, and fills the pool
+        next(frames)
+    started = time.monotonic()
+    for _ in range(MEASURED):
+        next(frames)
+    return MEASURED / (time.monotonic() - started)
+
+
+class _Loop:
+    """Ticks out, commands in."""
+
+    def __init__(self, connection: Connection, session, memory: SharedMemory, size: tuple[int, int]):
+        self._connection, self._session, self._size = connection, session, size
+        height, width = size
+        buffer = np.frombuffer(memory.buf, np.uint8)[: SLOTS * height * width * 3 // 2]
+        self._slots = buffer.reshape(SLOTS, height * 3 // 2, width)
+        self._free = list(range(SLOTS))
+        self._generation = 0
+        self._open = True
+        self._last: np.ndarray | None = None
+
+    def read_commands(self) -> None:
+        """The session's writer."""
+        try:
+            while self._open:
+                command = self._connection.recv()
+                if isinstance(command, Push):
+                    try:
+                        self._session.push_audio(np.frombuffer(command.samples, np.int16), command.rate_hz)
+                    except HicodeError as error:
+                        self._connection.send(error.__class__(str(error)))
+                elif isinstance(command, int):
+                    self._free.append(command)
+                elif command == "end":
+                    self._session.end_utterance()
+                elif command == "clear":
+                    self._session.clear()
+                    self._generation += 1
+                else:
+                    break
+        except (EOFError, OSError):
+            pass
+        self._open = False
+        self._session.close()
+
+    def run(self) -> None:
+        """One tick after another, until the session is closed."""
+        started, number, shift_s = time.monotonic(), 0, 0.0
+        while self._open:
+            due_s = started + shift_s + (number + LEAD) * TICK_S
+            now = time.monotonic()
+            if now - due_s > BEHIND_S:
+                shift_s += now - due_s + LEAD * TICK_S
+                continue
+            time.sleep(max(0.0, due_s - LEAD * TICK_S - now))
+            generation = self._generation
+            frame = self._session.frame_within(max(0.001, due_s - TICK_S / 2 - time.monotonic()))
+            if frame is None:
+                return
+            audio = frame.audio.tobytes() if frame.speaking else None
+            self._connection.send(Tick(number, due_s, self._slot(frame.image), audio, generation, frame.late))
+            number += 1
+
+    def _slot(self, image: np.ndarray) -> int | None:
+        """A slot with the picture; None where it is the last one again, or the parent has not freed any."""
+        if image is self._last or not self._free:
+            return None
+        self._last = image
+        slot = self._free.pop(0)
+        self._slots[slot] = to_yuv420p(labelled_as_ai(image[: self._size[0], : self._size[1]]))
+        return slot
+
+
+def labelled_as_ai(image: np.ndarray) -> np.ndarray:
+    """The picture with the label that people can see."""
+    from hicode.trust.marks import labelled
+
+    return labelled(image, "eu")
+
+
+def to_yuv420p(image: np.ndarray) -> np.ndarray:
+    """RGB "h w 3" as planes "h*3/2 w", even sides, BT.601 limited range: what VP8 means."""
+    import cv2
+
+    return cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2YUV_I420)

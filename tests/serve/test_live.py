@@ -1,0 +1,161 @@
+"""A live session: punctual ticks from a process of its own, interruption, admission, dead renderers."""
+
+import asyncio
+import multiprocessing
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from helpers.fake_avatar import FakeAvatar, speechlike
+from hicode.errors import InputError, ResourceError
+from hicode.serve.live import LiveSession, Machine
+from hicode.session.config import SpeakConfig
+from hicode.session.session import Session
+
+FAKE = "helpers.fake_avatar:FakeAvatar"
+
+
+def sound(seconds: float) -> np.ndarray:
+    return (speechlike(seconds) * 32767).astype(np.int16)
+
+
+def run(story) -> None:
+    """Run a coroutine function of a machine; the machine is closed afterwards."""
+
+    async def whole():
+        machine = Machine()
+        try:
+            await asyncio.wait_for(story(machine), 150)
+        finally:
+            await machine.close()
+
+    asyncio.run(whole())
+
+
+async def take(session: LiveSession, count: int) -> list:
+    out = []
+    async for tick in session.ticks():
+        out.append(tick)
+        if len(out) == count:
+            break
+    return out
+
+
+class Slow(FakeAvatar):
+    """An avatar whose pictures take 100 ms each."""
+
+    def compose(self, *arguments):
+        time.sleep(0.1)
+        return super().compose(*arguments)
+
+
+# --- a reader with a clock
+
+
+def test_a_reader_with_a_clock_gets_all_sound_in_time_though_pictures_are_late():
+    speech, config = speechlike(1.0), SpeakConfig(level=0.05)
+    with Session(Slow(), config) as session:
+        session.frame_within(0.01)  # the first picture is waited for
+        session.push_audio(speech)
+        session.end_utterance()
+        while not session._planned:
+            session.frame_within(0.01)
+        started = time.monotonic()
+        frames = [session.frame_within(0.02) for _ in range(24)]
+        took_s = time.monotonic() - started
+    spoken = [frame for frame in frames if frame is not None and frame.speaking]
+    assert len(spoken) >= 23 and any(frame.late for frame in spoken) and took_s < 24 * 0.1
+    with Session(FakeAvatar(), config) as session:
+        session.push_audio(speech)
+        session.end_utterance()
+        whole = np.concatenate([frame.audio for frame in session.drain()])
+    got = np.concatenate([frame.audio for frame in spoken])
+    begin = len(whole) - len(got) - 640 if len(got) < len(whole) else 0
+    assert any(np.array_equal(got[:640], whole[k : k + 640]) for k in range(0, len(whole), 640)), begin
+
+
+def test_an_idle_frame_that_is_late_is_shown_the_next_time():
+    with Session(Slow(), SpeakConfig(blinks=False)) as session:
+        frames = [session.frame_within(0.03) for _ in range(30)]
+    driving = [frame.driving_frame for frame in frames if frame is not None and not frame.late]
+    assert driving == list(range(len(driving))) and len(driving) > 3
+
+
+# --- a session of the server
+
+
+@pytest.mark.slow  # starts processes that load torch
+def test_a_session_speaks_is_interrupted_and_leaves_nothing():
+    async def story(machine: Machine):
+        session = await LiveSession.open(machine, FAKE)
+        idle = await take(session, 10)
+        assert not any(tick.speaking or tick.audio.any() for tick in idle)
+        session.push(sound(2.0), 16_000)
+        session.end_utterance()
+        assert session.speaking
+        ticks = await take(session, 40)
+        assert any(tick.speaking for tick in ticks)
+        numbers = [tick.number for tick in idle + ticks]
+        assert numbers == sorted(set(numbers))
+        session.clear()
+        after = await take(session, 12)
+        # What waited for the listener, and what was on its way.
+        assert not any(tick.speaking for tick in after[5:])
+        assert not session.speaking
+        await session.close()
+        await session.close()
+        with pytest.raises(InputError, match="ended"):
+            session.push(sound(0.1), 16_000)
+
+    threads = threading.active_count()
+    run(story)
+    assert not multiprocessing.active_children() and threading.active_count() <= threads + 1
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("psm_")] or os.name == "nt"
+
+
+@pytest.mark.slow
+def test_a_killed_renderer_is_an_error_and_a_new_session_works():
+    async def story(machine: Machine):
+        session = await LiveSession.open(machine, FAKE)
+        await take(session, 3)
+        session._process.kill()
+        await asyncio.wait_for(take(session, 10_000), 20)
+        assert session.error and "renderer has stopped" in session.error
+        await session.close()
+        another = await LiveSession.open(machine, FAKE)
+        assert len(await take(another, 5)) == 5
+
+    run(story)
+
+
+@pytest.mark.slow
+def test_an_avatar_that_cannot_be_used_is_one_sentence(tmp_path):
+    bad = tmp_path / "bad.hicode"
+    bad.write_text("not an avatar")
+
+    async def story(machine: Machine):
+        with pytest.raises(InputError, match=r"bad\.hicode"):
+            await LiveSession.open(machine, bad)
+        assert not machine.sessions
+
+    run(story)
+
+
+def test_a_second_speaker_is_refused_where_the_machine_cannot():
+    class Speaker:
+        def __init__(self, speaking):
+            self.speaking = speaking
+
+    machine = Machine(max_sessions=2)
+    machine.fps = 30.0
+    machine.sessions = {Speaker(True), Speaker(False)}  # type: ignore[assignment]
+    with pytest.raises(ResourceError, match="30 frames a second, enough for 1"):
+        machine.admit_speaker(Speaker(False))  # type: ignore[arg-type]
+    machine.fps = 60.0
+    machine.admit_speaker(Speaker(False))  # type: ignore[arg-type]
+    with pytest.raises(ResourceError, match="2 conversations are open"):
+        machine.admit_session()
+    assert machine.counters.refused == 2
