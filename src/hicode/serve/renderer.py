@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hicode.audio import FPS, VIDEO_SAMPLE_RATE_HZ
 from hicode.errors import HicodeError
+from hicode.runtime import tune_allocator
 
 if TYPE_CHECKING:
     from hicode.avatar.avatar import Avatar
+    from hicode.session.session import Session
+    from hicode.trust.marks import VideoRecord
+    from hicode.trust.watermark import Watermark
 
 TICK_S = 1 / FPS
 LEAD = 2
@@ -41,20 +45,24 @@ Source = Path | str
 
 @dataclass(frozen=True)
 class Hello:
-    """The renderer is ready. `fps`: frames that it renders a second on the whole machine, measured."""
+    """The renderer is ready. `fps`: frames it renders a second, measured; `record`: what the marks of its video say."""
 
     width: int
     height: int
     memory: str
     latency_s: float
     fps: float
+    record: "VideoRecord"
 
 
 @dataclass(frozen=True, eq=False)
 class Tick:
-    """40 ms. `slot`: picture in shared memory (yuv420p), None: the last one again. `audio`: int16 at 48 kHz, None: silence.
+    """40 ms.
 
-    `generation`: interruptions before it. `late`: its own picture was not ready.
+    slot        picture in shared memory (yuv420p); None: the last one again
+    audio       int16 at 48 kHz; None: silence
+    generation  interruptions before it
+    late        whether its own picture was not ready
     """
 
     number: int
@@ -80,12 +88,17 @@ class Failure:
     message: str
 
 
-Command = Literal["end", "clear", "close"]
+@dataclass(frozen=True)
+class Refusal:
+    """Sound was not taken; the session goes on. One sentence."""
+
+    message: str
 
 
 def run_renderer(connection: Connection) -> None:
     """Main function of the process: waits for the avatar's source, then serves one session until it is closed."""
     os.nice(NICENESS)
+    tune_allocator()
     import hicode.session.session  # noqa: F401 - imports take seconds: done before anybody asks
 
     try:
@@ -117,14 +130,17 @@ def load_avatar(source: Source) -> "Avatar":
 def _serve(connection: Connection, avatar: "Avatar") -> None:
     from hicode.session.config import SpeakConfig
     from hicode.session.session import Session
+    from hicode.session.speak import video_record
+    from hicode.trust.watermark import Watermark
 
     height, width = (side - side % 2 for side in avatar.background_plate.shape[:2])
     memory = SharedMemory(create=True, size=SLOTS * (height * width * 3 // 2))
     try:
         with Session(avatar, SpeakConfig(output_rate_hz=VIDEO_SAMPLE_RATE_HZ, max_waiting_s=120)) as session:
             fps = _speed(session)
-            connection.send(Hello(width, height, memory.name, session.latency_s, fps))
-            loop = _Loop(connection, session, memory, (height, width))
+            record = video_record(avatar)
+            connection.send(Hello(width, height, memory.name, session.latency_s, fps, record))
+            loop = _Loop(connection, session, memory, Watermark(record.payload))
             reader = threading.Thread(target=loop.read_commands, daemon=True)
             reader.start()
             loop.run()
@@ -133,7 +149,7 @@ def _serve(connection: Connection, avatar: "Avatar") -> None:
         memory.unlink()
 
 
-def _speed(session) -> float:
+def _speed(session: "Session") -> float:
     """Frames a second, as idling renders them for the first time; they are kept for the session."""
     frames = session.frames()
     for _ in range(session.ahead + 1):  # compiles, and fills the pool
@@ -147,13 +163,14 @@ def _speed(session) -> float:
 class _Loop:
     """Ticks out, commands in."""
 
-    def __init__(self, connection: Connection, session, memory: SharedMemory, size: tuple[int, int]):
-        self._connection, self._session, self._size = connection, session, size
-        height, width = size
-        buffer = np.frombuffer(memory.buf, np.uint8)[: SLOTS * height * width * 3 // 2]
-        self._slots = buffer.reshape(SLOTS, height * 3 // 2, width)
+    def __init__(self, connection: Connection, session: "Session", memory: SharedMemory, watermark: "Watermark"):
+        self._connection, self._session, self._watermark = connection, session, watermark
+        height, width = (side - side % 2 for side in session.avatar.background_plate.shape[:2])
+        self._size = height, width
+        self._memory = memory
         self._free = list(range(SLOTS))
         self._generation = 0
+        self._sending = threading.Lock()
         self._open = True
         self._last: np.ndarray | None = None
 
@@ -166,7 +183,7 @@ class _Loop:
                     try:
                         self._session.push_audio(np.frombuffer(command.samples, np.int16), command.rate_hz)
                     except HicodeError as error:
-                        self._connection.send(error.__class__(str(error)))
+                        self._send(Refusal(str(error)))
                 elif isinstance(command, int):
                     self._free.append(command)
                 elif command == "end":
@@ -196,24 +213,27 @@ class _Loop:
             if frame is None:
                 return
             audio = frame.audio.tobytes() if frame.speaking else None
-            self._connection.send(Tick(number, due_s, self._slot(frame.image), audio, generation, frame.late))
+            self._send(Tick(number, due_s, self._slot(frame.image), audio, generation, frame.late))
             number += 1
+
+    def _send(self, message: Tick | Refusal) -> None:
+        with self._sending:
+            self._connection.send(message)
 
     def _slot(self, image: np.ndarray) -> int | None:
         """A slot with the picture; None where it is the last one again, or the parent has not freed any."""
+        from hicode.trust.marks import labelled
+
         if image is self._last or not self._free:
             return None
         self._last = image
         slot = self._free.pop(0)
-        self._slots[slot] = to_yuv420p(labelled_as_ai(image[: self._size[0], : self._size[1]]))
+        height, width = self._size
+        shape, size = (height * 3 // 2, width), height * width * 3 // 2
+        np.ndarray(shape, np.uint8, self._memory.buf, slot * size)[:] = to_yuv420p(
+            self._watermark.embed(labelled(image[:height, :width], "eu"))
+        )
         return slot
-
-
-def labelled_as_ai(image: np.ndarray) -> np.ndarray:
-    """The picture with the label that people can see."""
-    from hicode.trust.marks import labelled
-
-    return labelled(image, "eu")
 
 
 def to_yuv420p(image: np.ndarray) -> np.ndarray:

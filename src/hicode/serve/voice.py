@@ -6,7 +6,7 @@
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int16
@@ -17,6 +17,7 @@ MAX_CHARACTERS = 2_000
 """Of one text: two minutes of speech."""
 
 
+@runtime_checkable
 class Voice(Protocol):
     """Turns text into sound. `speak` may be called from any thread, one call at a time."""
 

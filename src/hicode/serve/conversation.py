@@ -1,0 +1,218 @@
+"""What is said in one live session: text and sound to the avatar, the microphone to text, interruptions, captions.
+
+Messages are dictionaries, the same over each transport. From the page: say(text), interrupt, listen(on), talk(down),
+stats. To the page: state(state), caption(who, text), error(message), stats(...), clip(ready).
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int16
+
+from hicode.errors import HicodeError, InputError
+from hicode.serve.hearing import Hearing, Turns
+from hicode.serve.live import LiveSession, LiveTick
+from hicode.serve.recording import Recorder
+from hicode.serve.voice import Voice, checked_text
+
+Reply = Callable[[str], Awaitable[str]]
+"""What the avatar answers to a text."""
+MAX_SOUND_S = 120.0
+
+
+async def echo(text: str) -> str:
+    """The answer where no chat service is set: the words themselves."""
+    return text
+
+
+class Parts:
+    """Voice and hearing, loaded at first use and shared by all sessions; each serves one call at a time."""
+
+    def __init__(self, voice: Callable[[], Voice], hearing: Callable[[], Hearing]):
+        self._make_voice, self._make_hearing = voice, hearing
+        self._voice: Voice | None = None
+        self._hearing: Hearing | None = None
+        self.voice_lock, self.hearing_lock = threading.Lock(), threading.Lock()
+
+    def voice(self) -> Voice:
+        """Call with `voice_lock` held."""
+        self._voice = self._voice or self._make_voice()
+        return self._voice
+
+    def hearing(self) -> Hearing:
+        """Call with `hearing_lock` held."""
+        self._hearing = self._hearing or self._make_hearing()
+        return self._hearing
+
+
+class Conversation:
+    """The state of one listener's conversation with one avatar."""
+
+    def __init__(self, session: LiveSession, parts: Parts, folder: Path, reply: Reply = echo):
+        self.session, self._parts, self._reply = session, parts, reply
+        self._loop = asyncio.get_running_loop()
+        self._send: Callable[[dict], None] = lambda message: None
+        self._turns = Turns()
+        self._hands_free = False
+        self._state = "idle"
+        self._turn = 0  # grows with every interruption: what belongs to an earlier one is dropped
+        self._tasks: set[asyncio.Task] = set()
+        self._asked_s: float | None = None
+        self.first_frame_s: float | None = None
+        self._saying = asyncio.Lock()
+        self.recorder = Recorder(folder, session)
+
+    def connect(self, send: Callable[[dict], None]) -> None:
+        """Where messages to the page go."""
+        self._send = send
+        send({"type": "state", "state": self._state})
+
+    # ---- from the page ----
+
+    def receive(self, message: object) -> None:
+        """One message of the page. What cannot be understood is answered with an error."""
+        try:
+            self._receive(message)
+        except HicodeError as error:
+            self._send({"type": "error", "message": str(error)})
+
+    def _receive(self, message: object) -> None:
+        message = message if isinstance(message, dict) else {}
+        kind = message.get("type")
+        if kind == "say":
+            self.say(checked_text(message.get("text")))
+        elif kind == "interrupt":
+            self.interrupt()
+        elif kind == "listen":
+            self._hands_free = message.get("on") is True
+        elif kind == "talk":
+            self._talk(message.get("down") is True)
+        elif kind == "stats":
+            self._send({"type": "stats", **self.stats()})
+        else:
+            raise InputError("The server does not know this message. Reload the page.")
+
+    def say(self, text: str) -> None:
+        """Speak a text; what is being said goes first."""
+        self.session.admit_speaker()
+        self._asked_s = time.monotonic()
+        self._task(self._say(text, self._turn))
+
+    def play(self, samples: Int16[np.ndarray, "n"], rate_hz: int) -> None:
+        """Speak a recording. InputError where it is longer than two minutes."""
+        if len(samples) > MAX_SOUND_S * rate_hz:
+            raise InputError(f"The sound is {len(samples) / rate_hz:.0f} s long; {MAX_SOUND_S:.0f} s may be. Cut it.")
+        self._asked_s = time.monotonic()
+        self.session.push(samples, rate_hz)
+        self.session.end_utterance()
+
+    def interrupt(self) -> None:
+        """Be quiet."""
+        self._turn += 1
+        self.session.clear()
+
+    def _talk(self, down: bool) -> None:
+        if down:
+            self.interrupt()
+            self._turns.begin()
+        elif (turn := self._turns.end()) is not None:
+            self._task(self._answer(turn, self._turn))
+
+    def hear(self, samples: Float32[np.ndarray, "n"]) -> None:
+        """Sound of the microphone, 16 kHz."""
+        before = self._turns.speaking
+        turn = self._turns.push(samples, self._hands_free)
+        if self._turns.speaking and not before and self.session.speaking:
+            self.interrupt()
+        if turn is not None:
+            self._task(self._answer(turn, self._turn))
+
+    # ---- work ----
+
+    def _task(self, work) -> None:
+        task = asyncio.create_task(self._guarded(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, work) -> None:
+        try:
+            await work
+        except HicodeError as error:
+            self._send({"type": "error", "message": str(error)})
+
+    async def _say(self, text: str, turn: int) -> None:
+        async with self._saying:
+            if turn != self._turn:
+                return
+            self._send({"type": "caption", "who": "avatar", "text": text})
+            await asyncio.to_thread(self._speak, text, turn)
+            if turn == self._turn:
+                self.session.end_utterance()
+
+    def _speak(self, text: str, turn: int) -> None:
+        """On a thread: the voice's pieces, each pushed as it comes."""
+        with self._parts.voice_lock:
+            voice = self._parts.voice()
+            for samples in voice.speak(text):
+                if turn != self._turn:
+                    return
+                done = asyncio.run_coroutine_threadsafe(self._push(samples, voice.rate_hz, turn), self._loop)
+                done.result(30)
+
+    async def _push(self, samples: np.ndarray, rate_hz: int, turn: int) -> None:
+        if turn == self._turn:
+            self.session.push(samples, rate_hz)
+
+    async def _answer(self, samples: np.ndarray, turn: int) -> None:
+        def transcribe() -> str:
+            with self._parts.hearing_lock:
+                return self._parts.hearing().transcribe(samples)
+
+        text = await asyncio.to_thread(transcribe)
+        if not text or turn != self._turn:
+            return
+        self._send({"type": "caption", "who": "you", "text": text})
+        answer = await self._reply(text)
+        if turn == self._turn:
+            self.say(checked_text(answer))
+
+    # ---- to the page ----
+
+    def shown(self, tick: LiveTick) -> None:
+        """A tick was sent."""
+        if tick.speaking and self._asked_s is not None:
+            self.first_frame_s, self._asked_s = time.monotonic() - self._asked_s, None
+        if self.session.notice:
+            self._send({"type": "error", "message": self.session.notice})
+            self.session.notice = None
+        if self.recorder.add(tick):
+            self._send({"type": "clip", "ready": True})
+        state = "speaking" if tick.speaking else "listening" if self._turns.speaking else "idle"
+        if state != self._state:
+            self._state = state
+            self._send({"type": "state", "state": state})
+
+    def stats(self) -> dict:
+        """For the page's table: milliseconds and counts."""
+        counters = self.session.counters
+        return {
+            "first_frame_ms": None if self.first_frame_s is None else round(1e3 * self.first_frame_s),
+            "renderer_fps": round(self.session.hello.fps, 1) if self.session.hello else None,
+            "repeated": counters.repeated,
+            "ticks": counters.ticks,
+        }
+
+    async def close(self) -> None:
+        """End it, with its session."""
+        self._turn += 1
+        for task in list(self._tasks):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.session.close()
+        await asyncio.to_thread(self.recorder.close)

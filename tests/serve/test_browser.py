@@ -1,0 +1,128 @@
+"""The page in Chromium, with a real avatar file: type, see and hear it speak, interrupt, download."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+
+pytest.importorskip("aiortc", reason="the extra serve is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium"),
+]
+FLAGS = [
+    "--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+    "--autoplay-policy=no-user-gesture-required",
+]  # fmt: skip
+WAIT_MS = 120_000
+
+# Sums of the shown pictures' pixels, and whether sound comes: asked of the page while it plays.
+WATCH = """async (ms) => {
+  const video = document.getElementById("video"), canvas = new OffscreenCanvas(64, 64), sums = [];
+  const paint = canvas.getContext("2d", { willReadFrequently: true });
+  const audio = new AudioContext(), analyser = audio.createAnalyser();
+  audio.createMediaStreamSource(video.srcObject).connect(analyser);
+  const wave = new Float32Array(analyser.fftSize), end = performance.now() + ms;
+  let loudest = 0;
+  while (performance.now() < end) {
+    await new Promise((done) => setTimeout(done, 40));
+    paint.drawImage(video, 0, 0, 64, 64);
+    sums.push(paint.getImageData(0, 0, 64, 64).data.reduce((sum, value) => sum + value, 0));
+    analyser.getFloatTimeDomainData(wave);
+    loudest = Math.max(loudest, ...wave.map(Math.abs));
+  }
+  await audio.close();
+  return { pictures: new Set(sums).size, loudest };
+}"""
+
+
+@pytest.fixture(scope="module")
+def link(tmp_path_factory):
+    """A running server's link."""
+    from helpers.drawn_avatar_file import write_drawn_avatar
+
+    folder = tmp_path_factory.mktemp("avatars")
+    write_drawn_avatar(folder / "Drawn.hicode")
+    command = [sys.executable, "-m", "hicode", "serve", str(folder), "--port", "0", "--no-open-browser"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=None, start_new_session=True)
+    assert server.stdout is not None
+    found = re.search(r"http://\S+", server.stdout.readline())
+    assert found is not None
+    yield found[0]
+    server.send_signal(signal.SIGINT)
+    server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def test_an_avatar_is_talked_with_interrupted_and_downloaded(link, browser, tmp_path):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(WAIT_MS)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(link)
+    page.screenshot(path=str(tmp_path / "gallery.png"))
+    page.get_by_role("button", name="Talk with Drawn").click()
+    page.wait_for_selector("#waiting", state="hidden")
+    assert page.locator("#label").inner_text() == "AI" and page.locator("#label").is_visible()
+    page.get_by_label("What it shall say").fill("Hello. This is a sentence that takes some seconds to say, I think.")
+    page.get_by_role("button", name="Speak").click()
+    page.wait_for_function("document.getElementById('state').textContent === 'speaking'")
+    seen = page.evaluate(WATCH, 1500)
+    assert seen["pictures"] > 5 and seen["loudest"] > 0.01
+    assert "This is a sentence" in page.locator("#captions").inner_text()
+    page.screenshot(path=str(tmp_path / "speaking.png"))
+    page.keyboard.press("Escape")
+    page.wait_for_function("document.getElementById('state').textContent === 'idle'")
+    quiet = page.evaluate(WATCH, 1500)
+    assert quiet["loudest"] < seen["loudest"]
+    page.wait_for_selector("#download", state="visible")
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    target = tmp_path / "said.mp4"
+    download.value.save_as(str(target))
+    check_video(target)
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.screenshot(path=str(tmp_path / "phone.png"), full_page=True)
+    page.get_by_role("button", name="End").click()
+    assert not errors and page.locator("#problem").is_hidden()
+
+
+def check_video(path: Path) -> None:
+    """It plays, has sound and says that it is synthetic."""
+    from hicode.trust.verify import verify
+
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) > 10
+    with av.open(str(path)) as container:
+        assert any(abs(frame.to_ndarray()).max() > 0.01 for frame in container.decode(audio=0))
+    assert verify(path).manifest.state == "ours"
+
+
+def test_an_avatar_that_is_missing_and_an_upload_of_another_kind_are_one_sentence(link, browser, tmp_path):
+    page = browser.new_page(color_scheme="dark")
+    page.set_default_timeout(WAIT_MS)
+    page.goto(link)
+    page.get_by_role("button", name="Learn").click()
+    (tmp_path / "letter.txt").write_text("no video")
+    page.set_input_files("#file", str(tmp_path / "letter.txt"))
+    page.fill("#consent", "She agreed")
+    page.check("#agreed")
+    page.get_by_role("button", name="Upload and learn").click()
+    page.wait_for_selector("#problem", state="visible")
+    assert ".txt is no kind of video" in page.locator("#problem").inner_text()
+    page.screenshot(path=str(tmp_path / "learn.png"))
