@@ -297,8 +297,9 @@ class LiveAvatar:
                 utterance.given = utterance.ended
         if interrupted:
             session.clear()
-        if new:
-            session.push_audio(np.concatenate(new), self.config.output_rate_hz)
+        samples = np.concatenate([np.zeros(0, np.float32), *new])
+        if len(samples):
+            session.push_audio(samples, self.config.output_rate_hz)
         if ends:
             session.end_utterance()
         return utterance, generation
@@ -316,18 +317,15 @@ class LiveAvatar:
         while self._wait_until(due):
             with self._changed:
                 utterance, generation = (self._utterances[0] if self._utterances else None), self._generation
-                ready = utterance is not None and (utterance.waiting >= count or utterance.ended)
-                if not ready:
+                if utterance is None or (utterance.waiting < count and not utterance.ended):
                     self._changed.wait(TICK_S)
-            due = max(due, time.monotonic() - TICK_S)
-            if utterance is None or not ready:
-                continue
-            if utterance.waiting == 0:
+                    continue
+                audio = utterance.take(count) if utterance.waiting else None
+            due = max(due, time.monotonic() - TICK_S) + TICK_S
+            if audio is None:
                 self._finish(utterance, generation)
-                continue
-            audio = utterance.take(count)
-            self._emit(Tick(None, False, audio, utterance.label), generation, utterance)
-            due += TICK_S
+            else:
+                self._emit(Tick(None, False, audio, utterance.label), generation, utterance)
 
     def _finish(self, utterance: _Utterance, generation: int) -> None:
         """Report that an utterance was played, unless it was interrupted."""
