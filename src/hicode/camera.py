@@ -19,11 +19,11 @@ class Camera:
     """One camera, or a batch of them over the leading dimensions.
 
     K             "*b 3 3"  intrinsics in px
-    T_camera_head "*b 4 4"  head frame to camera frame; lengths in head units (decimetres)
+    T_camera_head "*p 4 4"  head frame to camera frame; lengths in head units (decimetres)
     """
 
     K: Float[Tensor, "*b 3 3"]
-    T_camera_head: Float[Tensor, "*b 4 4"]
+    T_camera_head: Float[Tensor, "*p 4 4"]
     width: int
     height: int
 

@@ -99,11 +99,7 @@ def _numba() -> Finding:
     import numpy as np
     from llvmlite import binding
 
-    @numba.njit
-    def double(x):
-        return x * 2
-
-    assert double(np.float32(2)) == 4
+    assert numba.njit(lambda x: x * 2)(np.float32(2)) == 4
     features = binding.get_host_cpu_features()
     if features.get("avx512f"):
         return Finding("SIMD", "good", f"AVX-512, numba {numba.__version__}")

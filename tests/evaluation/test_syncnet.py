@@ -222,7 +222,7 @@ def test_windows_of_picture_and_sound_start_together(planted):
     rng = np.random.default_rng(4)
     frames, start = 60, 15
     level = rng.uniform(0.002, 0.5, frames + 40)
-    samples = np.repeat(level, 640) * np.sin(np.arange(len(level) * 640) / 3)
+    samples = (np.repeat(level, 640) * np.sin(np.arange(len(level) * 640) / 3)).astype(np.float32)
     rows = mfcc(samples)[:, 0]
     loud = rows[: 4 * (frames + 30)].reshape(-1, 4).mean(1)
     bright = 100 + 8 * (loud[start - planted : start - planted + frames] - 18)

@@ -235,7 +235,7 @@ def test_memory_does_not_grow_with_the_sound():
             return torch.zeros(len(features) // 2, 64), torch.zeros(len(features) // 2, 478, 3)
 
     class Unrendered(FakeAvatar):
-        def composed(self, *_, **__):
+        def compose(self, *_, **__):
             self.shown.clear()
             return self.background_plate
 
@@ -539,6 +539,7 @@ def test_a_frame_that_fails_raises_where_it_is_asked_for():
 # --- what cannot be used
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     "audio, message",
     [

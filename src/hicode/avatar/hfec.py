@@ -74,10 +74,10 @@ def normalize_over_points(x: Float[Tensor, "n c"], eps: float = 1e-5) -> Float[T
     return centred / (std + eps)
 
 
-def adain(x: Float[Tensor, "n c"], mean: Float[Tensor, "*n c"], std: Float[Tensor, "*n c"]) -> Float[Tensor, "n c"]:
+def adain(x: Float[Tensor, "n c"], mean: Float[Tensor, "..."], std: Float[Tensor, "..."]) -> Float[Tensor, "n c"]:
     """Re-normalise features over the n points to a given mean and deviation (Eq. 11).
 
-    Statistics run over points, so the result does not depend on their order.
+    `mean` and `std` broadcast against x. Statistics run over points, so the result does not depend on their order.
     """
     return std * normalize_over_points(x) + mean
 

@@ -314,7 +314,7 @@ def _sync_of(features: Float[Tensor, "s d"], landmarks: Float[Tensor, "t 478 3"]
     }
 
 
-def without_gaps(points: Float[np.ndarray, "t 478 3"]) -> Float32[np.ndarray, "t 478 3"] | None:
+def without_gaps(points: Float[np.ndarray, "t l 3"]) -> Float32[np.ndarray, "t l 3"] | None:
     """Frames without a face, interpolated; None where half of them or more are."""
     known = np.isfinite(points).all((1, 2))
     if known.mean() <= 0.5:

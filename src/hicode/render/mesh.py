@@ -1,6 +1,7 @@
 """The z-buffer of a triangle mesh. v vertices, f triangles."""
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -47,6 +48,7 @@ def rasterize_mesh(
 
 
 @njit(cache=True)
+@no_type_check
 def _fill(pixels, depth, triangles, triangle, barycentric, nearest):
     height, width = nearest.shape
     for f in range(len(triangles)):

@@ -81,7 +81,7 @@ class LandmarkDetector(FaceDetector, Protocol):
         ...
 
 
-def rois_from_landmarks(points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b 4"]:
+def rois_from_landmarks(points: Float[Tensor, "b n d"]) -> Float[Tensor, "b 4"]:
     """MediaPipe's regions for the next frame: 1.5 times the landmarks' bounding box, squared, level with the eyes.
 
     The box is that of the points as they lie in the image, not rotated back first, as in MediaPipe.
