@@ -108,7 +108,7 @@ class SyncNet(nn.Module):
         return net
 
     @torch.inference_mode()
-    def hear(self, rows: Float[Tensor, "n 13"]) -> Float[Tensor, "m 1024"]:
+    def hear(self, rows: Float[Tensor, "n 13"]) -> Float[Tensor, "m d"]:
         """Sound windows: four MFCC rows apart, 20 long; as many as fit."""
         windows = rows.T.unfold(1, WINDOW_ROWS, ROWS_PER_FRAME).permute(1, 0, 2)[:, None].float()
         return torch.cat([self.netfcaud(self.netcnnaud(w).flatten(1)) for w in windows.split(64)])
@@ -151,7 +151,7 @@ class LipStream:
             if len(self._waiting) == BATCH:
                 self._run()
 
-    def finish(self) -> Float[Tensor, "m 1024"]:
+    def finish(self) -> Float[Tensor, "m d"]:
         """t - 4 windows of t frames."""
         if self._waiting:
             self._run()
