@@ -11,7 +11,9 @@ import contextlib
 import multiprocessing
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
@@ -63,8 +65,8 @@ class Machine:
     cost next to nothing.
     """
 
-    def __init__(self, max_sessions: int = 4):
-        self.max_sessions = max_sessions
+    def __init__(self, max_sessions: int = 4, renderer: Callable[[Connection], None] = run_renderer):
+        self.max_sessions, self._renderer = max_sessions, renderer
         self.counters = Counters()
         self.fps = 0.0
         self.sessions: set[LiveSession] = set()
@@ -95,7 +97,7 @@ class Machine:
 
     def _spawn(self) -> tuple:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=run_renderer, args=(theirs,), daemon=True, name="hicode-renderer")
+        process = self._context.Process(target=self._renderer, args=(theirs,), daemon=True, name="hicode-renderer")
         process.start()
         theirs.close()
         return process, ours
