@@ -3,8 +3,9 @@
     push_audio, end_utterance, clear --> one thread that drives the `Session` --> ticks, each when it is due
 
 Tick i is due 40 ms after tick i-1. Ticks with sound leave up to `LEAD` ticks early, so that a late thread is not heard;
-the player's queues hold picture and sound alike. A picture that is too late is left out; its sound goes on. A consumer
-who takes nothing stops the clock: no sound is lost.
+the player's queues hold picture and sound alike. Where a picture is not rendered in time, the newest one goes with the
+sound. A tick that is late itself goes without a picture. A consumer who takes nothing stops the clock: no sound is
+lost.
 
 Each utterance ends with one `UtteranceEnd`, when its last tick has been played. An utterance that follows another is
 given to the session then. If rendering fails, one `Failure` comes, and ticks of sound alone after it.
@@ -264,11 +265,13 @@ class LiveAvatar:
 
     def _render(self, session: Session) -> None:
         """One tick after another, until closed."""
-        frames, last = session.frames(), None
+        last = None
         due, lead_s = time.monotonic(), 0.0
         while self._wait_until(due - lead_s):
             utterance, generation = self._give_sound(session)
-            frame = next(frames)
+            frame = session.frame_within(max(0.001, due + TICK_S / 2 - time.monotonic()))
+            if frame is None:
+                return
             lead_s = LEAD * TICK_S if frame.speaking else 0.0
             if not frame.speaking:
                 self._wait_until(due)
