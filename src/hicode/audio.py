@@ -5,6 +5,7 @@ Video frame i at 25 fps owns samples 640 i … 640 (i + 1) and speech features 2
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
@@ -23,6 +24,8 @@ VIDEO_SAMPLE_RATE_HZ = 48_000
 # No number format has a larger full scale (2^31). Squares of larger values would overflow.
 MAX_ABS_SAMPLE = 1e12
 MAX_CHANNELS = 32
+LOUDEST_FLOAT = 256.0
+"""Float samples up to here are loud sound (48 dB above full scale); beyond, they are integers of some width."""
 SAMPLE_RATES_HZ = (4_000, 384_000)
 
 
@@ -39,6 +42,79 @@ def to_float(samples: Shaped[np.ndarray, "*n"]) -> Float32[np.ndarray, "*n"]:
     if np.issubdtype(samples.dtype, np.floating) or samples.size == 0:
         return samples.astype(np.float32, copy=False)
     raise InputError(f"The sound has samples of type {samples.dtype}. Give float32, or int16 at its full scale.")
+
+
+def full_scale(peak: float) -> float:
+    """What float samples with this largest absolute value are to be divided by, so that full scale is 1.
+
+    Up to 1 they are as they should be. Up to 256 they are too loud, and are scaled to 1. Beyond, they are integers
+    that were converted without scaling: of 16, 24 or 32 bits. Raises InputError for values beyond any full scale.
+    """
+    if peak <= 1:
+        return 1.0
+    if peak <= LOUDEST_FLOAT:
+        return peak
+    scale = next((float(1 << bits) for bits in (15, 23, 31) if peak <= 1 << bits), None)
+    if scale is None:
+        raise InputError(f"The sound has samples of {peak:.0e}, where 1 is full scale. Repair the file.")
+    return scale
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """A whole sound: mono float32 within full scale, at its own rate."""
+
+    samples: Float32[np.ndarray, "n"]
+    rate_hz: int
+
+
+def as_samples(sound: object) -> Samples:
+    """A whole sound that Python code gives: an array, a tensor, a list of numbers, or one of them with its rate.
+
+    (rate, samples) and (samples, rate) are both taken; without a rate it is 16 kHz. Channels may be either axis.
+    Floats beyond full scale are scaled (`full_scale`). Raises InputError, with the remedy, for anything else.
+    """
+    rate_hz, values = SAMPLE_RATE_HZ, sound
+    if isinstance(sound, tuple) and len(sound) == 2:
+        first_is_rate = isinstance(sound[0], (int, np.integer)) and not isinstance(sound[0], bool)
+        rate_hz, values = sound if first_is_rate else sound[::-1]
+        if not isinstance(rate_hz, (int, np.integer)):
+            raise InputError(f"The sound's rate is {rate_hz!r}. Give (rate in Hz, samples), the rate as an int.")
+    array = _as_array(values)
+    if array.ndim == 2 and array.shape[0] <= MAX_CHANNELS < array.shape[1]:
+        array = array.T  # channels first, as torchaudio has them
+    samples = to_mono(array)
+    peak = float(np.abs(samples[np.isfinite(samples)]).max(initial=0))
+    if np.issubdtype(array.dtype, np.floating):
+        samples = samples / np.float32(full_scale(peak))
+    Resampler(int(rate_hz))  # refuses rates that cannot be
+    return Samples(checked_sound(samples), int(rate_hz))
+
+
+def _as_array(values: object) -> np.ndarray:
+    if isinstance(values, (str, bytes, dict, set)) or values is None:
+        array = np.zeros(1, object)
+    elif type(values).__module__.split(".")[0] == "torch":
+        array = _from_tensor(values)
+    else:
+        try:
+            array = np.asarray(values)
+        except (TypeError, ValueError, RuntimeError):  # rows of different lengths, or no array at all
+            array = np.zeros(1, object)
+    if isinstance(values, (list, tuple)) and np.issubdtype(array.dtype, np.integer):
+        array = array.astype(np.float64)  # Python's integers have no type to scale by: `full_scale` decides
+    if array.dtype == object or not np.issubdtype(array.dtype, np.number):
+        raise InputError(
+            f"A {type(values).__name__} is no sound. Give a path, an array of samples, or (rate, samples)."
+        )
+    return array
+
+
+def _from_tensor(values: object) -> np.ndarray:
+    import torch
+
+    tensor = torch.as_tensor(values).detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def to_mono(samples: Shaped[np.ndarray, "n *c"]) -> Float32[np.ndarray, "n"]:

@@ -1,13 +1,15 @@
 """Sound in and out: any file that FFmpeg reads, as mono float samples at one rate, aligned to the video it belongs to.
 
-Samples are float32 "n" in [-1, 1]; sample 0 sounds when the video's first frame shows. Time stamps place the sound: a
-track that starts late is padded with silence, one that starts early is cut, gaps inside it become silence.
+Samples are float32 "n" in [-1, 1]. Time stamps place the sound on the file's continuous clock: a track that starts late
+is padded with silence, one that starts early is cut, gaps inside it become silence.
 
-Channels are mixed for speech (`mix_weights`): dead ones are left out, so they do not halve the level, and one that is
-wired the wrong way round is turned, so it does not cancel the others.
+Of several tracks the one that a player would take is read, but none that is silent while another is not. Channels are
+mixed for speech (`mix_weights`): dead ones are left out, so they do not halve the level, and one that is wired the
+wrong way round is turned, so it does not cancel the others.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -16,10 +18,11 @@ import av.stream
 import numpy as np
 from jaxtyping import Float, Float32
 
-from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE, Resampler
+from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE, Resampler, full_scale
 from hicode.errors import InputError
 from hicode.files import atomic_path
-from hicode.media.video import open_media
+from hicode.media.source import joined_parts, open_media
+from hicode.media.timeline import packets
 
 # Stamps of a continuous track jitter by rounding (a millisecond in Matroska); what is off by more is a real gap or
 # overlap.
@@ -37,12 +40,20 @@ _DEAD_DB = -40.0
 # Correlated with the strongest channel like this or more negatively: the same sound, wired the wrong way round.
 # Speech in a room, recorded by microphones apart, correlates positively or hardly at all.
 _INVERTED = -0.7
+# Tracks for other purposes than to be heard first.
+_SECONDARY = (
+    av.stream.Disposition.comment
+    | av.stream.Disposition.hearing_impaired
+    | av.stream.Disposition.visual_impaired
+    | av.stream.Disposition.karaoke
+)
 
 
 def read_audio(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Float32[np.ndarray, "n"] | None:
-    """The first sound track of a video or sound file, mono at `rate_hz`; None where the file has none.
+    """The sound of a video or sound file, mono at `rate_hz`; None where the file has none that can be decoded.
 
-    InputError where the file cannot be read, or a sample is not a finite number.
+    Sample 0 sounds when the video's first frame shows. Raises InputError where the file cannot be read, or a sample is
+    not a finite number.
     """
     pieces = stream_audio(path, rate_hz)
     if pieces is None:
@@ -50,25 +61,83 @@ def read_audio(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Float32[np.nd
     return np.concatenate([np.zeros(0, np.float32), *pieces])
 
 
-def stream_audio(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Iterator[Float32[np.ndarray, "n"]] | None:
-    """What `read_audio` gives, in pieces: sound of any length in constant memory."""
+def stream_audio(
+    path: Path | str, rate_hz: int = SAMPLE_RATE_HZ, whole: bool = False
+) -> Iterator[Float32[np.ndarray, "n"]] | None:
+    """What `read_audio` gives, in pieces: sound of any length in constant memory.
+
+    whole: begin with the sound, also where it begins before the pictures.
+    """
     path = Path(path)
     with open_media(path) as container:
-        if not container.streams.audio:
-            return None
-    return _resampled(path, rate_hz)
+        track = choose_sound(container, path)
+    return None if track is None else _resampled(path, rate_hz, track, whole)
 
 
-def _resampled(path: Path, rate_hz: int) -> Iterator[np.ndarray]:
+def _resampled(path: Path, rate_hz: int, track: int, whole: bool) -> Iterator[np.ndarray]:
+    for part in joined_parts(path):
+        with open_media(path, part) as container:
+            mixing = _mixing(path, track, part)
+            start_s = _first_frame_s(path) if container.streams.video else None
+            resampler = None
+            for samples, source_rate_hz in _mono(container, path, _Start(start_s, whole), mixing, track):
+                if resampler is None:
+                    resampler = Resampler(source_rate_hz, rate_hz)
+                yield resampler.push(samples)
+            if resampler is not None:
+                yield resampler.finish()
+
+
+def choose_sound(container: av.container.InputContainer, path: Path) -> int | None:
+    """Index in the file of the sound track to read: the default one, but none that is silent while another is not.
+
+    None where no track can be decoded.
+    """
+    default = av.stream.Disposition.default
+    tracks = [s for s in container.streams.audio if s.codec_context is not None]
+    tracks.sort(key=lambda s: (bool(s.disposition & _SECONDARY), not s.disposition & default))
+    order = [s.index for s in tracks]
+    if len(order) < 2:
+        return order[0] if order else None
+    return next((index for index in order if _has_sound(path, index)), order[0])
+
+
+def _has_sound(path: Path, track: int) -> bool:
+    return any(level_db(piece) > _SILENCE_DB for frame in _frames(path, track) for piece in _channels(frame))
+
+
+def _frames(path: Path, track: int, part: tuple[int, int] | None = None) -> Iterator[av.AudioFrame]:
+    """What decodes of a track; damage is said, where it matters, by the pass that reads the sound."""
+    with open_media(path, part) as container:
+        stream = container.streams[track]
+        for packet in container.demux(stream):
+            try:
+                yield from packet.decode()
+            except av.error.FFmpegError:
+                continue
+
+
+def sound_notes(path: Path | str) -> list[str]:
+    """What is unusual about a file's sound: sentences for the user."""
+    path, notes = Path(path), []
     with open_media(path) as container:
-        start_s = _first_frame_s(path) if container.streams.video else None
-        resampler = None
-        for samples, source_rate_hz in _mono(container, path, start_s, _channel_weights(path)):
-            if resampler is None:
-                resampler = Resampler(source_rate_hz, rate_hz)
-            yield resampler.push(samples)
-        if resampler is not None:
-            yield resampler.finish()
+        tracks = container.streams.audio
+        track = choose_sound(container, path)
+        unknown = [i for i, s in enumerate(tracks, 1) if s.codec_context is None]
+        number = 1 + next((i for i, s in enumerate(tracks) if s.index == track), 0)
+    for i in unknown:
+        notes.append(f"Sound track {i} is of a kind that has no decoder here: it is left out.")
+    if track is None:
+        return notes
+    if len(tracks) > 1:
+        notes.append(f"{len(tracks)} sound tracks: number {number} is used.")
+    parts = joined_parts(path)
+    if len(parts) > 1:
+        notes.append(f"{len(parts)} files are joined in this one.")
+    mixing = _mixing(path, track, parts[0])
+    if mixing.full_scale != 1:
+        notes.append(f"Samples go up to {mixing.peak:.3g}, where 1 is full scale: divided by {mixing.full_scale:.4g}.")
+    return notes
 
 
 def mix_weights(
@@ -94,12 +163,12 @@ def mix_weights(
 
 
 def read_speech(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Float32[np.ndarray, "n"]:
-    """`read_audio` for sound that is to drive an avatar: InputError where there is none, nothing in it, or only
-    silence.
+    """The whole sound of a file that is to drive an avatar.
+
+    Raises InputError where there is none, nothing in it, or only silence.
     """
-    samples = read_audio(path, rate_hz)
-    if samples is None:
-        raise InputError(f"{path} has no sound track. Give a file with speech.")
+    pieces = stream_speech(path, rate_hz)
+    samples = np.concatenate([np.zeros(0, np.float32), *pieces])
     if len(samples) < rate_hz // 25:
         raise InputError(
             f"{path} holds {len(samples) / rate_hz:.3f} s of sound, less than one frame. Give a file with speech."
@@ -108,6 +177,18 @@ def read_speech(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Float32[np.n
     if loudest_db < _SILENCE_DB:
         raise InputError(f"{path} is silent (loudest 20 ms at {loudest_db:.0f} dB). Give a file with speech.")
     return samples
+
+
+def stream_speech(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Iterator[Float32[np.ndarray, "n"]]:
+    """`read_speech` in pieces, its level not checked."""
+    pieces = stream_audio(path, rate_hz, whole=True)
+    if pieces is not None:
+        return pieces
+    with open_media(path) as container:
+        present = bool(container.streams.audio)
+    if present:
+        raise InputError(f"The sound of {path} is of a kind that has no decoder here. Export it as WAV or MP3.")
+    raise InputError(f"{path} has no sound track. Give a file with speech.")
 
 
 def level_db(samples: Float32[np.ndarray, "n"], window: int = SAMPLES_PER_FEATURE) -> float:
@@ -141,56 +222,79 @@ def _first_frame_s(path: Path) -> float | None:
     return None
 
 
-def _channel_weights(path: Path) -> np.ndarray | None:
-    """`mix_weights` of the whole first track, heard once through; None where it has one channel."""
-    with open_media(path) as container:
-        stream = container.streams.audio[0]
-        if stream.codec_context.channels == 1:
-            return None
-        moments, layout = None, None
-        for packet in container.demux(stream):
-            try:
-                frames = packet.decode()
-            except av.error.FFmpegError:
-                continue  # said, where it matters, by the pass that reads the sound
-            for frame in frames:
-                data = _channels(frame).astype(np.float64)
-                if not np.isfinite(data).all():
-                    continue
-                if moments is None:
-                    moments, layout = np.zeros((len(data), len(data))), _layout_weights(frame)
-                if len(data) == len(moments):
-                    data = data - data.mean(1, keepdims=True)
-                    moments += data @ data.T
-    return None if moments is None else mix_weights(moments, layout)
+@dataclass(frozen=True, eq=False)
+class _Mixing:
+    """How a track's channels become one.
+
+    weights     of the channels, None for one channel
+    peak        the largest absolute sample of a float track, else 1
+    full_scale  what samples are divided by
+    """
+
+    weights: np.ndarray | None = None
+    peak: float = 1.0
+    full_scale: float = 1.0
 
 
-def _mono(container, path: Path, start_s: float | None, weights: np.ndarray | None) -> Iterator[tuple[np.ndarray, int]]:
-    """(samples, source rate), continuous from `start_s` (without one, from the track's own start)."""
-    stream = container.streams.audio[0]
-    cursor = 0
-    rate_hz = None
-    for packet in container.demux(stream):
+def _mixing(path: Path, track: int, part: tuple[int, int] | None = None) -> _Mixing:
+    """Decode the whole track where it has several channels, or float samples, which have no fixed full scale."""
+    with open_media(path, part) as container:
+        context = container.streams[track].codec_context
+        is_float = context.name.startswith("pcm_f")
+        if context.channels == 1 and not is_float:
+            return _Mixing()
+    moments, layout, peak = None, None, 0.0
+    for frame in _frames(path, track, part):
+        data = _channels(frame).astype(np.float64)
+        if not np.isfinite(data).all():
+            continue  # refused by the pass that reads the sound
+        if is_float:
+            peak = max(peak, float(np.abs(data).max(initial=0)))
+        if moments is None:
+            moments, layout = np.zeros((len(data), len(data))), _layout_weights(frame)
+        if len(data) == len(moments):
+            data = data - data.mean(1, keepdims=True)
+            moments += data @ data.T
+    weights = None if moments is None or len(moments) == 1 else mix_weights(moments, layout)
+    return _Mixing(weights, peak, full_scale(peak)) if is_float else _Mixing(weights)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """When sample 0 sounds: with the first picture, or `whole`: with whatever begins first."""
+
+    picture_s: float | None
+    whole: bool
+
+    def second(self, sound_s: float) -> float:
+        if self.picture_s is None:
+            return sound_s
+        return min(self.picture_s, sound_s) if self.whole else self.picture_s
+
+
+def _mono(container, path: Path, start: _Start, mixing: _Mixing, track: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(samples, source rate), continuous from `start`."""
+    cursor, rate_hz, start_s, tolerance = 0, None, 0.0, 0
+    for packet in packets(container):
+        if packet.stream.index != track:
+            continue
         try:
             frames = packet.decode()
         except av.error.InvalidDataError:
             continue  # the time stamps of what follows turn it into silence of the right length
         except av.error.FFmpegError as error:
             raise InputError(
-                f"The sound of {path} cannot be decoded ({error.strerror}). Export it again as WAV or MP4."
+                f"The sound of {path} cannot be decoded ({error.strerror}). Export it again as WAV or MP3."
             ) from error
         for frame in frames:
             if rate_hz is None:
-                rate_hz = frame.sample_rate
-                if start_s is None:
-                    start_s = frame.time or 0.0
-                tolerance = 0
+                rate_hz, start_s = frame.sample_rate, start.second(frame.time or 0.0)
             elif frame.sample_rate != rate_hz:
                 raise InputError(
                     f"The sound of {path} changes from {rate_hz} to {frame.sample_rate} Hz midway. Export it again "
                     "at one rate."
                 )
-            samples = _to_mono(frame, weights)
+            samples = _to_mono(frame, mixing)
             if not np.isfinite(samples).all():
                 at = cursor / rate_hz
                 raise InputError(
@@ -214,8 +318,10 @@ def _mono(container, path: Path, start_s: float | None, weights: np.ndarray | No
                 yield samples, rate_hz
 
 
-def _to_mono(frame: av.AudioFrame, weights: np.ndarray | None) -> Float32[np.ndarray, "n"]:
-    data = _channels(frame)
+def _to_mono(frame: av.AudioFrame, mixing: _Mixing) -> Float32[np.ndarray, "n"]:
+    data, weights = _channels(frame), mixing.weights
+    if mixing.full_scale != 1:
+        data = data / np.float32(mixing.full_scale)
     if len(data) == 1:
         return np.ascontiguousarray(data[0])
     if weights is None or len(weights) != len(data):  # a track that changes its channels midway

@@ -7,10 +7,9 @@ nearest to i / fps. Memory is constant: two decoded frames and the decoder's own
 """
 
 import math
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +25,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from hicode.audio import FPS, SAMPLE_RATE_HZ
 from hicode.errors import InputError, OutputError
 from hicode.files import atomic_path
+from hicode.media.source import joined_parts, media_url, open_media
+from hicode.media.timeline import Timeline, extent, packets
 
 # Accurate rounding alone changes pixels by 1.2 of 255 on average (29 at most) on HDTF frames: worth its 1.6 ms a frame.
 _ENLARGE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -42,7 +43,7 @@ class VideoInfo:
     width: int
     height: int
     fps: float  # average, as declared
-    duration_s: float | None  # as declared by the container; None where it says nothing (live recordings)
+    duration_s: float  # of the pictures, by their packets: a declared length may be missing, or another track's
     start_s: float  # presentation time of the first frame on the container's clock
     codec: str
     pixel_format: str
@@ -50,41 +51,29 @@ class VideoInfo:
     mirrored: bool
     interlaced: bool
     hdr: bool  # PQ or HLG transfer: colours come out flat, because no tone mapping is done
-    has_audio: bool
-
-
-@contextmanager
-def open_media(path: Path | str) -> Iterator[av.container.InputContainer]:
-    """The opened container; InputError says why a path is not one."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist. Check the path.")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, not a video or sound file. Name the file itself.")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path} cannot be read: no permission. Change its rights, or copy it.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes). Copy or record it again.")
-    try:
-        container = av.open(str(path))
-    except av.error.FFmpegError as error:
-        raise InputError(
-            f"{path} is not a readable video or sound file ({error.strerror}). It may be cut off or of another kind: "
-            "copy it again, or "
-            "export it as MP4."
-        ) from error
-    with container:
-        yield container
+    has_audio: bool  # that can be decoded
+    notes: tuple[str, ...] = ()  # what is unusual: sentences for the user
 
 
 def video_stream(container: av.container.InputContainer, path: Path | str) -> av.video.stream.VideoStream:
-    """The stream of moving pictures, cover art not counted; InputError where there is none."""
+    """The track of moving pictures that a player shows: the default one, of several the largest.
+
+    Cover art does not count. Raises InputError where there is none, or none that can be decoded.
+    """
     if container.format.name.endswith("_pipe") or container.format.name == "image2":
         raise InputError(f"{path} is a picture, not a video. Give a video of at least 2 seconds.")
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    streams = _moving_pictures(container)
     if not streams:
         raise InputError(f"{path} holds no moving pictures, only {_kinds(container)}. Give a video.")
-    return streams[0]
+    decodable = [s for s in streams if s.codec_context is not None]
+    if not decodable:
+        raise InputError(f"The pictures of {path} are of a kind that has no decoder here. Export it as MP4 (H.264).")
+    default = av.stream.Disposition.default
+    return max(decodable, key=lambda s: (bool(s.disposition & default), s.width * s.height))
+
+
+def _moving_pictures(container: av.container.InputContainer) -> list[av.video.stream.VideoStream]:
+    return [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
 
 
 def _kinds(container: av.container.InputContainer) -> str:
@@ -139,12 +128,8 @@ def _decoded(container, stream, path: Path) -> Iterator[tuple[float, av.VideoFra
     """
     stream.thread_type = "AUTO"
     nominal_s = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-    declared_s = container.duration / av.time_base if container.duration and container.duration > 0 else None
-    start_s = (container.start_time or 0) / av.time_base
-    last_s, reached_s, damaged = None, start_s, 0
-    for packet in container.demux(stream, *container.streams.audio[:1]):
-        if packet.pts is not None and packet.time_base is not None:
-            reached_s = max(reached_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    timeline, last_s, damaged = Timeline(), None, 0
+    for packet in packets(container, timeline):
         if packet.stream.index != stream.index:
             continue
         try:
@@ -164,10 +149,19 @@ def _decoded(container, stream, path: Path) -> Iterator[tuple[float, av.VideoFra
         raise InputError(
             f"{path} holds no decodable picture ({damaged} damaged packets). Export it again as MP4 (H.264)."
         )
-    if declared_s is not None and reached_s - start_s < declared_s - max(0.5, 0.02 * declared_s):
+    _check_whole(container, timeline.reached_s, path)
+
+
+def _check_whole(container: av.container.InputContainer, reached_s: float, path: Path) -> None:
+    """Raise InputError where the packets end well before the length that the file declares."""
+    if not container.duration or container.duration <= 0:
+        return
+    declared_s, start_s = container.duration / av.time_base, (container.start_time or 0) / av.time_base
+    there_s = max(reached_s - start_s, 0.0)
+    if there_s < declared_s - max(0.5, 0.02 * declared_s):
         raise InputError(
-            f"{path} is cut off: {reached_s - start_s:.1f} of its {declared_s:.1f} s are there. Copy it again, or "
-            "re-export the part that plays."
+            f"{path} is cut off: {there_s:.1f} of its {declared_s:.1f} s are there. Copy it again, or re-export the "
+            "part that plays."
         )
 
 
@@ -208,23 +202,21 @@ class _Converter:
 
 
 def probe(path: Path | str) -> VideoInfo:
-    """Look at a video without reading it all. InputError where it is not one."""
+    """Look at a video: decode its first frame, and read all packets for its length. InputError where it is not one."""
     path = Path(path)
     with open_media(path) as container:
         stream = video_stream(container, path)
-        first = next(_decoded(container, stream, path))
-        time_s, frame = first
+        time_s, frame = next(_decoded(container, stream, path))
         width, height = _Converter(stream, None).size(frame)
         orientation = _orientation(frame)
         if orientation.transpose:
             width, height = height, width
-        duration = container.duration if container.duration and container.duration > 0 else None
-        return VideoInfo(
+        info = VideoInfo(
             path=path,
             width=width,
             height=height,
             fps=float(stream.average_rate or stream.guessed_rate or 0),
-            duration_s=None if duration is None else duration / av.time_base,
+            duration_s=0.0,
             start_s=time_s,
             codec=stream.codec_context.name,
             pixel_format=frame.format.name,
@@ -232,8 +224,40 @@ def probe(path: Path | str) -> VideoInfo:
             mirrored=orientation.mirrored,
             interlaced=frame.interlaced_frame,
             hdr=int(frame.color_trc) in _HDR_TRANSFERS,
-            has_audio=bool(container.streams.audio),
+            has_audio=any(s.codec_context is not None for s in container.streams.audio),
         )
+        notes = _picture_notes(container, stream, frame)
+    with open_media(path) as container:
+        found = extent(container)
+        span = found.spans.get(stream.index)
+    jumps = [
+        f"The clock jumps by {size_s:.1f} s at {at_s - time_s:.2f} s: taken as continuous."
+        for at_s, size_s in found.jumps
+    ]
+    if len(jumps) > 3:
+        jumps = [*jumps[:3], f"The clock jumps {len(jumps) - 3} times more."]
+    if len(joined_parts(path)) > 1:
+        jumps.append("Several files are joined in this one: the pictures of the first are used.")
+    duration_s = 0.0 if span is None else span.end_s - span.begin_s
+    return replace(info, duration_s=duration_s, notes=(*notes, *jumps))
+
+
+def _picture_notes(container: av.container.InputContainer, stream: av.video.stream.VideoStream, frame: av.VideoFrame) -> list[str]:
+    """What of the file's pictures is not used."""
+    notes = []
+    others = len(_moving_pictures(container)) - 1
+    if others:
+        size = f"{stream.width}x{stream.height}"
+        notes.append(
+            f"{others + 1} picture tracks: number {_number(container.streams.video, stream)} is used ({size})."
+        )
+    if any(component.is_alpha for component in frame.format.components):
+        notes.append("Transparency is dropped: what lies under it is seen.")
+    return notes
+
+
+def _number(streams, stream) -> int:
+    return 1 + [s.index for s in streams].index(stream.index)
 
 
 def read_video(path: Path | str, fps: float = FPS, max_size: int | None = None) -> Iterator[np.ndarray]:
@@ -323,7 +347,7 @@ class VideoWriter:
     def __enter__(self) -> "VideoWriter":
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic_path(self.path))
-            self._container = av.open(str(temporary), "w", options={"movflags": "+faststart"})
+            self._container = av.open(media_url(temporary), "w", options={"movflags": "+faststart"})
             stack.push(self._close)
             rate = Fraction(self.fps).limit_denominator(1001)
             try:

@@ -101,14 +101,16 @@ def drained(session: Session, pieces: Iterator[Float32[np.ndarray, "n"]]) -> Ite
 
 def speak(
     avatar: Avatar | Path | str,
-    audio: Path | str | Shaped[np.ndarray, "n"],
+    audio: SoundSource,
     out: Path | str,
     config: SpeakConfig = SpeakConfig(),
     video: VideoConfig = VideoConfig(),
     device: Device = "auto",
     progress: bool = True,
 ) -> SpeakResult:
-    """Write an MP4 (H.264 and AAC, 25 fps) of the avatar speaking `audio`: a sound or video file, or 16 kHz samples.
+    """Write an MP4 (H.264 and AAC, 25 fps) of the avatar speaking `audio`.
+
+    It is a sound or video file (a path, a pipe, an open file, its bytes), or samples as `as_samples` takes them.
 
     Frames are marked after composition, the file is signed (`config.mark`).
 
@@ -174,23 +176,22 @@ def check_video_path(out: Path, *inputs: object) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Sound:
-    """Sound to speak: a file, read as often as needed and never held, or samples at 16 kHz.
+    """Sound to speak: a file, read as often as needed and never held, or samples.
 
-    samples  how many, at 16 kHz
-    level    RMS of its speech
+    length  samples at 16 kHz
+    level   RMS of its speech
     """
 
-    source: Path | np.ndarray
-    samples: int
+    source: Path | Samples
+    length: int
     level: float
 
     @staticmethod
-    def measured(audio: Path | str | np.ndarray) -> "_Sound":
+    def measured(source: Path | Samples) -> "_Sound":
         """Read once. Raises InputError where it cannot be used, is empty or silent."""
-        audio = checked_sound(audio) if isinstance(audio, np.ndarray) else Path(audio)
-        name = "The sound" if isinstance(audio, np.ndarray) else str(audio)
+        name = str(source) if isinstance(source, Path) else "The sound"
         count, rms, rest, blocker = 0, [], np.zeros(0, np.float32), DcBlocker()
-        for piece in _Sound(audio, 0, 0.0).pieces(SAMPLE_RATE_HZ):
+        for piece in _Sound(source, 0, 0.0).pieces(SAMPLE_RATE_HZ):
             count += len(piece)
             piece = np.concatenate([rest, blocker(piece)])
             whole = len(piece) // SAMPLES_PER_FEATURE * SAMPLES_PER_FEATURE
@@ -202,17 +203,25 @@ class _Sound:
         loudest_db = 20 * np.log10(max(levels.max(), 1e-6))
         if loudest_db < SILENT_DB:
             raise InputError(f"{name} is silent (loudest 20 ms at {loudest_db:.0f} dB). Give a file with speech.")
-        return _Sound(audio, count, level_of_frames(levels))
+        return _Sound(source, count, level_of_frames(levels))
 
     @property
     def video_rate_hz(self) -> int:
-        """The rate of the video's sound: samples as they are, a file in full quality."""
-        return SAMPLE_RATE_HZ if isinstance(self.source, np.ndarray) else VIDEO_SAMPLE_RATE_HZ
+        """The rate of the video's sound: samples at 16 kHz as they are, anything else in full quality."""
+        as_is = isinstance(self.source, Samples) and self.source.rate_hz == SAMPLE_RATE_HZ
+        return SAMPLE_RATE_HZ if as_is else VIDEO_SAMPLE_RATE_HZ
 
     def pieces(self, rate_hz: int) -> Iterator[Float32[np.ndarray, "n"]]:
-        if isinstance(self.source, np.ndarray):
-            return iter([self.source])
-        pieces = stream_audio(self.source, rate_hz)
-        if pieces is None:
-            raise InputError(f"{self.source} has no sound track. Give a file with speech.")
-        return pieces
+        if isinstance(self.source, Samples):
+            return iter([resample(self.source.samples, self.source.rate_hz, rate_hz)])
+        return stream_speech(self.source, rate_hz)
+
+
+@contextmanager
+def _source(audio: SoundSource) -> Iterator[Path | Samples]:
+    """A regular file, or checked samples. Raises InputError for anything that is no sound."""
+    if isinstance(audio, (str, Path, bytes, bytearray, io.IOBase)):
+        with as_file(audio) as file:
+            yield file
+    else:
+        yield as_samples(audio)
