@@ -2,9 +2,21 @@
 
 import numpy as np
 import pytest
+import torch
 
 from hicode import audio
-from hicode.audio import DcBlocker, Resampler, SpeechInput, checked_sound, frame_rms, resample, to_float, to_mono
+from hicode.audio import (
+    DcBlocker,
+    Resampler,
+    SpeechInput,
+    as_samples,
+    checked_sound,
+    frame_rms,
+    full_scale,
+    resample,
+    to_float,
+    to_mono,
+)
 from hicode.errors import InputError
 
 
@@ -118,3 +130,42 @@ def test_a_constant_offset_is_removed_in_pieces_as_at_once():
 def test_frame_rms_pads_the_last_frame():
     assert frame_rms(np.ones(960)).tolist() == pytest.approx([1.0, 0.5**0.5])
     assert len(frame_rms(np.zeros(0))) == 0
+
+
+TONE = tone(16_000)
+
+
+@pytest.mark.parametrize(
+    "sound, rate_hz",
+    [
+        (TONE, 16_000),
+        (TONE.tolist(), 16_000),
+        (torch.from_numpy(TONE), 16_000),
+        (torch.from_numpy(TONE)[None].requires_grad_(), 16_000),
+        (TONE.astype(np.float64)[:, None], 16_000),
+        ((24_000, TONE), 24_000),
+        ((TONE, np.int64(44_100)), 44_100),
+        ((TONE * 32768).astype(np.int16), 16_000),
+        (TONE * 32768, 16_000),
+        ((TONE * 32768).astype(np.int16).tolist(), 16_000),
+    ],
+)
+def test_python_sounds_are_taken_with_their_scale_and_rate(sound, rate_hz):
+    got = as_samples(sound)
+    assert got.rate_hz == rate_hz and got.samples.dtype == np.float32
+    np.testing.assert_allclose(got.samples, TONE, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sound", [None, {}, "text", b"bytes", ["a"], [[1, 2], [3]], (16_000.5, TONE), (TONE, TONE), object(), (True, TONE)]
+)
+def test_what_is_no_sound_is_refused_with_a_remedy(sound):
+    with pytest.raises(InputError, match="Give"):
+        as_samples(sound)
+
+
+def test_too_loud_floats_are_scaled_down():
+    assert np.abs(as_samples(TONE * 20).samples).max() == pytest.approx(1.0)
+    assert [full_scale(peak) for peak in (0.5, 1, 4, 300, 32_768, 40_000, 1e9)] == [
+        1, 1, 4, 32_768, 32_768, 1 << 23, 1 << 31,
+    ]  # fmt: skip

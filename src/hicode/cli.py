@@ -7,17 +7,33 @@ threads) is set here, and nowhere in the library.
 
 import difflib
 import errno
+import io
 import re
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hicode import __version__
 from hicode.arguments import parse
 from hicode.commands import COMMANDS
 from hicode.errors import HicodeError, InputError
-from hicode.runtime import share_cores, tune_allocator
+from hicode.runtime import find_compile_cache, share_cores, tune_allocator
 
-EXIT_USER, EXIT_INTERRUPTED = 2, 130
+EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+# What a stopped command keeps; the others keep nothing.
+_KEPT = {
+    "prepare": "Finished steps are kept",
+    "train": "The last checkpoint is kept",
+    "make": "What is finished is kept",
+    "demo": "What is finished is kept",
+    "pretrain": "What is finished is kept",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """Asked to end by a signal: cleaned up as after Ctrl-C."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,14 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     share_cores()
     tune_allocator()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the console cannot print fails no finished work
     try:
-        return _run(argv)
+        with _stoppable(), find_compile_cache():
+            return _run(argv)
     except HicodeError as error:
         return _complain(str(error))
-    except KeyboardInterrupt:
-        again = shlex.join(["hicode", *argv])
-        print(f"\nhicode: stopped. What is finished is kept; to go on: {again}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        print(f"\nhicode: stopped. {_how_to_go_on(argv)}", file=sys.stderr)
+        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads the output any more
         return 0
@@ -48,6 +67,34 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
         return _complain("Not enough memory. Close other programs, or use a shorter video (--duration 60).")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the signals that ask a program to end do what Ctrl-C does. Ignored ones (nohup) stay ignored."""
+
+    def stop(*_) -> None:
+        raise Terminated
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {}
+    try:
+        for number in (getattr(signal, name) for name in names):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _how_to_go_on(argv: list[str]) -> str:
+    again = shlex.join(["hicode", *argv])
+    kept = _KEPT.get(argv[0]) if argv else None
+    return f"{kept}; to go on: {again}" if kept else f"Nothing is kept; to begin again: {again}"
 
 
 def _complain(message: str) -> int:

@@ -36,6 +36,7 @@ def _demo(argv: list[str]) -> Command:
 
 def _prepare(argv: list[str]) -> Command:
     from hicode.preparation.pipeline import PrepareConfig, prepare
+    from hicode.training.stages import DEFAULT_PRESET
 
     def run(video: Video, out: Out, config: Annotated[PrepareConfig, NoPrefix] = PrepareConfig()) -> None:
         """Make a clip from a video: frames, landmarks, head track, masks, speech features, and a capture report.
@@ -48,7 +49,8 @@ def _prepare(argv: list[str]) -> Command:
         """
         clip = prepare(video, out, config)
         avatar = clip.path.with_suffix(".hicode")
-        print(f"{clip.path}: {clip.frame_count} frames. Next: hicode train {clip.path} -o {avatar}")
+        train = f"hicode train {clip.path} -o {avatar} --preset {DEFAULT_PRESET}"
+        print(f"{clip.path}: {clip.frame_count} frames. Next: {train}")
 
     return run
 

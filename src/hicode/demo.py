@@ -15,6 +15,7 @@ from hicode.evaluation.config import EvaluateConfig
 from hicode.evaluation.report import evaluate
 from hicode.files import sha256_of
 from hicode.media.audio import read_speech, write_audio
+from hicode.media.source import as_file
 from hicode.preparation.clip import Clip
 from hicode.preparation.pipeline import PrepareConfig, prepare
 from hicode.provenance import plain
@@ -51,14 +52,19 @@ def make(
 
     Raises InputError or OutputError before the long work if video, audio or a place cannot be used.
     """
-    out, training = Path(out), replace(config.train, progress=progress)
-    check_video_path(out, video, audio)
+    check_video_path(Path(out), video, audio)
+    with as_file(video) as video_file, as_file(audio) as audio_file:
+        return _make(video_file, audio_file, Path(out), config, progress)
+
+
+def _make(video: Path, audio: Path, out: Path, config: MakeConfig, progress: bool) -> Path:
+    training = replace(config.train, progress=progress)
     resolve_device(training.device)
     read_speech(audio)
     if training.speech_weights is not None:
         load_generic(training.speech_weights)
     work = config.work or out.with_suffix(".work")
-    name = Path(video).stem
+    name = video.stem
     clip = prepare(video, work / f"{name}.clip", config.prepare, progress)
     file = work / f"{name}.{training.preset}.hicode"
     avatar = Avatar.load(file) if file.exists() else None

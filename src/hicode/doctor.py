@@ -4,12 +4,15 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 from hicode.errors import HicodeError, InputError
+from hicode.runtime import can_write
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def examine() -> list[Finding]:
         _cores,
         _memory,
         _disk,
+        _temporary,
+        _compile_cache,
         _codecs,
         *map(_package, PACKAGES),
         _cuda,
@@ -147,7 +152,7 @@ def _disk() -> Finding:
         place = place.parent
     free = shutil.disk_usage(place).free / 1e9
     here = shutil.disk_usage(".").free / 1e9
-    writable = os.access(place, os.W_OK)
+    writable = can_write(place)
     if not writable:
         return Finding(
             "disk", "bad", f"the cache {assets.cache_dir()} cannot be written", "Set HICODE_CACHE to a folder that can."
@@ -159,6 +164,30 @@ def _disk() -> Finding:
         f"{here:.1f} GB free here, {free:.1f} GB for the cache",
         "3 GB are advised." if low else "",
     )
+
+
+def _temporary() -> Finding:
+    try:
+        place = tempfile.gettempdir()
+    except OSError:
+        return Finding("temporary files", "bad", "no folder for them can be written", "Set TMPDIR to one.")
+    free = shutil.disk_usage(place).free / 1e9
+    low = free < 0.5
+    advice = "0.5 GB are advised: set TMPDIR to another folder." if low else ""
+    return Finding("temporary files", "warn" if low else "good", f"{free:.1f} GB free in {place}", advice)
+
+
+def _compile_cache() -> Finding:
+    place = os.environ.get("NUMBA_CACHE_DIR")
+    if place is None:
+        return Finding("compiled code", "good", "is kept")
+    if not Path(place).name.startswith("hicode-compiled-"):
+        state = "good" if can_write(Path(place)) else "bad"
+        return Finding(
+            "compiled code", state, f"is kept in {place}", "" if state == "good" else "Unset NUMBA_CACHE_DIR."
+        )
+    advice = "Each start takes a minute more. Set NUMBA_CACHE_DIR to a folder that can be written."
+    return Finding("compiled code", "warn", "cannot be kept: neither beside the package nor in the home folder", advice)
 
 
 def _codecs() -> Finding:

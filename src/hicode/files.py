@@ -5,6 +5,7 @@ of another kind or of another version is refused; the error names the file and t
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,11 @@ import torch
 from torch import Tensor
 
 from hicode.errors import FileFormatError, OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def _os_error(path: Path, error: OSError) -> OutputError:
@@ -40,7 +46,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _create_next_to(path)
+        remove_leftovers(path)
+        temporary, lock = _create_next_to(path)
     except OSError as error:
         raise _os_error(path, error) from error
     try:
@@ -54,17 +61,87 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise _os_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(lock)
 
 
-def _create_next_to(path: Path) -> Path:
-    """A new empty file in the folder of `path`, with the permissions of the user's umask (`mkstemp` gives 0600)."""
+def _create_next_to(path: Path) -> tuple[Path, int]:
+    """A new empty file in the folder of `path`, and a descriptor that holds its lock while this process lives.
+
+    It has the permissions of the user's umask (`mkstemp` gives 0600).
+    """
     while True:
         temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
         try:
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+            lock = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         except FileExistsError:
             continue
-        return temporary
+        _lock(lock)
+        return temporary, lock
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of `path` whose process was killed: nobody holds their locks."""
+    if fcntl is None:
+        return
+    for old in path.parent.glob(f".{glob.escape(path.stem)}-????????{glob.escape(path.suffix)}"):
+        with suppress(OSError):
+            descriptor = os.open(old, os.O_RDWR)
+            try:
+                if _lock(descriptor):
+                    old.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock of an open file, which ends with the process; False if another has it. Without locks, True."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+@contextmanager
+def in_use(folder: Path | str) -> Iterator[None]:
+    """Hold a folder, which may be still to be made, for this process.
+
+    A lock file next to it names the process. Raises OutputError where another process holds the folder. Where no lock
+    file can be made, nothing is held.
+    """
+    folder = Path(os.path.abspath(folder))
+    file = folder.with_name(f".{folder.name}.lock")
+    descriptor = _open_lock(file)
+    if descriptor is None:
+        yield  # what is wrong with the place is said by who writes there
+        return
+    held = _lock(descriptor)
+    try:
+        if not held:
+            other = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
+            raise OutputError(
+                f"{folder} is in use by another hicode (process {other}). Wait for it, or choose another place with -o."
+            )
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        if held:
+            file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_lock(file: Path) -> int | None:
+    """The descriptor of a lock file; None where none can be made."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError:
+        return None
 
 
 def check_writable(path: Path | str) -> None:

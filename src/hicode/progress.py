@@ -1,7 +1,8 @@
 """Progress with the remaining time: a live bar on a terminal, a line every ten seconds elsewhere."""
 
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 _QUIET_S = 10.0
@@ -42,6 +43,12 @@ def progress_bar(label: str, show: bool = True) -> Iterator[Report]:
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def say_notes(name: object, notes: Iterable[str]) -> None:
+    """Write what is unusual about an input to standard error, a line each."""
+    for note in notes:
+        print(f"{name}: {note}", file=sys.stderr)
 
 
 def _lines(label: str, console) -> Report:

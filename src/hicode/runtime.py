@@ -3,11 +3,14 @@
 import math
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from hicode.errors import InputError, ResourceError
+from hicode.errors import InputError, OutputError, ResourceError
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -45,6 +48,44 @@ def share_cores() -> None:
     training iteration took 436 ms spinning and 151 ms sleeping.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def find_compile_cache() -> Iterator[Path | None]:
+    """Give Numba a folder for compiled code where it would find none; None where it finds one itself.
+
+    Without a folder, Numba refuses to compile. It looks beside the package and in the user's cache; in a container of
+    another user neither may be writable. It sets an environment variable before Numba is imported, so the command line
+    calls it and the library does not. The temporary folder lasts as long as the context: other users cannot put code
+    there. Raises OutputError where there is no place for temporary files either.
+    """
+    package = Path(__file__).parent
+    beside = package / "__pycache__"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if "NUMBA_CACHE_DIR" in os.environ or can_write(beside) or can_write(home / "numba"):
+        yield None
+        return
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="hicode-compiled-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise OutputError(
+            "There is no folder for temporary files that can be written. Set TMPDIR to one with 100 MB."
+        ) from error
+    with folder as name:
+        os.environ["NUMBA_CACHE_DIR"] = name
+        try:
+            yield Path(name)
+        finally:
+            del os.environ["NUMBA_CACHE_DIR"]
+
+
+def can_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, which may be still to be made."""
+    while not folder.exists():
+        if folder == folder.parent:
+            return False
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def cores() -> int:

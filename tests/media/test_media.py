@@ -10,55 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from helpers.media_files import click, encode, grey, levels, onset_s
 from hicode.errors import InputError, OutputError
 from hicode.media.audio import level_db, mix_weights, read_audio, read_speech, write_audio
 from hicode.media.video import VideoWriter, probe, read_video
-
-
-def grey(value: int, width=64, height=48) -> np.ndarray:
-    return np.full((height, width, 3), value, np.uint8)
-
-
-def encode(
-    path, frames, times_s, codec="libx264", pix_fmt="yuv420p", audio=None, options=None, aspect=None, start_audio_s=0.0
-):
-    """Frames at arbitrary presentation times. `audio` = (samples "c n", rate, layout, codec)."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=30, options=options or ({"crf": "1"} if codec == "libx264" else {}))
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        stream.codec_context.time_base = Fraction(1, 90000)
-        if aspect:
-            stream.codec_context.sample_aspect_ratio = aspect
-        sound = None
-        if audio is not None:
-            samples, rate, layout, audio_codec = audio
-            sound = container.add_stream(audio_codec, rate=rate, layout=layout)
-        for image, time_s in zip(frames, times_s):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = round(time_s * 90000), Fraction(1, 90000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-        if sound is not None:
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, np.float32), format="fltp", layout=layout)
-            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), round(start_audio_s * rate)
-            container.mux(sound.encode(frame))
-            container.mux(sound.encode(None))
-    return path
-
-
-def levels(path, **kw) -> np.ndarray:
-    return np.array([f.mean() for f in read_video(path, **kw)])
-
-
-def click(length_s: float, at_s: float, rate: int) -> np.ndarray:
-    """A 1 kHz tone burst of 60 ms: lossy codecs keep its onset to a few milliseconds."""
-    t = np.arange(int(length_s * rate)) / rate
-    return (0.5 * np.sin(2 * np.pi * 1000 * t) * ((t >= at_s) & (t < at_s + 0.06))).astype(np.float32)
-
-
-def onset_s(samples: np.ndarray, rate=16000) -> float:
-    return np.argmax(np.abs(samples) > 0.15) / rate
 
 
 @pytest.mark.parametrize("source_fps", [12, 24, 24000 / 1001, 25, 30, 30000 / 1001, 50, 60])
@@ -378,15 +333,3 @@ def test_of_surround_sound_the_centre_speaks_and_the_subwoofer_does_not():
     assert everything.argmax() == 2 and everything[3] == 0 and everything.sum() == pytest.approx(1)
     np.testing.assert_array_equal(mix_weights(np.diag([0, 0, 0, 1.0, 0, 0]), layout), [0, 0, 0, 1, 0, 0])
     assert np.isfinite(mix_weights(np.zeros((6, 6)), layout)).all()
-
-
-@pytest.mark.parametrize("subtype", ["PCM_24", "FLOAT", "DOUBLE"])
-def test_wide_samples_keep_their_scale(tmp_path, subtype):
-    """Float files may go beyond full scale, and are not clipped."""
-    live = voice() * (1.0 if subtype == "PCM_24" else 25.0)
-    soundfile.write(str(tmp_path / "a.wav"), live, 48000, subtype=subtype)
-    got = read_audio(tmp_path / "a.wav")
-    assert np.abs(got).max() > (0.2 if subtype == "PCM_24" else 3)
-    assert np.sqrt((got**2).mean()) == pytest.approx(
-        np.sqrt((live**2).mean() / 3), rel=0.1
-    )  # white noise to a third of its band

@@ -265,13 +265,12 @@ class TestPart:
         avatar, clip = self.avatar, self.clip
         if avatar.source.get("sha256") != clip.source.get("sha256"):
             return None
-        picked = evenly(min(len(clip.train), len(avatar.driving)), TRAINING_FRAMES)
-        driving = DrivingTrack(
-            avatar.driving, lambda k: clip.image(clip.train[k]), lambda k: clip.head_mask(clip.train[k])
-        )
+        shown = clip.driving
+        picked = evenly(min(len(shown), len(avatar.driving)), TRAINING_FRAMES)
+        driving = DrivingTrack(avatar.driving, lambda k: clip.image(shown[k]), lambda k: clip.head_mask(shown[k]))
         renderer, scores = FrameRenderer(avatar, driving, self.region, film_grain=False), []
         for k in picked:
-            t = clip.train[k]
+            t = shown[k]
             truth = Truth(clip.image(t), clip.head_mask(t), clip.track.mouth_box(t))
             scores.append(truth.compare(renderer.render(k, avatar.driving[k : k + 1], k, Timings())))
         return {"frames": len(picked)} | {region: means([s[region] for s in scores]) for region in REGIONS}

@@ -109,12 +109,12 @@ def _has_sound(path: Path, track: int) -> bool:
 def _frames(path: Path, track: int, part: tuple[int, int] | None = None) -> Iterator[av.AudioFrame]:
     """What decodes of a track; damage is said, where it matters, by the pass that reads the sound."""
     with open_media(path, part) as container:
-        stream = container.streams[track]
-        for packet in container.demux(stream):
+        for packet in container.demux(container.streams[track]):
             try:
-                yield from packet.decode()
+                frames = packet.decode()
             except av.error.FFmpegError:
                 continue
+            yield from (frame for frame in frames if isinstance(frame, av.AudioFrame))
 
 
 def sound_notes(path: Path | str) -> list[str]:
@@ -239,7 +239,7 @@ class _Mixing:
 def _mixing(path: Path, track: int, part: tuple[int, int] | None = None) -> _Mixing:
     """Decode the whole track where it has several channels, or float samples, which have no fixed full scale."""
     with open_media(path, part) as container:
-        context = container.streams[track].codec_context
+        context = next(s for s in container.streams.audio if s.index == track).codec_context
         is_float = context.name.startswith("pcm_f")
         if context.channels == 1 and not is_float:
             return _Mixing()

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 import av
 import av.container
@@ -17,7 +17,9 @@ import av.error
 
 from hicode.errors import InputError, OutputError
 
+FileSource = Path | str | bytes | bytearray | memoryview | IO[bytes] | io.IOBase
 _COPY_BYTES = 1 << 20
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def media_url(path: Path | str) -> str:
@@ -52,6 +54,11 @@ def _check(path: Path) -> None:
         raise InputError(f"{path} does not exist. Check the path.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}. Change its rights, or copy it.") from error
+    if stat.S_ISDIR(mode) and any(file.suffix.lower() in _PICTURES for file in path.iterdir()):
+        raise InputError(
+            f"{path} is a folder of pictures, which have no times. Make a video of them, with its frame rate: "
+            "ffmpeg -framerate 25 -i %06d.png -crf 12 video.mp4"
+        )
     if stat.S_ISDIR(mode):
         raise InputError(f"{path} is a folder, not a video or sound file. Name the file itself.")
     if not stat.S_ISREG(mode):
@@ -63,7 +70,7 @@ def _check(path: Path) -> None:
 
 
 @contextmanager
-def as_file(source: Path | str | bytes | BinaryIO) -> Iterator[Path]:
+def as_file(source: FileSource) -> Iterator[Path]:
     """The path of a regular file. A pipe, bytes or a file object are first read into a temporary one, to their end.
 
     Raises InputError where that cannot be read, or is empty, OutputError where it does not fit on the disk.
@@ -83,7 +90,7 @@ def as_file(source: Path | str | bytes | BinaryIO) -> Iterator[Path]:
 
 
 @contextmanager
-def _copied(source: Path | BinaryIO) -> Iterator[Path]:
+def _copied(source: Path | IO[bytes] | io.IOBase) -> Iterator[Path]:
     name = str(source) if isinstance(source, Path) else "The file object"
     with tempfile.TemporaryDirectory(prefix="hicode-") as folder:
         copy = Path(folder) / "input"
@@ -93,7 +100,7 @@ def _copied(source: Path | BinaryIO) -> Iterator[Path]:
                     with source.open("rb") as pipe:
                         shutil.copyfileobj(pipe, target, _COPY_BYTES)
                 else:
-                    shutil.copyfileobj(source, target, _COPY_BYTES)
+                    shutil.copyfileobj(cast(IO[bytes], source), target, _COPY_BYTES)
         except OSError as error:
             raise OutputError(
                 f"{name} cannot be copied to {folder}: {error.strerror or error}. Free some space, or set TMPDIR."

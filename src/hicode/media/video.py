@@ -21,6 +21,7 @@ import av.video.stream
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from jaxtyping import UInt8
 
 from hicode.audio import FPS, SAMPLE_RATE_HZ
 from hicode.errors import InputError, OutputError
@@ -32,6 +33,7 @@ from hicode.media.timeline import Timeline, extent, packets
 _ENLARGE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _REDUCE = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _UNSPECIFIED_MATRIX = 2  # AVCOL_SPC_UNSPECIFIED
+_SMEARED_S = 1.0  # how long damage lasts, where no key frame ends it: blocks are renewed bit by bit
 _HDR_TRANSFERS = (16, 18)  # AVCOL_TRC_SMPTE2084 (PQ), AVCOL_TRC_ARIB_STD_B67 (HLG)
 
 
@@ -120,22 +122,30 @@ def _orientation(frame: av.VideoFrame) -> _Orientation:
     return _Orientation(True, c < 0, b < 0)
 
 
-def _decoded(container, stream, path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
-    """(presentation time, frame) in order. Times always rise: a missing or repeated stamp counts as one nominal frame
-    on.
+@dataclass(frozen=True, eq=False)
+class _Decoded:
+    """A frame, its presentation time, and whether its packet, or one that it builds on, is damaged."""
+
+    time_s: float
+    frame: av.VideoFrame
+    damaged: bool
+
+
+def _decoded(container, stream, path: Path) -> Iterator[_Decoded]:
+    """Frames in order. Times always rise: a missing or repeated stamp counts as one nominal frame on.
 
     InputError where nothing decodes, or where the file ends well before the length it declares.
     """
     stream.thread_type = "AUTO"
     nominal_s = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-    timeline, last_s, damaged = Timeline(), None, 0
+    timeline, last_s, lost, lost_s = Timeline(), None, 0, None
     for packet in packets(container, timeline):
         if packet.stream.index != stream.index:
             continue
         try:
             frames = packet.decode()
         except av.error.InvalidDataError:
-            damaged += 1
+            lost, lost_s = lost + 1, last_s
             continue
         except av.error.FFmpegError as error:
             raise InputError(f"{path} cannot be decoded ({error.strerror}). Export it again as MP4 (H.264).") from error
@@ -144,11 +154,13 @@ def _decoded(container, stream, path: Path) -> Iterator[tuple[float, av.VideoFra
             if time_s is None or (last_s is not None and time_s <= last_s):
                 time_s = 0.0 if last_s is None else last_s + nominal_s
             last_s = time_s
-            yield time_s, frame
+            if frame.is_corrupt:
+                lost_s = time_s
+            elif frame.key_frame or (lost_s is not None and time_s > lost_s + _SMEARED_S):
+                lost_s = None
+            yield _Decoded(time_s, frame, lost_s is not None)
     if last_s is None:
-        raise InputError(
-            f"{path} holds no decodable picture ({damaged} damaged packets). Export it again as MP4 (H.264)."
-        )
+        raise InputError(f"{path} holds no decodable picture ({lost} damaged packets). Export it again as MP4 (H.264).")
     _check_whole(container, timeline.reached_s, path)
 
 
@@ -206,7 +218,8 @@ def probe(path: Path | str) -> VideoInfo:
     path = Path(path)
     with open_media(path) as container:
         stream = video_stream(container, path)
-        time_s, frame = next(_decoded(container, stream, path))
+        first = next(_decoded(container, stream, path))
+        time_s, frame = first.time_s, first.frame
         width, height = _Converter(stream, None).size(frame)
         orientation = _orientation(frame)
         if orientation.transpose:
@@ -226,10 +239,10 @@ def probe(path: Path | str) -> VideoInfo:
             hdr=int(frame.color_trc) in _HDR_TRANSFERS,
             has_audio=any(s.codec_context is not None for s in container.streams.audio),
         )
-        notes = _picture_notes(container, stream, frame)
+        notes, track = _picture_notes(container, stream, frame), stream.index
     with open_media(path) as container:
         found = extent(container)
-        span = found.spans.get(stream.index)
+        span = found.spans.get(track)
     jumps = [
         f"The clock jumps by {size_s:.1f} s at {at_s - time_s:.2f} s: taken as continuous."
         for at_s, size_s in found.jumps
@@ -242,7 +255,9 @@ def probe(path: Path | str) -> VideoInfo:
     return replace(info, duration_s=duration_s, notes=(*notes, *jumps))
 
 
-def _picture_notes(container: av.container.InputContainer, stream: av.video.stream.VideoStream, frame: av.VideoFrame) -> list[str]:
+def _picture_notes(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, frame: av.VideoFrame
+) -> list[str]:
     """What of the file's pictures is not used."""
     notes = []
     others = len(_moving_pictures(container)) - 1
@@ -260,7 +275,20 @@ def _number(streams, stream) -> int:
     return 1 + [s.index for s in streams].index(stream.index)
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A frame at a constant rate; `damaged`: blocks of it are missing or smeared, because packets are."""
+
+    rgb: UInt8[np.ndarray, "h w 3"]
+    damaged: bool
+
+
 def read_video(path: Path | str, fps: float = FPS, max_size: int | None = None) -> Iterator[np.ndarray]:
+    """The images of `read_pictures`."""
+    return (picture.rgb for picture in read_pictures(path, fps, max_size))
+
+
+def read_pictures(path: Path | str, fps: float = FPS, max_size: int | None = None) -> Iterator[Picture]:
     """Frames as uint8 RGB "h w 3", upright, at constant `fps`; the longer side at most `max_size` px.
 
     Frame i is the decoded frame nearest in presentation time to i / fps (the earlier one of two equally near), so
@@ -273,36 +301,34 @@ def read_video(path: Path | str, fps: float = FPS, max_size: int | None = None) 
         convert = _Converter(stream, max_size)
         count = 0
         start_s: float | None = None
-        held: tuple[float, av.VideoFrame] | None = None
+        held: _Decoded | None = None
         held_rgb: np.ndarray | None = None
         frame_s = 1 / fps
 
-        def emit_until(next_s: float) -> Iterator[np.ndarray]:
+        def emit_until(next_s: float) -> Iterator[Picture]:
             nonlocal count, held_rgb
+            assert held is not None
             while count / fps < next_s:
                 # Converted once and only where it is shown; repeats are copies, so that a caller may write into what it
                 # gets.
-                if held_rgb is None:
-                    assert held is not None
-                    held_rgb = convert(held[1])
-                    yield held_rgb
-                else:
-                    yield held_rgb.copy()
+                repeated = held_rgb is not None
+                held_rgb = convert(held.frame) if held_rgb is None else held_rgb
+                yield Picture(held_rgb.copy() if repeated else held_rgb, held.damaged)
                 count += 1
 
-        for time_s, frame in _decoded(container, stream, path):
+        for decoded in _decoded(container, stream, path):
             if start_s is None or held is None:
-                start_s = time_s
+                start_s = decoded.time_s
             else:
                 # The nearer frame changes in the middle between two; 1 µs absorbs the rounding of time stamps.
-                frame_s = time_s - held[0]
-                yield from emit_until((held[0] + time_s) / 2 - start_s + 1e-6)
-            held, held_rgb = (time_s, frame), None
+                frame_s = decoded.time_s - held.time_s
+                yield from emit_until((held.time_s + decoded.time_s) / 2 - start_s + 1e-6)
+            held, held_rgb = decoded, None
         assert start_s is not None and held is not None  # otherwise _decoded has raised
         # The last frame lasts as long as it says, or as long as the one before it, but no longer than a second.
-        last = held[1]
+        last = held.frame
         last_s = float(last.duration * last.time_base) if last.duration and last.time_base else frame_s
-        yield from emit_until(held[0] + min(last_s, 1.0) - start_s - 0.5 / fps)
+        yield from emit_until(held.time_s + min(last_s, 1.0) - start_s - 0.5 / fps)
 
 
 class VideoWriter:

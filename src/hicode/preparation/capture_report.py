@@ -19,12 +19,14 @@ from hicode.motion import (
     FaceTrack,
 )
 from hicode.preparation.crop import Crop, FaceSearch, clock
+from hicode.preparation.defects import Defect, usable
 from hicode.preparation.sound import Offset, Sound
 from hicode.progress import Report
 from hicode.tracking.keyframes import Pictures, gray_image
 
 _UPPER_FACE = np.array([10, 67, 297, 50, 280, 6])  # forehead to cheeks: what the mouth does not move
 _PATCH_PX = 24  # side of the mouth patches that are compared
+_MOST_DEFECTS = 4  # that are listed with their times
 _MOST_PATCHES = 500  # patches that the median is taken of
 
 
@@ -105,6 +107,11 @@ class Recording:
     survey: Survey
 
     @property
+    def defects(self) -> list[Defect]:
+        """Of frames, in order."""
+        return [Defect(**defect) for defect in self.crop.defects]
+
+    @property
     def eye_distance_px(self) -> Float[np.ndarray, "t"]:
         """Distance of the outer eye corners."""
         points = self.track.landmarks_px.numpy()
@@ -114,7 +121,9 @@ class Recording:
     def mouth_range(self) -> float:
         """Range of the inner lips' gap (5th to 95th percentile), in eye distances."""
         points = self.track.landmarks_px.numpy()
+        good = usable(len(points), self.defects)
         opening = np.linalg.norm(points[:, UPPER_LIP_INNER] - points[:, LOWER_LIP_INNER], axis=1) / self.eye_distance_px
+        opening = opening[good] if good.any() else opening
         return float(np.percentile(opening, 95) - np.percentile(opening, 5))
 
 
@@ -134,6 +143,7 @@ def capture_report(recording: Recording, config: ReportConfig) -> CaptureReport:
         "face_px": round(recording.faces.size_px, 1),
         "eye_distance_px": round(float(np.median(recording.eye_distance_px)), 1),
         "missing_frames": recording.missing_frames,
+        "unusable_frames": int((~usable(recording.crop.frame_count, recording.defects)).sum()),
         "other_faces": len(recording.faces.others),
         "fit_error_px": round(recording.fit_px, 3),
         "mouth_range": round(recording.mouth_range, 4),
@@ -166,6 +176,10 @@ def _video(r: Recording, config: ReportConfig) -> Finding:
     info = r.video
     rotated = f", turned {info.rotation_deg}°" if info.rotation_deg else ""
     return Finding("video", f"{info.width}x{info.height} px, {info.fps:.4g} fps, {info.codec}{rotated}")
+
+
+def _source(r: Recording, config: ReportConfig) -> Finding | None:
+    return Finding("file", "unusual", " ".join(r.video.notes)) if r.video.notes else None
 
 
 def _colour(r: Recording, config: ReportConfig) -> Finding | None:
@@ -206,6 +220,16 @@ def _missing_face(r: Recording, config: ReportConfig) -> Finding | None:
         return None
     value = f"{r.missing_frames} frames, first at {clock(r.first_missing)}"
     return Finding("missing face", value, "They are interpolated.")
+
+
+def _defects(r: Recording, config: ReportConfig) -> Finding | None:
+    if not r.defects:
+        return None
+    count = int((~usable(r.crop.frame_count, r.defects)).sum())
+    shown = [f"{d.kind} {clock(d.first)}-{clock(d.end)}" for d in r.defects[:_MOST_DEFECTS]]
+    more = f" and {len(r.defects) - len(shown)} more" if len(r.defects) > len(shown) else ""
+    value = f"{count} frames: {', '.join(shown)}{more}"
+    return Finding("unusable", value, "Not learned from. The longest part without them drives the avatar.")
 
 
 def _fit(r: Recording, config: ReportConfig) -> Finding:
@@ -295,8 +319,8 @@ def _audio_offset(r: Recording, config: ReportConfig) -> Finding | None:
 
 
 _CHECKS: tuple[Check, ...] = (
-    _length, _video, _colour, _scanning, _face, _crop, _people, _missing_face, _fit, _sharpness, _light,
-    _light_changes, _cuts, _covered_mouth, _rotation, _burnt_out, _mouth_range, _sound, _overdriven, _audio_offset,
+    _length, _video, _source, _colour, _scanning, _face, _crop, _people, _missing_face, _defects, _fit, _sharpness,
+    _light, _light_changes, _cuts, _covered_mouth, _rotation, _burnt_out, _mouth_range, _sound, _overdriven, _audio_offset,
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
@@ -29,6 +29,7 @@ from hicode.camera import Camera
 from hicode.errors import FileFormatError, InputError
 from hicode.files import load_tensors, read_json, save_tensors
 from hicode.motion import FaceTrack, Motion
+from hicode.preparation.defects import Defect, longest_run, usable
 from hicode.speech.encoders import AudioEncoder, EncoderSpec, default_spec, encoder_of, match_frames
 
 SCHEMA, VERSION = "hicode-clip", 2
@@ -69,6 +70,7 @@ class Clip:
         self.start_s: float = config["start_s"]
         self.audio_offset_frames: float = config["audio_offset_frames"]
         self.report: dict = config["report"]
+        self.defects = [Defect(**defect) for defect in config.get("defects", [])]
         self._pictures = _Pictures()
 
     @staticmethod
@@ -112,6 +114,17 @@ class Clip:
     def video(self) -> Path:
         """The source video, where it was when the clip was prepared."""
         return Path(self.source["path"])
+
+    @cached_property
+    def usable(self) -> Bool[np.ndarray, "t"]:
+        """Frames without a defect: those that are learned from."""
+        return usable(self.frame_count, self.defects)
+
+    @property
+    def driving(self) -> range:
+        """The longest part of the training part without a defect: it drives the avatar."""
+        run = longest_run(self.usable[self.train.start : self.train.stop])
+        return range(self.train.start + run.start, self.train.start + run.stop)
 
     @property
     def has_audio(self) -> bool:

@@ -5,7 +5,7 @@ that it cannot jitter. A box is (x0, y0, x1, y1).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cv2
@@ -15,8 +15,9 @@ from jaxtyping import Float, UInt8
 from hicode.audio import FPS
 from hicode.errors import InputError
 from hicode.files import check_free_space
-from hicode.media.video import VideoInfo
+from hicode.media.video import Picture, VideoInfo
 from hicode.preparation.clip import write_png
+from hicode.preparation.defects import DefectFinder
 from hicode.preparation.steps import whole_folder
 from hicode.progress import Report
 from hicode.tracking.landmarks import FaceDetector
@@ -61,11 +62,12 @@ class FaceSearch:
 
 @dataclass(frozen=True)
 class Crop:
-    """box: x0, y0, side in source px · scale: crop px in a source px."""
+    """box: x0, y0, side in source px · scale: crop px in a source px · defects: fields of `Defect`."""
 
     frame_count: int
     box: list[int]
     scale: float
+    defects: list[dict] = field(default_factory=list)
 
 
 def find_faces(
@@ -221,18 +223,23 @@ def decode_size(box: Sequence[int], size: int, info: VideoInfo) -> int | None:
 
 
 def write_crops(
-    frames: Iterable[Image], folder: Path, size: int, box: tuple[int, int, int], expected: int, report: Report
+    frames: Iterable[Picture], folder: Path, size: int, box: tuple[int, int, int], expected: int, report: Report
 ) -> Crop:
-    """Write the crop of every frame, decoded to `decode_size`, to `folder`/frames as a lossless picture."""
+    """Write the crop of every frame, decoded to `decode_size`, to `folder`/frames as a lossless picture.
+
+    It also finds the frames with defects.
+    """
     check_free_space(folder, round(expected * size * size * 1.5))
     x0, y0, side = box
-    scale, count = min(1.0, 2 * size / side), 0
+    scale, count, finder = min(1.0, 2 * size / side), 0, DefectFinder()
     with whole_folder(folder / "frames") as target:
         for frame in frames:
-            write_png(target / f"{count:06d}.png", crop_square(frame, x0 * scale, y0 * scale, side * scale, size))
+            crop = crop_square(frame.rgb, x0 * scale, y0 * scale, side * scale, size)
+            write_png(target / f"{count:06d}.png", crop)
+            finder.add(crop, frame.damaged)
             count += 1
             report(count, expected)
-    return Crop(count, [x0, y0, side], size / side)
+    return Crop(count, [x0, y0, side], size / side, [asdict(defect) for defect in finder.defects()])
 
 
 def crop_square(frame: Image, x0: float, y0: float, side: float, size: int) -> UInt8[np.ndarray, "s s 3"]:

@@ -5,7 +5,7 @@ t frames at 25 fps.
 
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -15,8 +15,10 @@ from jaxtyping import UInt8
 
 from hicode.audio import FPS
 from hicode.errors import HicodeError, InputError, OutputError
-from hicode.files import load_tensors, save_tensors, sha256_of
-from hicode.media.video import VideoInfo, probe, read_video
+from hicode.files import in_use, load_tensors, save_tensors, sha256_of
+from hicode.media.audio import sound_notes
+from hicode.media.source import as_file
+from hicode.media.video import Picture, VideoInfo, probe, read_pictures
 from hicode.preparation.capture_report import (
     CaptureReport,
     Recording,
@@ -40,7 +42,7 @@ from hicode.preparation.crop import (
 )
 from hicode.preparation.sound import Features, Offset, Sound, SoundConfig, measure_offset, store_features, store_sound
 from hicode.preparation.steps import Step, StepCache, make_folder, open_state, whole_folder
-from hicode.progress import progress_bar
+from hicode.progress import progress_bar, say_notes
 from hicode.runtime import require_memory_for_frames
 from hicode.speech.encoders import EncoderName, default_spec
 from hicode.speech.encoders.hubert import weights_variant
@@ -99,12 +101,21 @@ def prepare(
     and what helps), OutputError where `out` cannot be written. A new folder that failed is removed. An interrupted one
     stays, and the same call continues it.
     """
-    video, out = Path(video), Path(out)
     _check_config(config)
+    with as_file(video) as file, in_use(out):
+        return _prepare(file, Path(out), config, progress, models, Path(video).name)
+
+
+def _prepare(
+    video: Path, out: Path, config: PrepareConfig, progress: bool, models: TrackingModels | None, name: str
+) -> Clip:
     info = probe(video)
+    info = replace(info, notes=(*info.notes, *sound_notes(video)))
+    if progress:
+        say_notes(name, info.notes)
     _check_length(info, config)
     _check_memory(info, config)
-    source = {"name": video.name, "path": str(video.resolve()), "sha256": sha256_of(video)}
+    source = {"name": name, "path": str(video.resolve()), "sha256": sha256_of(video)}
     created = not out.exists()
     if created and (synthetic := synthetic_source(video)):
         source["synthetic"] = synthetic
@@ -200,7 +211,7 @@ class _Preparation:
         faces = cache.run(Step("faces", 2, search), FaceSearch, self.find_faces)
         check_light(faces.light, self.info.path, config.max_light)
         square = {"size": config.size, "crop": config.crop}
-        crop = cache.run(Step("crop", 2, square, ("faces",), ("frames",)), Crop, lambda: self.write_frames(faces))
+        crop = cache.run(Step("crop", 3, square, ("faces",), ("frames",)), Crop, lambda: self.write_frames(faces))
         train = self._describe(crop)
         landmark = {"landmarks": track.landmarks, "max_missing": config.max_missing}
         step = Step("landmarks", 3, landmark, ("crop",), ("landmarks.safetensors",))
@@ -234,6 +245,7 @@ class _Preparation:
             train=[train.start, train.stop],
             test=[test.start, test.stop],
             crop_box=crop.box,
+            defects=crop.defects,
         )
         return train
 
@@ -273,15 +285,15 @@ class _Preparation:
                 yield self.image(t)
                 report(t + 1, count)
 
-    def decode(self, max_size: int | None) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    def decode(self, max_size: int | None) -> Iterator[Picture]:
         """The source's frames from `start` for `duration` seconds."""
-        return _cut(read_video(self.info.path, FPS, max_size=max_size), self.config)
+        return _cut(read_pictures(self.info.path, FPS, max_size=max_size), self.config)
 
     # ---- the steps' work ----
 
     def find_faces(self) -> FaceSearch:
         config, expected = self.config, _expected_frames(self.info, self.config)
-        frames = self.decode(config.crop.sample_size_px)
+        frames = (picture.rgb for picture in self.decode(config.crop.sample_size_px))
         least = round(config.min_seconds * FPS)
         with progress_bar("Looking for faces", self.show) as report:
             progress = lambda done: report(done, max(expected, done))
@@ -403,7 +415,7 @@ class _Preparation:
         return capture_report(recording, config)
 
 
-def _cut(frames: Iterable[np.ndarray], config: PrepareConfig) -> Iterator[np.ndarray]:
+def _cut(frames: Iterable[Picture], config: PrepareConfig) -> Iterator[Picture]:
     """The frames from `start` for `duration` seconds."""
     first = round(config.start * FPS)
     last = None if config.duration is None else first + round(config.duration * FPS)
@@ -415,7 +427,7 @@ def _cut(frames: Iterable[np.ndarray], config: PrepareConfig) -> Iterator[np.nda
 
 
 def _expected_frames(info: VideoInfo, config: PrepareConfig) -> int:
-    seconds = (info.duration_s or 0.0) - config.start
+    seconds = info.duration_s - config.start
     return max(1, round(min(seconds, config.duration or seconds) * FPS))
 
 
@@ -455,7 +467,7 @@ def _weights_variant(config: PrepareConfig) -> str | None:
 
 
 def _check_length(info: VideoInfo, config: PrepareConfig) -> None:
-    if info.duration_s is not None and info.duration_s - config.start < config.min_seconds - 0.5 / FPS:
+    if info.duration_s - config.start < config.min_seconds - 0.5 / FPS:
         rest = f" after --start {config.start:g}" if config.start else ""
         raise InputError(
             f"{info.path} is {max(info.duration_s - config.start, 0):.1f} s long{rest}; at least "
@@ -471,8 +483,6 @@ _PROGRAM_BYTES, _CROP_PIXEL_BYTES, _SOURCE_PIXEL_BYTES, _FRAME_BYTES = 0.55e9, 4
 
 def _check_memory(info: VideoInfo, config: PrepareConfig) -> None:
     """Raise ResourceError where the video is too long, or too large, for the free memory."""
-    if info.duration_s is None:
-        return
     frames = _expected_frames(info, config)
     fixed = _PROGRAM_BYTES + _CROP_PIXEL_BYTES * config.size**2 + _SOURCE_PIXEL_BYTES * info.width * info.height
     require_memory_for_frames(frames, FPS, fixed, _FRAME_BYTES, f"Preparing {frames} frames of {info.path}")

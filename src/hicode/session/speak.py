@@ -4,11 +4,13 @@ a `Session`.
 Memory does not grow with the sound: it is read a little at a time, and frames are taken as they come.
 """
 
+import io
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Shaped
@@ -20,15 +22,19 @@ from hicode.audio import (
     SAMPLES_PER_FRAME,
     VIDEO_SAMPLE_RATE_HZ,
     DcBlocker,
+    Samples,
+    as_samples,
     checked_sound,
     frame_rms,
+    resample,
 )
 from hicode.avatar.avatar import Avatar
 from hicode.errors import InputError, OutputError
 from hicode.files import atomic_path, check_writable
-from hicode.media.audio import stream_audio
+from hicode.media.audio import sound_notes, stream_speech
+from hicode.media.source import as_file
 from hicode.media.video import VideoWriter
-from hicode.progress import progress_bar
+from hicode.progress import progress_bar, say_notes
 from hicode.runtime import Device, resolve_device
 from hicode.session.config import SpeakConfig, VideoConfig
 from hicode.session.motion_source import PIECE, DrivingTrack
@@ -40,6 +46,8 @@ from hicode.trust.consent import ConsentRecord
 from hicode.trust.machine_key import MachineKey
 from hicode.trust.marks import FrameMarker, VideoRecord, log_unmarked, sign_video
 
+SoundSource = Any
+"""A path, a pipe, an open binary file, a file's bytes, or samples: an array, a tensor, a list, or one with its rate."""
 SILENT_DB = -60.0
 READ_AHEAD = 2 * PIECE  # samples pushed at a time: bounds the motion that waits for its frames
 # x264 for spoken videos: 5 ms a 512² frame instead of "veryfast"'s 8; at this factor as good as that at 16, a fifth
@@ -118,8 +126,20 @@ def speak(
     InputError for a sound or a source that cannot be used, OutputError where `out` cannot be written: both before any
     work.
     """
-    out = Path(out)
-    check_video_path(out, audio, video.source_video)
+    check_video_path(Path(out), audio, video.source_video)
+    with _source(audio) as source:
+        return _speak(avatar, source, Path(out), config, video, device, progress)
+
+
+def _speak(
+    avatar: Avatar | Path | str,
+    source: Path | Samples,
+    out: Path,
+    config: SpeakConfig,
+    video: VideoConfig,
+    device: Device,
+    progress: bool,
+) -> SpeakResult:
     if isinstance(avatar, (str, Path)):
         avatar = Avatar.load(avatar)
     if (place := resolve_device(device)) != "cpu":
@@ -127,9 +147,11 @@ def speak(
     record = video_record(avatar)
     key = MachineKey.load() if config.mark.mark == "full" else None
     marker = FrameMarker(config.mark, record, avatar.driving.fps)
-    sound = _Sound.measured(audio)
+    sound = _Sound.measured(source)
+    if progress and isinstance(source, Path):
+        say_notes(source, sound_notes(source))
     session = Session(avatar, replace(config, level=config.level or sound.level))
-    total = -(-sound.samples // SAMPLES_PER_FRAME)
+    total = -(-sound.length // SAMPLES_PER_FRAME)
     original = None
     if video.original_size:
         shown = 1 if config.still else total
@@ -220,7 +242,7 @@ class _Sound:
 @contextmanager
 def _source(audio: SoundSource) -> Iterator[Path | Samples]:
     """A regular file, or checked samples. Raises InputError for anything that is no sound."""
-    if isinstance(audio, (str, Path, bytes, bytearray, io.IOBase)):
+    if isinstance(audio, (str, Path, bytes, bytearray, memoryview, io.IOBase)):
         with as_file(audio) as file:
             yield file
     else:

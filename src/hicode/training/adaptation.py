@@ -129,6 +129,7 @@ def example_of(clip: "Clip", encoder: EncoderSpec) -> SpeechExample:
     speaking = torch.zeros(len(motion), dtype=torch.bool)
     if samples is not None:
         speaking = speaking_frames(samples[: SAMPLES_PER_FRAME * train.stop], train.stop)[train]
+        speaking &= torch.from_numpy(clip.usable[train])
     features = clip.speech_features(encoder) if speaking.any() else None
     features = torch.zeros(0, encoder.dim) if features is None else features[2 * train.start : 2 * train.stop]
     return SpeechExample("subject", features[None], motion.expression, motion.landmarks, speaking)

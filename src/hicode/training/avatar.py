@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from hicode.avatar.avatar import MAX_DRIVING_FRAMES, Avatar
 from hicode.avatar.blend import estimate_background, with_whole_face
 from hicode.errors import InputError
-from hicode.files import check_writable, load_tensors, save_tensors, sha256_of
+from hicode.files import check_writable, in_use, load_tensors, save_tensors, sha256_of
 from hicode.media.images import Images
 from hicode.preparation.clip import Clip
 from hicode.progress import Report, progress_bar
@@ -102,9 +102,10 @@ def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainC
         clip.hear()
     folder = config.run or out.parent / "runs" / out.stem
     settings = {"preset": config.preset, "seed": config.seed, "config": plain(head)}
-    open_run(folder, clip, settings)
     model = HeadModel.load()
-    with RunLog(folder) as log:
+    with in_use(folder):
+        open_run(folder, clip, settings)
+    with in_use(folder), RunLog(folder) as log:
         with log.timed("speech"), progress_bar("Adapting speech", config.progress) as report:
             speech = learn_speech(clip, folder / "speech.safetensors", config.speech_weights, report)
         with log.timed("head"), progress_bar("Training the head", config.progress) as report:
@@ -213,16 +214,17 @@ def affordable_preload(clip: Clip, budget_bytes: int) -> int:
 
 def assemble(clip: Clip, model: HeadModel, head: TrainedHead, speech: SpeechModels) -> Avatar:
     """An avatar without refiner and film grain: the head, and the clip's training part as background and driving."""
-    frames = list(clip.train)
+    frames = [t for t in clip.train if clip.usable[t]] or list(clip.train)
     faces = (with_whole_face(clip.head_mask(t), clip.track.landmarks_px[t].numpy()) for t in frames)
     plate = estimate_background((clip.image(t) for t in frames), faces)
-    kept = frames[:MAX_DRIVING_FRAMES]
-    source = {"path": str(clip.video), "first_frame": clip.first_frame, "crop_box": list(clip.crop_box)}
+    kept = clip.driving[:MAX_DRIVING_FRAMES]
+    first = kept.start - clip.train.start
+    source = {"path": str(clip.video), "first_frame": clip.first_frame + kept.start, "crop_box": list(clip.crop_box)}
     return Avatar(
         head.gaussians,
         head.deformation.eval(),
         clip.track.camera.with_pose(torch.eye(4)),
-        head.motion[: len(kept)],
+        head.motion[first : first + len(kept)],
         Images.encode((clip.image(t) for t in kept), ".jpg"),
         Images.encode((clip.head_mask(t) for t in kept), ".png"),
         plate,

@@ -21,13 +21,16 @@ class TrainingFrames:
     """Frames are named by the clip's frame index t. Decoded frames stay in memory up to `preload_bytes`.
 
     frames        of the training part
-    depth_frames  those with a depth map, which give the initial points; the first training frame is first
+    learned       those without a defect (all, where there is none without)
+    depth_frames  those with a depth map, which give the initial points
     window        the box that all renderings and targets cover, px of the clip's frames
     """
 
     def __init__(self, clip: Clip, preload_bytes: int):
         self.clip, self.frames = clip, list(clip.train)
-        self.depth_frames = list(clip.depths())
+        self.learned = [t for t in self.frames if clip.usable[t]] or self.frames
+        depths = list(clip.depths())
+        self.depth_frames = [t for t in depths if clip.usable[t]] or depths
         self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
         x0, y0, x1, y1 = self.window
         self._capacity = preload_bytes // ((x1 - x0) * (y1 - y0) * 4)  # frames with their masks

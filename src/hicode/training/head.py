@@ -151,15 +151,16 @@ def deform(gaussians: Gaussians, deformation: Deformation, motion: Motion, t: in
 def frame_at(config: HeadConfig, iteration: int, frames: TrainingFrames) -> int:
     """The clip's frame index for an iteration.
 
-    The first stage cycles through the frames that gave the initial points. Later stages take every training frame once
-    an epoch, in an order that depends on (seed, epoch).
+    The first stage cycles through the frames that gave the initial points. Later stages take every frame that is
+    learned from once an epoch, in an order that depends on (seed, epoch).
     """
     stage, index = config.stage_at(iteration)
     if not stage.deform:
         initial = frames.depth_frames[: config.init_frames]
         return initial[index % len(initial)]
-    epoch, place = divmod(iteration, len(frames))
-    return frames.frames[int(np.random.default_rng((config.seed, 3, epoch)).permutation(len(frames))[place])]
+    epoch, place = divmod(iteration, len(frames.learned))
+    order = np.random.default_rng((config.seed, 3, epoch)).permutation(len(frames.learned))
+    return frames.learned[int(order[place])]
 
 
 def set_learning_rates(state: HeadState, config: HeadConfig, stage: Stage) -> float:
