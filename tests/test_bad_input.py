@@ -35,6 +35,8 @@ def shelf(tmp_path_factory):
     (folder / "text.mp4").write_text("This is not a video.\n" * 100)
     (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20000))
     (folder / "folder.mp4").mkdir()
+    (folder / "pictures").mkdir()
+    cv2.imwrite(str(folder / "pictures/000000.png"), portrait(64))
     cv2.imwrite(str(folder / "picture.png"), portrait(64))
     cv2.imwrite(str(folder / "picture.jpg"), portrait(64))
     grey = [np.full((96, 128, 3), 120, np.uint8)] * 60
@@ -82,6 +84,8 @@ CASES = {
     # videos
     "no such video": ("prepare {s}/absent.mp4 -o {o}", "absent.mp4 does not exist"),
     "a folder as video": ("prepare {s}/folder.mp4 -o {o}", "is a folder"),
+    "a folder of pictures as video": ("prepare {s}/pictures -o {o}", "folder of pictures"),
+    "a device as video": ("prepare /dev/null -o {o}", "is a device"),
     "an empty video": ("prepare {s}/empty.mp4 -o {o}", "is empty"),
     "a text as video": ("prepare {s}/text.mp4 -o {o}", "text.mp4 is not a readable video"),
     "noise as video": ("prepare {s}/noise.mp4 -o {o}", "is not a readable video"),
@@ -164,6 +168,7 @@ CASES = {
     "an avatar measured on no clip": ("evaluate {s}/partless.hicode {s}/absent.clip", "hicode"),
     # sounds; `make` listens before it begins the long work
     "no such sound": ("make {s}/face.mp4 {s}/absent.wav -o {o}.mp4", "does not exist"),
+    "a device as sound": ("make {s}/face.mp4 /dev/null -o {o}.mp4", "is a device"),
     "an empty sound": ("make {s}/face.mp4 {s}/empty.wav -o {o}.mp4", "is empty"),
     "a sound of no length": ("make {s}/face.mp4 {s}/zero.wav -o {o}.mp4", "zero.wav"),
     "a silent sound": ("make {s}/face.mp4 {s}/silent.wav -o {o}.mp4", "is silent"),

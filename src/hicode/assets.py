@@ -160,7 +160,20 @@ def cache_dir() -> Path:
     root = os.environ.get("HICODE_CACHE")
     if root:
         return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hicode"
+    return user_folder("XDG_CACHE_HOME", ".cache", "HICODE_CACHE")
+
+
+def user_folder(variable: str, usual: str, own: str) -> Path:
+    """hicode's folder in the one that a standard variable names, else in the user's home.
+
+    Raises AssetError where the user has no home; `own` is the variable that helps.
+    """
+    if root := os.environ.get(variable):
+        return Path(root) / "hicode"
+    try:
+        return Path.home() / usual / "hicode"
+    except RuntimeError as error:
+        raise AssetError(f"This user has no home folder. Set {own} to a folder that can be written.") from error
 
 
 def folder(name: str) -> Path:

@@ -58,6 +58,7 @@ def examine() -> list[Finding]:
         _disk,
         _temporary,
         _compile_cache,
+        _signing,
         _codecs,
         *map(_package, PACKAGES),
         _cuda,
@@ -67,6 +68,8 @@ def examine() -> list[Finding]:
     for check in checks:
         try:
             findings.append(check())
+        except HicodeError as error:
+            findings.append(Finding(check.__name__.strip("_"), "bad", str(error)))
         except Exception as error:  # a broken installation can fail in any way: that is the finding
             findings.append(
                 Finding(
@@ -188,6 +191,15 @@ def _compile_cache() -> Finding:
         )
     advice = "Each start takes a minute more. Set NUMBA_CACHE_DIR to a folder that can be written."
     return Finding("compiled code", "warn", "cannot be kept: neither beside the package nor in the home folder", advice)
+
+
+def _signing() -> Finding:
+    from hicode.trust.machine_key import config_folder
+
+    place = config_folder()
+    if can_write(place):
+        return Finding("signing key", "good", f"in {place}")
+    return Finding("signing key", "bad", f"{place} cannot be written", "Set HICODE_CONFIG to a folder that can.")
 
 
 def _codecs() -> Finding:

@@ -61,11 +61,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise _os_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
-def _create_next_to(path: Path) -> tuple[Path, int]:
-    """A new empty file in the folder of `path`, and a descriptor that holds its lock while this process lives.
+def _create_next_to(path: Path) -> tuple[Path, int | None]:
+    """A new empty file in the folder of `path`, and the open descriptor that holds its lock, where there are locks.
 
     It has the permissions of the user's umask (`mkstemp` gives 0600).
     """
@@ -75,6 +76,9 @@ def _create_next_to(path: Path) -> tuple[Path, int]:
             lock = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         except FileExistsError:
             continue
+        if fcntl is None:
+            os.close(lock)  # Windows renames no open file
+            return temporary, None
         _lock(lock)
         return temporary, lock
 
@@ -83,7 +87,7 @@ def remove_leftovers(path: Path) -> None:
     """Remove temporary files of `path` whose process was killed: nobody holds their locks."""
     if fcntl is None:
         return
-    for old in path.parent.glob(f".{glob.escape(path.stem)}-????????{glob.escape(path.suffix)}"):
+    for old in path.parent.glob(f".{glob.escape(path.stem)}-{8 * '[0-9a-f]'}{glob.escape(path.suffix)}"):
         with suppress(OSError):
             descriptor = os.open(old, os.O_RDWR)
             try:
@@ -114,7 +118,7 @@ def in_use(folder: Path | str) -> Iterator[None]:
     file can be made, nothing is held.
     """
     folder = Path(os.path.abspath(folder))
-    file = folder.with_name(f".{folder.name}.lock")
+    file = folder.parent / f".{folder.name}.lock"
     descriptor = _open_lock(file)
     if descriptor is None:
         yield  # what is wrong with the place is said by who writes there
@@ -137,6 +141,8 @@ def in_use(folder: Path | str) -> Iterator[None]:
 
 def _open_lock(file: Path) -> int | None:
     """The descriptor of a lock file; None where none can be made."""
+    if fcntl is None:
+        return None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         return os.open(file, os.O_CREAT | os.O_RDWR, 0o666)

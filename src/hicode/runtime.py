@@ -61,8 +61,9 @@ def find_compile_cache() -> Iterator[Path | None]:
     """
     package = Path(__file__).parent
     beside = package / "__pycache__"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    if "NUMBA_CACHE_DIR" in os.environ or can_write(beside) or can_write(home / "numba"):
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    kept = cache.is_absolute() and can_write(cache / "numba")  # a user without a home folder has a relative one
+    if "NUMBA_CACHE_DIR" in os.environ or can_write(beside) or kept:
         yield None
         return
     try:

@@ -105,6 +105,7 @@ class _FakeClip:
     def __init__(self, example: SpeechExample, sound: bool | None, test: int = 25):
         t = len(example)
         self.frame_count, self.train, self.test = t, range(t - test), range(t - test, t)
+        self.usable = np.ones(t, bool)
         motion = Motion(example.expression, example.landmarks, torch.eye(4).expand(t, 4, 4))
         self.track = SimpleNamespace(motion=motion)
         self._features, self._sound = example.features[0], sound

@@ -320,7 +320,8 @@ def _audio_offset(r: Recording, config: ReportConfig) -> Finding | None:
 
 _CHECKS: tuple[Check, ...] = (
     _length, _video, _source, _colour, _scanning, _face, _crop, _people, _missing_face, _defects, _fit, _sharpness,
-    _light, _light_changes, _cuts, _covered_mouth, _rotation, _burnt_out, _mouth_range, _sound, _overdriven, _audio_offset,
+    _light, _light_changes, _cuts, _covered_mouth, _rotation, _burnt_out, _mouth_range, _sound, _overdriven,
+    _audio_offset,
 )  # fmt: skip
 
 

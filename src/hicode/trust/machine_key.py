@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hicode.assets import user_folder
 from hicode.errors import FileFormatError, OutputError
 from hicode.files import atomic_path
 
@@ -70,7 +71,7 @@ def config_folder() -> Path:
     """Where the user's own settings lie."""
     if folder := os.environ.get("HICODE_CONFIG"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "hicode"
+    return user_folder("XDG_CONFIG_HOME", ".config", "HICODE_CONFIG")
 
 
 def signed_by(certificate: str, signature: bytes, data: bytes) -> bool:
