@@ -21,8 +21,6 @@ FEATURES_PER_FRAME = SAMPLES_PER_FRAME // SAMPLES_PER_FEATURE
 VIDEO_SAMPLE_RATE_HZ = 48_000
 """of the sound in a video that is written from a file"""
 
-# No number format has a larger full scale (2^31). Squares of larger values would overflow.
-MAX_ABS_SAMPLE = 1e12
 MAX_CHANNELS = 32
 LOUDEST_FLOAT = 256.0
 """Float samples up to here are loud sound (48 dB above full scale); beyond, they are integers of some width."""
@@ -140,9 +138,10 @@ def checked_sound(samples: Shaped[np.ndarray, "*n"]) -> Float32[np.ndarray, "n"]
             f"The sound has {int((~finite).sum())} samples that are not numbers (first at {np.argmin(finite)}). "
             "Repair the file."
         )
-    if len(samples) and np.abs(samples).max() > MAX_ABS_SAMPLE:
+    if len(samples) and np.abs(samples).max() > LOUDEST_FLOAT:
         raise InputError(
-            f"The sound has samples of {np.abs(samples).max():.0e}, where 1 is full scale. Repair the file."
+            f"The sound has samples of {np.abs(samples).max():.0e}, where 1 is full scale. Divide integers that became "
+            "floats by their full scale (16 bits: 32768), or give them as int16."
         )
     return samples
 

@@ -26,6 +26,7 @@ from hicode import __version__
 from hicode.audio import FPS
 from hicode.errors import InputError, OutputError
 from hicode.files import atomic_path
+from hicode.media.source import media_url
 from hicode.trust.consent import ConsentRecord
 from hicode.trust.machine_key import MachineKey, config_folder
 from hicode.trust.watermark import Payload, Watermark
@@ -198,7 +199,7 @@ def aigc_field(record: VideoRecord) -> dict[str, str]:
 def read_aigc(path: Path | str) -> dict | None:
     """The AIGC field of any video; None where there is none, or no JSON object in it."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(media_url(path)) as container:
             text = container.metadata.get(AIGC_FIELD)
         value = json.loads(text) if text else None
     except (av.error.FFmpegError, OSError, ValueError):
@@ -210,8 +211,8 @@ def _with_metadata(source: Path, target: Path, metadata: dict[str, str]) -> None
     """The same packets with more metadata. QuickTime's keys hold fields of any name; MP4's own list does not."""
     try:
         with (
-            av.open(str(source)) as given,
-            av.open(str(target), "w", options={"movflags": "+faststart+use_metadata_tags"}) as made,
+            av.open(media_url(source)) as given,
+            av.open(media_url(target), "w", options={"movflags": "+faststart+use_metadata_tags"}) as made,
         ):
             streams = {s.index: made.add_stream_from_template(s) for s in given.streams if s.type in ("video", "audio")}
             made.metadata.update(given.metadata | metadata)
