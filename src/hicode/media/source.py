@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO, Protocol, cast, runtime_checkable
 
 import av
 import av.container
@@ -17,9 +17,18 @@ import av.error
 
 from hicode.errors import InputError, OutputError
 
-FileSource = Path | str | bytes | bytearray | memoryview | IO[bytes] | io.IOBase
 _COPY_BYTES = 1 << 20
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """An open binary file, or what reads like one."""
+
+    def read(self, count: int = -1, /) -> bytes: ...  # noqa: D102 - as of any file
+
+
+FileSource = Path | str | bytes | bytearray | memoryview | Readable
 
 
 def media_url(path: Path | str) -> str:
@@ -90,7 +99,7 @@ def as_file(source: FileSource) -> Iterator[Path]:
 
 
 @contextmanager
-def _copied(source: Path | IO[bytes] | io.IOBase) -> Iterator[Path]:
+def _copied(source: Path | Readable) -> Iterator[Path]:
     name = str(source) if isinstance(source, Path) else "The file object"
     with tempfile.TemporaryDirectory(prefix="hicode-") as folder:
         copy = Path(folder) / "input"

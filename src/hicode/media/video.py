@@ -118,8 +118,8 @@ def _orientation(frame: av.VideoFrame) -> _Orientation:
     m = np.frombuffer(bytes(data), np.int32)[:9].astype(np.float64) / 65536
     a, b, c, d = m[0], m[1], m[3], m[4]
     if abs(a) + abs(d) >= abs(b) + abs(c):
-        return _Orientation(False, a < 0, d < 0)
-    return _Orientation(True, c < 0, b < 0)
+        return _Orientation(False, bool(a < 0), bool(d < 0))
+    return _Orientation(True, bool(c < 0), bool(b < 0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from hicode.audio import FPS
 from hicode.media.video import VideoInfo
@@ -349,29 +349,38 @@ def face_quality(pictures: Pictures, track: FaceTrack, samples: int) -> FaceQual
     return FaceQuality(float(np.median(sharpness)), float(np.median(luma)), float(np.median(burnt)))
 
 
-def survey_clip(pictures: Pictures, track: FaceTrack, config: ReportConfig, report: Report) -> Survey:
+def survey_clip(
+    pictures: Pictures,
+    track: FaceTrack,
+    config: ReportConfig,
+    report: Report,
+    good: Bool[np.ndarray, "t"] | None = None,
+) -> Survey:
     """One pass over the clip that keeps some hundred bytes of a frame.
 
-    The brightness is the upper face's (2nd and 98th percentile over frames).
+    The brightness is the upper face's (2nd and 98th percentile over frames). Frames that are not `good` do not count.
     """
     points = track.landmarks_px.numpy()
     count = len(points)
+    good = np.ones(count, bool) if good is None or not good.any() else good
     luma, cuts, before = np.zeros(count), [], None
     mouths = np.zeros((count, _PATCH_PX**2), np.uint8)
     for t in range(count):
         grey = gray_image(pictures.image(t))
         small = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
         small /= max(small.mean(), 1.0)
-        if before is not None and np.abs(small - before).mean() > config.cut:
+        if before is not None and good[t - 1 : t + 1].all() and np.abs(small - before).mean() > config.cut:
             cuts.append(t)
         before = small
         mouths[t] = _mouth_patch(grey, points[t]).ravel()
         luma[t] = _inside(grey, points[t, _UPPER_FACE], least=1).mean()
         report(t + 1, count)
-    usual = np.median(mouths[np.linspace(0, count - 1, min(count, _MOST_PATCHES)).astype(int)], 0)
+    kept = mouths[good]
+    usual = np.median(kept[np.linspace(0, len(kept) - 1, min(len(kept), _MOST_PATCHES)).astype(int)], 0)
     alike = [_correlation(patch.astype(np.float32), usual) for patch in mouths]
-    low, high = np.percentile(luma, [2, 98])
-    return Survey(cuts, [t for t, c in enumerate(alike) if c < config.covered], float(low), float(high))
+    low, high = np.percentile(luma[good], [2, 98])
+    covered = [t for t, c in enumerate(alike) if good[t] and c < config.covered]
+    return Survey(cuts, covered, float(low), float(high))
 
 
 def _inside(grey: np.ndarray, points: Float[np.ndarray, "n 2"], least: int) -> np.ndarray:

@@ -40,6 +40,7 @@ from hicode.preparation.crop import (
     head_box,
     write_crops,
 )
+from hicode.preparation.defects import Defect, usable
 from hicode.preparation.sound import Features, Offset, Sound, SoundConfig, measure_offset, store_features, store_sound
 from hicode.preparation.steps import Step, StepCache, make_folder, open_state, whole_folder
 from hicode.progress import progress_bar, say_notes
@@ -227,7 +228,7 @@ class _Preparation:
         cache.run(step, DepthResult, lambda: self.depth(train))
         sound, offset = self._listen(cut, crop.frame_count, train)
         after = ("faces", "track", "masks", "sound", *(("offset",) if offset else ()))
-        step = Step("report", 3, {"report": config.report}, after)
+        step = Step("report", 4, {"report": config.report}, after)
         report = cache.run(step, CaptureReport, lambda: self.report(faces, crop, found, fitted, (sound, offset)))
         cache.state.update(report={"items": report.items, **report.figures}, complete=True)
         cache.save()
@@ -407,7 +408,8 @@ class _Preparation:
         config, track = self.config.report, load_track(self.folder / "track.safetensors")
         quality = face_quality(self, track, config.samples)
         with progress_bar("Looking along the clip", self.show) as report:
-            survey = survey_clip(self, track, config, report)
+            good = usable(crop.frame_count, [Defect(**defect) for defect in crop.defects])
+            survey = survey_clip(self, track, config, report, good)
         recording = Recording(
             self.info, faces, crop, found.missing, found.first_missing, fitted.error_px, fitted.focal_px,
             *sound, track, quality, survey,

@@ -4,7 +4,6 @@ a `Session`.
 Memory does not grow with the sound: it is read a little at a time, and frames are taken as they come.
 """
 
-import io
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,7 +31,7 @@ from hicode.avatar.avatar import Avatar
 from hicode.errors import InputError, OutputError
 from hicode.files import atomic_path, check_writable
 from hicode.media.audio import sound_notes, stream_speech
-from hicode.media.source import as_file
+from hicode.media.source import Readable, as_file
 from hicode.media.video import VideoWriter
 from hicode.progress import progress_bar, say_notes
 from hicode.runtime import Device, resolve_device
@@ -242,7 +241,7 @@ class _Sound:
 @contextmanager
 def _source(audio: SoundSource) -> Iterator[Path | Samples]:
     """A regular file, or checked samples. Raises InputError for anything that is no sound."""
-    if isinstance(audio, (str, Path, bytes, bytearray, memoryview, io.IOBase)):
+    if isinstance(audio, (str, Path, bytes, bytearray, memoryview, Readable)):
         with as_file(audio) as file:
             yield file
     else:
