@@ -77,7 +77,9 @@ def as_samples(sound: object) -> Samples:
         first_is_rate = isinstance(sound[0], (int, np.integer)) and not isinstance(sound[0], bool)
         rate_hz, values = sound if first_is_rate else sound[::-1]
         if not isinstance(rate_hz, (int, np.integer)):
-            raise InputError(f"The sound's rate is {rate_hz!r}. Give (rate in Hz, samples), the rate as an int.")
+            raise InputError(
+                f"A {type(rate_hz).__name__} is no sample rate. Give (rate in Hz, samples), the rate as an int."
+            )
     array = _as_array(values)
     if array.ndim == 2 and array.shape[0] <= MAX_CHANNELS < array.shape[1]:
         array = array.T  # channels first, as torchaudio has them

@@ -158,16 +158,16 @@ def test_a_clock_that_jumps_by_hours_is_continuous(tmp_path):
 def test_tracks_share_the_shifts_of_a_jump():
     clock = Timeline()
     for i in range(10):
-        assert clock.shift_s(0, i, 1) == clock.shift_s(1, i - 0.1, 1) == 0
-    assert clock.shift_s(0, 5000, 1) == clock.shift_s(1, 4999.9, 1) == 10 - 5000
-    assert len(clock.jumps) == 1 and clock.shift_s(0, 5001, 1) == 10 - 5000
+        assert clock.shift_s(0, float(i), 1.0) == clock.shift_s(1, i - 0.1, 1.0) == 0
+    assert clock.shift_s(0, 5000.0, 1.0) == clock.shift_s(1, 4999.9, 1.0) == 10 - 5000
+    assert len(clock.jumps) == 1 and clock.shift_s(0, 5001.0, 1.0) == 10 - 5000
 
 
 def test_a_pause_of_one_track_is_no_jump():
     clock = Timeline()
-    clock.shift_s(0, 0, 0.04)
-    assert all(clock.shift_s(1, i, 1) == 0 for i in range(30))
-    assert clock.shift_s(0, 29, 0.04) == 0 and not clock.jumps
+    clock.shift_s(0, 0.0, 0.04)
+    assert all(clock.shift_s(1, float(i), 1.0) == 0 for i in range(30))
+    assert clock.shift_s(0, 29.0, 0.04) == 0 and not clock.jumps
 
 
 def test_a_recording_without_a_length_has_one(tmp_path):

@@ -72,9 +72,9 @@ def test_the_offset_moves_the_sound_onto_the_picture():
     """The picture leads by two frames: what sounds at frame 12 belongs to frame 10."""
     samples = np.zeros(640 * 20, np.float32)
     samples[640 * 12] = 1
-    assert np.argmax(shift_audio(samples, -2, 20)) == 640 * 10
-    assert np.argmax(shift_audio(samples, 3, 20)) == 640 * 15
-    assert len(shift_audio(samples, -2, 25)) == 640 * 25 and len(shift_audio(samples[:100], 0.5, 4)) == 640 * 4
+    assert np.argmax(shift_audio(samples, -2.0, 20)) == 640 * 10
+    assert np.argmax(shift_audio(samples, 3.0, 20)) == 640 * 15
+    assert len(shift_audio(samples, -2.0, 25)) == 640 * 25 and len(shift_audio(samples[:100], 0.5, 4)) == 640 * 4
 
 
 def test_features_are_made_once_two_a_frame(tmp_path):
