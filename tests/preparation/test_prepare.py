@@ -18,7 +18,6 @@ from hicode.preparation.crop import crop_square, follow_people, head_box
 from hicode.preparation.pipeline import PrepareConfig, prepare
 from hicode.tracking.models import TrackingModels
 
-
 # --- who, and which part of the picture -------------------------------------------------------------------------------
 
 
