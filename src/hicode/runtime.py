@@ -153,7 +153,7 @@ def _room_in_groups(own: Path, root: Path) -> float:
             try:
                 limit, used = (int((group / name).read_text()) for name in names[:2])
                 statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                room = min(room, limit - used + int(statistics.get(names[2], 0)))
+                room = min(room, float(limit - used + int(statistics.get(names[2], 0))))
             except (OSError, ValueError):  # no such group here, or no limit ("max")
                 pass
             if group == base:
