@@ -165,9 +165,9 @@ class LiveKitAvatar:
             audio_channels=1,
         )
         receiver = PlayedAudio(self._audio, video)
-        self.runner = AvatarRunner(self._room, audio_recv=receiver, video_gen=video, options=options)
-        video.synchronizer = self.runner.av_sync
-        await self.runner.start()
+        runner = AvatarRunner(self._room, audio_recv=receiver, video_gen=video, options=options)
+        self.runner, video.synchronizer = runner, runner.av_sync
+        await runner.start()
 
     async def aclose(self) -> None:
         """Leave nothing behind: no task, no thread."""

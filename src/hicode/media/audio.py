@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
+import av.container
 import av.error
 import av.stream
 import numpy as np
