@@ -27,7 +27,7 @@ def wheel(tmp_path_factory) -> list[str]:
 
 def test_every_source_and_every_weight_is_in_it(wheel):
     package = REPOSITORY / "src"
-    kinds = {".py", ".typed", ".json", ".safetensors"}
+    kinds = {".py", ".typed", ".json", ".safetensors", ".js", ".html", ".css", ".svg"}
     needed = {
         p.relative_to(package).as_posix() for p in package.rglob("*") if p.suffix in kinds or p.name == "py.typed"
     }

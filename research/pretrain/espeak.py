@@ -8,12 +8,14 @@ Requests are lines of JSON. An answer is the length of a header (4 bytes), the h
 
 import contextlib
 import json
+import os
 import struct
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -78,9 +80,14 @@ class Espeak:
                 f"Speech cannot be synthesised: the package {PACKAGE} is not installed. Install it: pip install "
                 "'hicode[research]'."
             )
-        # -P: the folder of this file must not be searched for modules.
+        # -P: the folder of this file must not be searched for modules; `research` lies in the clone's root.
+        places = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
         self._child = subprocess.Popen(
-            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))},
         )
         assert self._child.stdin is not None and self._child.stdout is not None
         self._requests, self._answers = self._child.stdin, self._child.stdout

@@ -382,7 +382,7 @@ def test_a_table_holds_its_rows_and_where_they_came_from(made):
     for key, cell in stored(out).items():
         made_by = cell["provenance"]
         assert cell["key"] == key and made_by["seed"] == cell["seed"] == made_by["config"]["seed"]
-        assert made_by["config"]["deformation"]["coarse"] == {"full": "adain", "none": "audio"}[cell["row"]]
+        assert made_by["config"]["deformation"]["control"] == {"full": "hfec", "none": "speech"}[cell["row"]]
         assert made_by["assets"]["perceptual"]["sha256"] and {"commit", "machine", "torch"} <= set(made_by)
     assert not list((out / "work").iterdir())
 
@@ -394,14 +394,14 @@ def test_what_is_finished_is_not_made_again_and_what_is_missing_is(made, clips, 
     trained = []
     real = cells_module.train
     monkeypatch.setattr(
-        cells_module, "train", lambda *a, **k: trained.append(a[2].head_config().deformation.coarse) or real(*a, **k)
+        cells_module, "train", lambda *a, **k: trained.append(a[2].head_config().deformation.control) or real(*a, **k)
     )
     again = reproduce("table2", clips, out, tiny("full", "none"), progress=False)
     assert trained == [] and again["figures"] == data["figures"]
     key = next(c["key"] for c in data["cells"] if c["row"] == "none" and c["seed"] == 1)
     (out / "cells" / f"{key}.json").unlink()
     again = reproduce("table2", clips, out, tiny("full", "none"), progress=False)
-    assert trained == ["audio"]
+    assert trained == ["speech"]
     same_figures(again["figures"], data["figures"])
 
 

@@ -110,9 +110,9 @@ def test_an_unmarked_video_has_no_mark(tmp_path):
 
 @pytest.mark.slow
 def test_a_part_that_is_ours_is_found_in_a_longer_video(tmp_path, record):
-    quiet = pictures(1, 256, seed=3)[0]
+    quiet = pictures(1, 512, seed=3)[0]
     mark = FrameMarker(MarkConfig(), record)
-    frames = [quiet] * 200 + [mark(quiet) for _ in range(100)] + [quiet] * 100
+    frames = [quiet] * 200 + [mark(quiet)] * 100 + [quiet] * 100
     found = find_watermark(write(tmp_path / "a.mp4", frames, sound=False))
     assert found.present and found.avatar_id == AVATAR[:8]
     assert (8.0, 12.0) in found.marked_s and len(found.marked_s) <= 2
