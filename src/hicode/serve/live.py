@@ -8,11 +8,13 @@ loses the oldest ticks; nobody else waits for it. A renderer that dies is one er
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 
@@ -21,7 +23,9 @@ from jaxtyping import Int16, UInt8
 
 from hicode.audio import FPS, VIDEO_SAMPLE_RATE_HZ
 from hicode.errors import HicodeError, InputError, ResourceError
-from hicode.serve.renderer import TICK_S, Failure, Hello, Push, Refusal, Source, Tick, run_renderer
+from hicode.serve.renderer import MAX_WAITING_S, TICK_S, Failure, Hello, Push, Refusal, Source, Tick, run_renderer
+
+log = logging.getLogger(__name__)
 
 TICK_SAMPLES = round(VIDEO_SAMPLE_RATE_HZ * TICK_S)
 SILENCE = np.zeros(TICK_SAMPLES, np.int16)
@@ -29,17 +33,20 @@ QUEUED_TICKS = 5
 """Ticks that wait for a listener before the oldest is dropped."""
 START_S = 60.0
 """A renderer that is not ready by then is given up."""
+SILENT_S = 10.0
+"""A renderer that sends nothing for so long is given up."""
+STOPPED = "The renderer has stopped. Begin another conversation."
 SPARE = 0.9
 """Share of the measured speed that may be promised to speakers."""
 
 
 @dataclass(frozen=True, eq=False)
 class LiveTick:
-    """40 ms as they are sent. `picture`: yuv420p, the last one where a new one was late (`repeated`)."""
+    """40 ms as they are sent. `picture`: yuv420p, h·3/2 rows; the last one where a new one was late (`repeated`)."""
 
     number: int
     due_s: float
-    picture: UInt8[np.ndarray, "h*3/2 w"]
+    picture: UInt8[np.ndarray, "rows w"]
     audio: Int16[np.ndarray, "n"]
     speaking: bool
     repeated: bool
@@ -147,15 +154,15 @@ class LiveSession:
         session.push(samples, 24_000); session.end_utterance()
         async for tick in session.ticks(): ...
 
-    All methods are called on the event loop.
+    All methods are called on the event loop, and none of them waits for the renderer: a thread writes to it.
     """
 
     def __init__(self, machine: Machine, process, connection):
         self._machine, self._process, self._connection = machine, process, connection
         self._loop = asyncio.get_running_loop()
         self._queue: deque[LiveTick] = deque(maxlen=QUEUED_TICKS)
-        self._arrived: deque[Tick] = deque()
-        self._pictures: dict[int, np.ndarray] = {}
+        self._arrived: deque[tuple[Tick, np.ndarray | None]] = deque()
+        self._writer = ThreadPoolExecutor(1, "hicode-writer")
         self._ready: asyncio.Future[Hello] = self._loop.create_future()
         self._wake = asyncio.Event()
         self._news = asyncio.Event()
@@ -179,21 +186,19 @@ class LiveSession:
         machine.counters.sessions += 1
         session._loop.add_reader(session._connection.fileno(), session._receive)
         try:
-            session._connection.send(source)
+            session._send(source)
             hello = session.hello = await asyncio.wait_for(asyncio.shield(session._ready), START_S)
-        except (OSError, TimeoutError, asyncio.CancelledError) as error:
+            session._memory = SharedMemory(hello.memory)
+        except (OSError, TimeoutError) as error:
             await session.close()
-            if isinstance(error, asyncio.CancelledError):
-                raise
             raise ResourceError("The renderer did not start. Free some memory, and try again.") from error
-        except HicodeError:
+        except BaseException:
             await session.close()
             raise
-        assert hello is not None
-        session._memory = SharedMemory(hello.memory)
         if machine.fps == 0 or not machine.speakers:
             machine.fps = hello.fps
         session._pacer = asyncio.create_task(session._pace())
+        session._pacer.add_done_callback(session._pacer_ended)
         return session
 
     # ---- the writer ----
@@ -215,12 +220,15 @@ class LiveSession:
         return self._machine.counters
 
     def push(self, samples: Int16[np.ndarray, "n"], rate_hz: int) -> None:
-        """Sound to say. ResourceError where the machine has no room for one more speaker."""
+        """Sound to say. ResourceError where the machine has no room for one more speaker, or too much waits."""
         if not 4000 <= rate_hz <= 192_000:
             raise InputError(f"Sound at {rate_hz} samples a second cannot be used. Give 8,000 to 96,000.")
         self.admit_speaker()
         now = time.monotonic()
-        self._until_s = max(self._until_s, now + 0.2) + len(samples) / rate_hz
+        until_s = max(self._until_s, now + 0.2) + len(samples) / rate_hz
+        if until_s - now > MAX_WAITING_S + 1:
+            raise ResourceError(f"{MAX_WAITING_S:.0f} s of sound wait to be said. Say less at once.")
+        self._until_s = until_s
         self._send(Push(np.ascontiguousarray(samples, np.int16).tobytes(), rate_hz))
 
     def end_utterance(self) -> None:
@@ -228,18 +236,24 @@ class LiveSession:
         self._send("end")
 
     def clear(self) -> None:
-        """Interrupt. What is on its way from the renderer is neither heard nor shown."""
+        """Interrupt. What is on its way is neither heard nor shown: at most `LEAD` ticks hold the last picture."""
         self._generation += 1
+        for k, tick in enumerate(self._queue):
+            self._queue[k] = replace(tick, audio=SILENCE, speaking=False)
         self._until_s, self._speaks = 0.0, False
         self._send("clear")
 
     def _send(self, command) -> None:
-        if self.closed:
-            return
+        if not self.closed and not self.error:
+            self._writer.submit(self._write, command)
+
+    def _write(self, command) -> None:
+        """On the writer's thread: a renderer that does not read must not stop the event loop."""
         try:
             self._connection.send(command)
         except OSError:
-            self._fail("The renderer has stopped. Begin another conversation.")
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._fail, STOPPED)
 
     # ---- the renderer's messages ----
 
@@ -257,18 +271,20 @@ class LiveSession:
                 elif isinstance(message, Refusal):
                     self.notice = message.message
         except (EOFError, OSError):
-            self._fail("The renderer has stopped. Begin another conversation.")
+            self._fail(STOPPED)
+        except Exception:
+            log.exception("a message of the renderer could not be read")
+            self._fail(STOPPED)
 
     def _take(self, tick: Tick) -> None:
-        if tick.slot is not None and self._memory is not None and self.hello is not None:
-            height, width = self.hello.height, self.hello.width
-            size = height * width * 3 // 2
-            shape = height * 3 // 2, width
-            slot = np.ndarray(shape, np.uint8, self._memory.buf, tick.slot * size)
-            self._pictures[tick.number] = slot.copy()
+        picture = None
         if tick.slot is not None:
+            if self._memory is not None and self.hello is not None:
+                rows, width = self.hello.height * 3 // 2, self.hello.width
+                slot = np.ndarray((rows, width), np.uint8, self._memory.buf, tick.slot * rows * width)
+                picture = slot.copy()
             self._send(tick.slot)
-        self._arrived.append(tick)
+        self._arrived.append((tick, picture))
         self._news.set()
 
     def _fail(self, message: str) -> None:
@@ -291,11 +307,13 @@ class LiveSession:
         while not self.closed and not self.error:
             if not self._arrived:
                 self._news.clear()
-                await self._news.wait()
+                try:
+                    await asyncio.wait_for(self._news.wait(), SILENT_S)
+                except TimeoutError:
+                    self._fail("The renderer does not answer. Begin another conversation.")
                 continue
-            tick = self._arrived.popleft()
+            tick, new = self._arrived.popleft()
             await asyncio.sleep(max(0.0, tick.due_s - time.monotonic()))
-            new = self._pictures.pop(tick.number, None)
             stale = tick.generation < self._generation and tick.audio is not None
             if new is not None and not stale:
                 picture = new
@@ -311,6 +329,12 @@ class LiveSession:
             counters.dropped += len(self._queue) == QUEUED_TICKS
             self._queue.append(LiveTick(tick.number, tick.due_s, picture, audio, speaking, new is None))
             self._wake.set()
+
+    def _pacer_ended(self, pacer: asyncio.Task) -> None:
+        """A pacer that meets an error of its own is the session's error: its listener must not wait for ever."""
+        if not pacer.cancelled() and (error := pacer.exception()) is not None:
+            log.error("the pacer of a conversation stopped", exc_info=error)
+            self._fail("The conversation stopped by an error of the server. Begin another one.")
 
     async def ticks(self):
         """Ticks as they are due, until the session is closed or has failed."""
@@ -336,8 +360,9 @@ class LiveSession:
         self._news.set()
         if self._pacer is not None:
             self._pacer.cancel()
-        self._connection.close()
         await asyncio.to_thread(_end, self._process)
+        await asyncio.to_thread(self._writer.shutdown)  # the process has ended, so no write waits any more
+        self._connection.close()
         if self._memory is not None:
             self._memory.close()
             with contextlib.suppress(FileNotFoundError):  # the renderer has removed it, unless it was killed

@@ -34,6 +34,8 @@ LEAD = 2
 SLOTS = 8
 """Pictures in shared memory."""
 BEHIND_S = 0.5
+MAX_WAITING_S = 120.0
+"""Sound that may wait to be said."""
 NICENESS = 5
 """Of the renderer, so that the process with the sockets is punctual."""
 MEASURED = 8
@@ -113,6 +115,9 @@ def run_renderer(connection: Connection) -> None:
         connection.send(Failure(str(error)))
     except MemoryError:
         connection.send(Failure("The renderer ran out of memory. Close other programs, or other conversations."))
+    except Exception:
+        connection.send(Failure("The renderer stopped by an error of its own. The server's terminal says more."))
+        raise
 
 
 def load_avatar(source: Source) -> "Avatar":
@@ -136,7 +141,7 @@ def _serve(connection: Connection, avatar: "Avatar") -> None:
     height, width = (side - side % 2 for side in avatar.background_plate.shape[:2])
     memory = SharedMemory(create=True, size=SLOTS * (height * width * 3 // 2))
     try:
-        with Session(avatar, SpeakConfig(output_rate_hz=VIDEO_SAMPLE_RATE_HZ, max_waiting_s=120)) as session:
+        with Session(avatar, SpeakConfig(output_rate_hz=VIDEO_SAMPLE_RATE_HZ, max_waiting_s=MAX_WAITING_S)) as session:
             fps = _speed(session)
             record = video_record(avatar)
             connection.send(Hello(width, height, memory.name, session.latency_s, fps, record))
@@ -172,6 +177,7 @@ class _Loop:
         self._generation = 0
         self._sending = threading.Lock()
         self._open = True
+        self._crash: Exception | None = None
         self._last: np.ndarray | None = None
 
     def read_commands(self) -> None:
@@ -195,6 +201,8 @@ class _Loop:
                     break
         except (EOFError, OSError):
             pass
+        except Exception as error:  # raised by `run`: a session must not go on deaf
+            self._crash = error
         self._open = False
         self._session.close()
 
@@ -211,10 +219,12 @@ class _Loop:
             generation = self._generation
             frame = self._session.frame_within(max(0.001, due_s - TICK_S / 2 - time.monotonic()))
             if frame is None:
-                return
+                break
             audio = frame.audio.tobytes() if frame.speaking else None
             self._send(Tick(number, due_s, self._slot(frame.image), audio, generation, frame.late))
             number += 1
+        if self._crash is not None:
+            raise self._crash
 
     def _send(self, message: Tick | Refusal) -> None:
         with self._sending:
