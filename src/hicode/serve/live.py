@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int16, UInt8
 
 from hicode.audio import FPS, VIDEO_SAMPLE_RATE_HZ
-from hicode.errors import HicodeError, InputError, ResourceError
+from hicode.errors import InputError, ResourceError
 from hicode.serve.renderer import MAX_WAITING_S, TICK_S, Failure, Hello, Push, Refusal, Source, Tick, run_renderer
 
 log = logging.getLogger(__name__)
