@@ -31,7 +31,7 @@ TICK_SAMPLES = round(VIDEO_SAMPLE_RATE_HZ * TICK_S)
 SILENCE = np.zeros(TICK_SAMPLES, np.int16)
 QUEUED_TICKS = 5
 """Ticks that wait for a listener before the oldest is dropped."""
-START_S = 60.0
+START_S = 120.0
 """A renderer that is not ready by then is given up."""
 SILENT_S = 10.0
 """A renderer that sends nothing for so long is given up."""
@@ -188,6 +188,7 @@ class LiveSession:
         try:
             session._send(source)
             hello = session.hello = await asyncio.wait_for(asyncio.shield(session._ready), START_S)
+            assert hello is not None
             session._memory = SharedMemory(hello.memory)
         except (OSError, TimeoutError) as error:
             await session.close()
