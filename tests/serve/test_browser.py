@@ -77,9 +77,8 @@ def test_an_avatar_is_talked_with_interrupted_and_downloaded(link, browser, tmp_
     page.screenshot(path=str(tmp_path / "gallery.png"))
     page.get_by_role("button", name="Talk with Drawn").click()
     page.wait_for_selector("#waiting", state="hidden")
-    assert page.locator("#label").inner_text() == "AI" and page.locator("#label").is_visible()
-    page.get_by_label("What it shall say").fill("Hello. This is a sentence that takes some seconds to say, I think.")
-    page.get_by_role("button", name="Speak").click()
+    page.get_by_label("Your text").fill("Hello. This is a sentence that takes some seconds to say, I think.")
+    page.get_by_role("button", name="Send").click()
     page.wait_for_function("document.getElementById('state').textContent === 'speaking'")
     seen = page.evaluate(WATCH, 1500)
     assert seen["pictures"] > 5 and seen["loudest"] > 0.01
@@ -87,8 +86,9 @@ def test_an_avatar_is_talked_with_interrupted_and_downloaded(link, browser, tmp_
     page.screenshot(path=str(tmp_path / "speaking.png"))
     page.keyboard.press("Escape")
     page.wait_for_function("document.getElementById('state').textContent === 'idle'")
-    quiet = page.evaluate(WATCH, 1500)
-    assert quiet["loudest"] < seen["loudest"]
+    assert page.evaluate("document.getElementById('video').muted")  # what the browser has buffered is not heard
+    quiet = [page.evaluate(WATCH, 500)["loudest"] for _ in range(10)]
+    assert min(quiet) < 0.005
     page.wait_for_selector("#download", state="visible")
     with page.expect_download() as download:
         page.locator("#download").click()
@@ -98,7 +98,7 @@ def test_an_avatar_is_talked_with_interrupted_and_downloaded(link, browser, tmp_
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.screenshot(path=str(tmp_path / "phone.png"), full_page=True)
-    page.get_by_role("button", name="End").click()
+    page.get_by_role("button", name="End", exact=True).click()
     assert not errors and page.locator("#problem").is_hidden()
 
 

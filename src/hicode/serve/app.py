@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import math
 import secrets
 import socket
 import sys
@@ -32,7 +33,8 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from hicode.errors import HicodeError, InputError, ResourceError
-from hicode.serve.conversation import Conversation, Parts, Reply, echo
+from hicode.serve.chat import Chat, Reply, echo
+from hicode.serve.conversation import Conversation, Parts
 from hicode.serve.hearing import EmbeddedHearing
 from hicode.serve.jobs import CHUNK, Jobs
 from hicode.serve.library import Library
@@ -61,6 +63,13 @@ class ServeConfig:
     """Names under which a proxy serves the page."""
     max_sessions: int = 4
     """Conversations that may be open at once."""
+    max_minutes: float = 60.0
+    """A conversation ends after so long; 0: never."""
+    chat_url: str | None = None
+    """An OpenAI-like chat service that answers, as http://localhost:11434/v1; its key: HICODE_CHAT_KEY. Default: the
+    avatar says what it hears."""
+    chat_model: str = "default"
+    """Model of that service."""
     ice_servers: tuple[str, ...] = ()
     """STUN or TURN servers for other networks (stun:HOST, turn:HOST). None is asked unless named here."""
     open_browser: bool = True
@@ -339,8 +348,9 @@ def create_app(folder: Path, config: ServeConfig, parts: Parts | None = None, to
     """The application over a folder of avatars. Its `state.server` holds what the routes share."""
     library = Library(folder)
     server = Server(
-        config, library, Machine(config.max_sessions), Jobs(library),
+        config, library, Machine(config.max_sessions, max_s=60 * config.max_minutes or math.inf), Jobs(library),
         parts or Parts(EmbeddedVoice, EmbeddedHearing), token or secrets.token_urlsafe(24),
+        Chat(config.chat_url, config.chat_model) if config.chat_url else echo,
     )  # fmt: skip
 
     @contextlib.asynccontextmanager

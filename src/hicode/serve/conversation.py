@@ -1,33 +1,28 @@
 """What is said in one live session: text and sound to the avatar, the microphone to text, interruptions, captions.
 
-Messages are dictionaries, the same over each transport. From the page: say(text), interrupt, listen(on), talk(down),
-stats. To the page: state(state), caption(who, text), error(message), stats(...), clip(ready).
+Messages are dictionaries, the same over each transport. From the page: say(text, ask), interrupt, listen(on),
+talk(down), stats. To the page: ready(chat), state(state), caption(who, text), error(message), interrupted,
+stats(...), clip(ready).
 """
 
 import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int16
 
 from hicode.errors import HicodeError, InputError
+from hicode.serve.chat import REMEMBERED, Message, Reply, echo
 from hicode.serve.hearing import Hearing, Turns
 from hicode.serve.live import LiveSession, LiveTick
 from hicode.serve.recording import Recorder
 from hicode.serve.voice import Voice, checked_text
 
-Reply = Callable[[str], Awaitable[str]]
-"""What the avatar answers to a text."""
 MAX_SOUND_S = 120.0
-
-
-async def echo(text: str) -> str:
-    """The answer where no chat service is set: the words themselves."""
-    return text
 
 
 class Parts:
@@ -65,11 +60,13 @@ class Conversation:
         self._asked_s: float | None = None
         self.first_frame_s: float | None = None
         self._saying = asyncio.Lock()
+        self._messages: list[Message] = []
         self.recorder = Recorder(folder, session)
 
     def connect(self, send: Callable[[dict], None]) -> None:
         """Where messages to the page go."""
         self._send = send
+        send({"type": "ready", "chat": self._reply is not echo})
         send({"type": "state", "state": self._state})
 
     # ---- from the page ----
@@ -85,7 +82,12 @@ class Conversation:
         message = message if isinstance(message, dict) else {}
         kind = message.get("type")
         if kind == "say":
-            self.say(checked_text(message.get("text")))
+            text = checked_text(message.get("text"))
+            if message.get("ask") is True:
+                self.interrupt()
+                self._task(self._answer(text, self._turn))
+            else:
+                self.say(text)
         elif kind == "interrupt":
             self.interrupt()
         elif kind == "listen":
@@ -112,16 +114,18 @@ class Conversation:
         self.session.end_utterance()
 
     def interrupt(self) -> None:
-        """Be quiet."""
+        """Be quiet. The page is told first: what its buffer holds is not to be heard either."""
         self._turn += 1
+        self._send({"type": "interrupted"})
         self.session.clear()
+        self._state = ""  # the next tick tells it anew
 
     def _talk(self, down: bool) -> None:
         if down:
             self.interrupt()
             self._turns.begin()
         elif (turn := self._turns.end()) is not None:
-            self._task(self._answer(turn, self._turn))
+            self._task(self._heard(turn, self._turn))
 
     def hear(self, samples: Float32[np.ndarray, "n"]) -> None:
         """Sound of the microphone, 16 kHz."""
@@ -130,7 +134,7 @@ class Conversation:
         if self._turns.speaking and not before and self.session.speaking:
             self.interrupt()
         if turn is not None:
-            self._task(self._answer(turn, self._turn))
+            self._task(self._heard(turn, self._turn))
 
     # ---- work ----
 
@@ -145,13 +149,13 @@ class Conversation:
         except HicodeError as error:
             self._send({"type": "error", "message": str(error)})
 
-    async def _say(self, text: str, turn: int) -> None:
+    async def _say(self, text: str, turn: int, last: bool = True) -> None:
         async with self._saying:
             if turn != self._turn:
                 return
             self._send({"type": "caption", "who": "avatar", "text": text})
             await asyncio.to_thread(self._speak, text, turn)
-            if turn == self._turn:
+            if turn == self._turn and last:
                 self.session.end_utterance()
 
     def _speak(self, text: str, turn: int) -> None:
@@ -168,18 +172,32 @@ class Conversation:
         if turn == self._turn:
             self.session.push(samples, rate_hz)
 
-    async def _answer(self, samples: np.ndarray, turn: int) -> None:
+    async def _heard(self, samples: np.ndarray, turn: int) -> None:
         def transcribe() -> str:
             with self._parts.hearing_lock:
                 return self._parts.hearing().transcribe(samples)
 
         text = await asyncio.to_thread(transcribe)
-        if not text or turn != self._turn:
-            return
+        if text and turn == self._turn:
+            await self._answer(text, turn)
+
+    async def _answer(self, text: str, turn: int) -> None:
+        """Answer, a sentence at a time; an interruption ends it between two."""
         self._send({"type": "caption", "who": "you", "text": text})
-        answer = await self._reply(text)
-        if turn == self._turn:
-            self.say(checked_text(answer))
+        self.session.admit_speaker()
+        self._messages = [*self._messages[-REMEMBERED:], {"role": "user", "content": text}]
+        self._asked_s = time.monotonic()
+        sentences, said = self._reply(list(self._messages)), []
+        try:
+            while turn == self._turn and (sentence := await asyncio.to_thread(next, sentences, None)) is not None:
+                if turn == self._turn and any(c.isalnum() for c in sentence):
+                    await self._say(checked_text(sentence), turn, last=False)
+                    said.append(sentence)
+        finally:
+            if said:
+                self._messages.append({"role": "assistant", "content": " ".join(said)})
+            if turn == self._turn:
+                self.session.end_utterance()
 
     # ---- to the page ----
 

@@ -75,7 +75,7 @@ class Turns:
         self._kept = []
         return turn if len(turn) >= MIN_S * SAMPLE_RATE_HZ else None
 
-    def push(self, samples: Float32[np.ndarray, "n"], hands_free: bool) -> Float32[np.ndarray, "n"] | None:
+    def push(self, samples: Float32[np.ndarray, "n"], hands_free: bool) -> Float32[np.ndarray, "turn"] | None:
         """More sound; the turn that it ends, if any."""
         samples = np.concatenate([self._rest, samples])
         whole = len(samples) // FRAME * FRAME

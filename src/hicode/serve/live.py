@@ -9,6 +9,7 @@ loses the oldest ticks; nobody else waits for it. A renderer that dies is one er
 import asyncio
 import contextlib
 import logging
+import math
 import multiprocessing
 import time
 from collections import deque
@@ -72,8 +73,13 @@ class Machine:
     cost next to nothing.
     """
 
-    def __init__(self, max_sessions: int = 4, renderer: Callable[[Connection], None] = run_renderer):
-        self.max_sessions, self._renderer = max_sessions, renderer
+    def __init__(
+        self,
+        max_sessions: int = 4,
+        renderer: Callable[[Connection], None] = run_renderer,
+        max_s: float = math.inf,
+    ):
+        self.max_sessions, self.max_s, self._renderer = max_sessions, max_s, renderer
         self.counters = Counters()
         self.fps = 0.0
         self.sessions: set[LiveSession] = set()
@@ -304,8 +310,10 @@ class LiveSession:
     async def _pace(self) -> None:
         """Hand each tick on when it is due."""
         picture: np.ndarray | None = None
-        counters = self._machine.counters
+        counters, ends_s = self._machine.counters, time.monotonic() + self._machine.max_s
         while not self.closed and not self.error:
+            if time.monotonic() > ends_s:
+                self._fail(f"The conversation lasted {self._machine.max_s / 60:g} minutes, the limit here.")
             if not self._arrived:
                 self._news.clear()
                 try:

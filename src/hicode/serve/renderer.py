@@ -97,7 +97,7 @@ class Refusal:
     message: str
 
 
-def run_renderer(connection: Connection) -> None:
+def run_renderer(connection: Connection, loop: "type[TickLoop] | None" = None) -> None:
     """Main function of the process: waits for the avatar's source, then serves one session until it is closed."""
     os.nice(NICENESS)
     tune_allocator()
@@ -108,7 +108,7 @@ def run_renderer(connection: Connection) -> None:
     except (EOFError, KeyboardInterrupt):
         return
     try:
-        _serve(connection, load_avatar(source))
+        _serve(connection, load_avatar(source), loop or TickLoop)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass  # the parent has gone
     except HicodeError as error:
@@ -132,7 +132,7 @@ def load_avatar(source: Source) -> "Avatar":
     return Avatar.load(source)
 
 
-def _serve(connection: Connection, avatar: "Avatar") -> None:
+def _serve(connection: Connection, avatar: "Avatar", kind: "type[TickLoop]") -> None:
     from hicode.session.config import SpeakConfig
     from hicode.session.session import Session
     from hicode.session.speak import video_record
@@ -145,7 +145,7 @@ def _serve(connection: Connection, avatar: "Avatar") -> None:
             fps = _speed(session)
             record = video_record(avatar)
             connection.send(Hello(width, height, memory.name, session.latency_s, fps, record))
-            loop = _Loop(connection, session, memory, Watermark(record.payload))
+            loop = kind(connection, session, memory, Watermark(record.payload))
             reader = threading.Thread(target=loop.read_commands, daemon=True)
             reader.start()
             loop.run()
@@ -165,7 +165,7 @@ def _speed(session: "Session") -> float:
     return MEASURED / (time.monotonic() - started)
 
 
-class _Loop:
+class TickLoop:
     """Ticks out, commands in."""
 
     def __init__(self, connection: Connection, session: "Session", memory: SharedMemory, watermark: "Watermark"):
@@ -189,7 +189,7 @@ class _Loop:
                     try:
                         self._session.push_audio(np.frombuffer(command.samples, np.int16), command.rate_hz)
                     except HicodeError as error:
-                        self._send(Refusal(str(error)))
+                        self.send(Refusal(str(error)))
                 elif isinstance(command, int):
                     self._free.append(command)
                 elif command == "end":
@@ -221,12 +221,13 @@ class _Loop:
             if frame is None:
                 break
             audio = frame.audio.tobytes() if frame.speaking else None
-            self._send(Tick(number, due_s, self._slot(frame.image), audio, generation, frame.late))
+            self.send(Tick(number, due_s, self._slot(frame.image), audio, generation, frame.late))
             number += 1
         if self._crash is not None:
             raise self._crash
 
-    def _send(self, message: Tick | Refusal) -> None:
+    def send(self, message: Tick | Refusal) -> None:
+        """To the parent."""
         with self._sending:
             self._connection.send(message)
 
@@ -239,11 +240,14 @@ class _Loop:
         self._last = image
         slot = self._free.pop(0)
         height, width = self._size
-        shape, size = (height * 3 // 2, width), height * width * 3 // 2
-        np.ndarray(shape, np.uint8, self._memory.buf, slot * size)[:] = to_yuv420p(
-            self._watermark.embed(labelled(image[:height, :width], "eu"))
-        )
+        self.slot(slot)[:] = to_yuv420p(self._watermark.embed(labelled(image[:height, :width], "eu")))
         return slot
+
+    def slot(self, number: int) -> np.ndarray:
+        """A picture of the shared memory, yuv420p."""
+        height, width = self._size
+        shape = height * 3 // 2, width
+        return np.ndarray(shape, np.uint8, self._memory.buf, number * shape[0] * shape[1])
 
 
 def to_yuv420p(image: np.ndarray) -> np.ndarray:

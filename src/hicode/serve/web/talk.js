@@ -44,6 +44,7 @@ async function remove(name) {
 async function begin(name) {
   call?.end();
   $("stage").hidden = false;
+  $("gallery").hidden = true;
   $("waiting").hidden = false;
   $("download").hidden = true;
   $("captions").replaceChildren();
@@ -61,6 +62,7 @@ async function begin(name) {
 
 function ended(message) {
   $("stage").hidden = true;
+  $("gallery").hidden = false;
   $("talk-title").textContent = "Talk with an avatar";
   $("hands-free").checked = false;
   clearInterval(polling);
@@ -70,7 +72,9 @@ function ended(message) {
 }
 
 function receive(message) {
-  if (message.type === "state") $("state").textContent = message.state;
+  if (message.type === "interrupted") $("video").muted = true;
+  if (message.type === "state") state(message.state);
+  if (message.type === "ready") $("echo").hidden = !($("ask-row").hidden = !message.chat);
   if (message.type === "error") problem(message.message);
   if (message.type === "caption") caption(message);
   if (message.type === "stats") stats(message);
@@ -79,6 +83,11 @@ function receive(message) {
     $("download").setAttribute("download", "avatar.mp4");
     $("download").hidden = false;
   }
+}
+
+function state(name) {
+  $("state").textContent = name;
+  if (name === "speaking") $("video").muted = false;
 }
 
 function caption({ who, text }) {
@@ -117,7 +126,8 @@ export function setUpTalk() {
   $("say").addEventListener("submit", (event) => {
     event.preventDefault();
     attempt(() => {
-      call.send({ type: "say", text: $("text").value });
+      const ask = !$("ask-row").hidden && $("ask-it").checked;
+      call.send({ type: "say", text: $("text").value, ask });
       $("text").value = "";
     });
   });
