@@ -41,3 +41,9 @@ def _shapes_unchecked_where_wrong_ones_are_the_point(request):
     shape_checks.update("jaxtyping_disable", wrong)
     yield
     shape_checks.update("jaxtyping_disable", False)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem, report, sched):
+    """Name a test whose worker died at once: a run that does not reach its end prints no summary."""
+    print(f"\nThe process that ran {crashitem} died.", flush=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as tree
 
 from helpers.drawn_head import clip_on_disk, draw_clip, psnr, short
@@ -44,6 +45,7 @@ needs_device = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHILD in os.environ, reason="this is the child process")
 def test_on_a_device_of_their_own():
     pytest.importorskip("torch.utils.backend_registration")
@@ -51,7 +53,13 @@ def test_on_a_device_of_their_own():
         pytest.skip("this torch cannot register a device from Python (2.10 and newer can)")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
-        command, env=os.environ | {CHILD: "1"}, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        command,
+        env=os.environ | {CHILD: "1"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=360,
     )
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -70,13 +78,19 @@ MIXED = {
 # Operators that torch makes, on a foreign device, of an empty result and an operator that resizes it, which a stand-in
 # cannot be.
 FUNCTIONAL = ["abs", "arange", "arange.start", "arange.start_step", "eye", "eye.m"]
-_memory: dict[int, torch.Tensor] = {}  # by the address of a stand-in's storage, so that aliases find it
+# By the address of a stand-in's storage, so that aliases find it. The reference keeps the address from being reused.
+_memory: dict[int, tuple[StorageWeakRef, torch.Tensor]] = {}
+_swept = [0]  # how many were left when the dead ones went last
 
 
 def on_device(raw: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False):  # a view of an ordinary tensor is one, whatever mode it is taken in
         out = torch._C._acc.create_empty_tensor(tuple(raw.shape), raw.dtype)
-    _memory[out.untyped_storage()._cdata] = raw
+    _memory[out.untyped_storage()._cdata] = StorageWeakRef(out.untyped_storage()), raw
+    if len(_memory) > _swept[0] + 2000:
+        for address in [a for a, (storage, _) in _memory.items() if storage.expired()]:
+            del _memory[address]
+        _swept[0] = len(_memory)
     return out
 
 
@@ -86,7 +100,7 @@ def memory_of(t: torch.Tensor) -> torch.Tensor:
     """
     if t.device.type != "standin":
         return t
-    raw = _memory[t.untyped_storage()._cdata]
+    raw = _memory[t.untyped_storage()._cdata][1]
     if t.shape == raw.shape and t.is_contiguous():  # what `on_device` made says of itself that it is
         return raw
     raw = raw.contiguous()
