@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -21,7 +22,7 @@ FLAGS = [
     "--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
     "--autoplay-policy=no-user-gesture-required",
 ]  # fmt: skip
-WAIT_MS = 120_000
+WAIT_MS = 60_000
 
 # Sums of the shown pictures' pixels, and whether sound comes: asked of the page while it plays.
 WATCH = """async (ms) => {
@@ -51,13 +52,20 @@ def link(tmp_path_factory):
     folder = tmp_path_factory.mktemp("avatars")
     write_drawn_avatar(folder / "Drawn.hicode")
     command = [sys.executable, "-m", "hicode", "serve", str(folder), "--port", "0", "--no-open-browser"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=None, start_new_session=True)
-    assert server.stdout is not None
-    found = re.search(r"http://\S+", server.stdout.readline())
-    assert found is not None
-    yield found[0]
-    server.send_signal(signal.SIGINT)
-    server.wait(30)
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while (found := re.search(r"http://\S+", (folder / "log").read_text())) is None:
+            assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.1)
+        yield found[0]
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 @pytest.fixture(scope="module")
