@@ -110,6 +110,56 @@ def test_an_avatar_is_talked_with_interrupted_and_downloaded(link, browser, tmp_
     assert not errors and page.locator("#problem").is_hidden()
 
 
+# A network that lets no WebRTC through; what goes to the loudspeaker can be measured.
+NO_WEBRTC = """
+RTCPeerConnection.prototype.setRemoteDescription = async () => {};
+const connect = AudioNode.prototype.connect;
+AudioNode.prototype.connect = function (target, ...rest) {
+  if (target instanceof AudioDestinationNode) {
+    window.analyser = this.context.createAnalyser();
+    connect.call(this, window.analyser);
+  }
+  return connect.call(this, target, ...rest);
+};"""
+WATCH_CANVAS = """async (ms) => {
+  const canvas = document.getElementById("canvas"), small = new OffscreenCanvas(64, 64), sums = [];
+  const paint = small.getContext("2d", { willReadFrequently: true });
+  const wave = new Float32Array(analyser.fftSize), end = performance.now() + ms;
+  let loudest = 0;
+  while (performance.now() < end) {
+    await new Promise((done) => setTimeout(done, 40));
+    paint.drawImage(canvas, 0, 0, 64, 64);
+    sums.push(paint.getImageData(0, 0, 64, 64).data.reduce((sum, value) => sum + value, 0));
+    analyser.getFloatTimeDomainData(wave);
+    loudest = Math.max(loudest, ...wave.map(Math.abs));
+  }
+  return { pictures: new Set(sums).size, loudest };
+}"""
+
+
+def test_where_webrtc_does_not_connect_a_websocket_does(link, browser, tmp_path):
+    page = browser.new_page(bypass_csp=True)
+    page.set_default_timeout(WAIT_MS)
+    page.add_init_script(NO_WEBRTC)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(link)
+    page.get_by_role("button", name="Talk with Drawn").click()
+    page.wait_for_selector("#waiting", state="hidden")
+    assert page.locator("#canvas").is_visible() and page.locator("#video").is_hidden()
+    page.get_by_label("Your text").fill("Hello. This is a sentence that takes some seconds to say, I think.")
+    page.get_by_role("button", name="Send").click()
+    page.wait_for_function("document.getElementById('state').textContent === 'speaking'")
+    seen = page.evaluate(WATCH_CANVAS, 1500)
+    assert seen["pictures"] > 5 and seen["loudest"] > 0.01
+    page.screenshot(path=str(tmp_path / "socket.png"))
+    page.get_by_role("button", name="Interrupt").click()
+    page.wait_for_function("document.getElementById('state').textContent === 'idle'")
+    assert min(page.evaluate(WATCH_CANVAS, 500)["loudest"] for _ in range(6)) < 0.005
+    page.get_by_role("button", name="End", exact=True).click()
+    assert not errors and page.locator("#problem").is_hidden()
+
+
 def check_video(path: Path) -> None:
     """It plays, has sound and says that it is synthetic."""
     from hicode.trust.verify import verify

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import (
     FileResponse,
     JSONResponse,
@@ -29,8 +29,9 @@ from starlette.responses import (
     Response,
     StreamingResponse,
 )
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket
 
 from hicode.errors import HicodeError, InputError, ResourceError
 from hicode.serve.chat import Chat, Reply, echo
@@ -91,6 +92,12 @@ class Server:
     recordings: Path = Path()
     stopping: bool = False
 
+    def forget(self, identity: str) -> None:
+        """A conversation is over. The next one need not wait for imports."""
+        self.connections.pop(identity, None)
+        if not self.stopping:
+            self.machine.prepare()
+
     @property
     def cookie(self) -> str:
         """Name of the token's cookie. Cookies do not know ports, so two servers need two names."""
@@ -114,11 +121,15 @@ class Guard:
 
     async def __call__(self, scope, receive, send) -> None:
         """Pass a request on, or answer it with its reason."""
-        if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-                return
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(HTTPConnection(scope))
+        if scope["type"] == "websocket":
+            if refusal is None:
+                await self._app(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})  # before it is open: 403
             return
 
         async def send_safely(message) -> None:
@@ -128,10 +139,9 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
-        refusal = self._refusal(Request(scope))
         await (self._app if refusal is None else refusal)(scope, receive, send_safely)
 
-    def _refusal(self, request: Request) -> Response | None:
+    def _refusal(self, request: HTTPConnection) -> Response | None:
         server, path = self._server, request.url.path
         if Headers(scope=request.scope).get("host", "") not in server.hosts:
             return _error("This server does not answer to this host name. Use the link that hicode serve prints.", 421)
@@ -248,17 +258,8 @@ async def _offer(request: Request) -> Response:
     from hicode.serve.webrtc import Connection
 
     server, body = _server(request), await _json(request)
-    path = server.library.path(body.get("avatar"))
-    identity = secrets.token_urlsafe(12)
-    session = await LiveSession.open(server.machine, path)
-    conversation = Conversation(session, server.parts, server.recordings, server.reply)
-
-    def closed() -> None:
-        server.connections.pop(identity, None)
-        if not server.stopping:
-            server.machine.prepare()  # the next one need not wait for imports
-
-    connection = Connection(conversation, server.config.ice_servers, closed)
+    conversation, identity = await _begin(server, body.get("avatar"))
+    connection = Connection(conversation, server.config.ice_servers, lambda: server.forget(identity))
     try:
         answer = await connection.answer(body.get("sdp"))
     except BaseException:
@@ -266,6 +267,35 @@ async def _offer(request: Request) -> Response:
         raise
     server.connections[identity] = connection
     return JSONResponse({"sdp": answer, "session": identity})
+
+
+async def _begin(server: Server, avatar: object) -> tuple[Conversation, str]:
+    """A conversation with an avatar, and its name."""
+    session = await LiveSession.open(server.machine, server.library.path(avatar))
+    return Conversation(session, server.parts, server.recordings, server.reply), secrets.token_urlsafe(12)
+
+
+async def _live(socket: WebSocket) -> None:
+    """A conversation over a WebSocket: a new one, or one whose WebRTC did not connect."""
+    from hicode.serve.socket import SocketConnection
+    from hicode.serve.webrtc import Connection
+
+    server: Server = socket.app.state.server
+    await socket.accept()
+    try:
+        before = server.connections.get(identity := socket.query_params.get("session", ""))
+        if isinstance(before, Connection):
+            conversation = await before.release()
+        else:
+            conversation, identity = await _begin(server, socket.query_params.get("avatar"))
+    except HicodeError as error:
+        await socket.send_json({"type": "error", "message": str(error), "ended": True})
+        await socket.close()
+        return
+    connection = SocketConnection(conversation, socket, lambda: server.forget(identity))
+    server.connections[identity] = connection
+    await socket.send_json({"type": "session", "session": identity})
+    await connection.run()
 
 
 def _conversation(request: Request) -> Conversation:
@@ -373,6 +403,7 @@ def create_app(folder: Path, config: ServeConfig, parts: Parts | None = None, to
         Route("/api/avatars/{name}", _change_avatar, methods=["PATCH", "DELETE"]),
         Route("/api/avatars/{name}/thumbnail", _thumbnail),
         Route("/api/offer", _offer, methods=["POST"]),
+        WebSocketRoute("/api/live", _live),
         Route("/api/sessions/{session}/sound", _sound, methods=["POST"]),
         Route("/api/sessions/{session}/clip", _clip),
         Route("/api/jobs", _all_jobs, methods=["GET", "POST"]),

@@ -1,6 +1,6 @@
 """What was said last, as an MP4: the pictures and the sound that were sent, signed."""
 
-import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,11 @@ import cv2
 import numpy as np
 
 from hicode.audio import FPS, VIDEO_SAMPLE_RATE_HZ
+from hicode.media.video import VideoWriter
 from hicode.serve.live import LiveSession, LiveTick
+from hicode.trust.marks import sign_video
+
+log = logging.getLogger(__name__)
 
 QUEUED = 50  # ticks that wait for the encoder; beyond it the recording is given up: one with a hole is none
 MAX_FRAMES = 120 * 25
@@ -57,16 +61,18 @@ class Recorder:
             self._queue = None
 
     def _record(self, ticks: queue.Queue, number: int) -> None:
-        with contextlib.suppress(_GivenUp):
+        try:
             path = self._write(ticks, self._folder / f"{id(self)}-{number}.mp4")
-            old, self.path, self._new = self.path, path, True
-            if old is not None:
-                old.unlink(missing_ok=True)
+        except _GivenUp:
+            return
+        except Exception:  # a full disk, say: the conversation goes on
+            log.exception("a recording was lost")
+            return
+        old, self.path, self._new = self.path, path, True
+        if old is not None:
+            old.unlink(missing_ok=True)
 
     def _write(self, ticks: queue.Queue, path: Path) -> Path:
-        from hicode.media.video import VideoWriter
-        from hicode.trust.marks import sign_video
-
         sound: list[np.ndarray] = []
 
         def pieces() -> Iterator[np.ndarray]:

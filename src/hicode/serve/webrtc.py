@@ -167,13 +167,16 @@ class Connection:
 
     async def close(self) -> None:
         """End connection and conversation."""
-        if self._ended:
-            return
+        if not self._ended:
+            self._closed()
+            await (await self.release()).close()
+
+    async def release(self) -> Conversation:
+        """End the connection alone: its conversation goes on elsewhere."""
         self._ended = True
-        self._closed()
         current = asyncio.current_task()
         for task in self._tasks:
             if task is not current:
                 task.cancel()
         await self._peer.close()
-        await self.conversation.close()
+        return self.conversation

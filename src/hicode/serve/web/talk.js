@@ -50,8 +50,8 @@ async function begin(name) {
   $("captions").replaceChildren();
   $("talk-title").textContent = `Talk with ${name}`;
   scrollTo({ top: 0 });
-  const mine = (call = new Call($("video"), receive, ended));
-  $("video").requestVideoFrameCallback?.(() => { $("waiting").hidden = true; $("text").focus(); });
+  const onPicture = () => { $("waiting").hidden = true; $("text").focus(); };
+  const mine = (call = new Call($("video"), $("canvas"), { onMessage: receive, onPicture, onEnd: ended }));
   try {
     await mine.begin(name);
   } catch (error) {
@@ -72,7 +72,7 @@ function ended(message) {
 }
 
 function receive(message) {
-  if (message.type === "interrupted") $("video").muted = true;
+  if (message.type === "interrupted") call.mute(true);
   if (message.type === "state") state(message.state);
   if (message.type === "ready") $("echo").hidden = !($("ask-row").hidden = !message.chat);
   if (message.type === "error") problem(message.message);
@@ -87,7 +87,7 @@ function receive(message) {
 
 function state(name) {
   $("state").textContent = name;
-  if (name === "speaking") $("video").muted = false;
+  if (name === "speaking") call.mute(false);
 }
 
 function caption({ who, text }) {
@@ -169,7 +169,7 @@ export function setUpTalk() {
   $("leave").addEventListener("click", () => call?.end());
   $("figures").addEventListener("toggle", () => {
     clearInterval(polling);
-    if ($("figures").open && call) polling = setInterval(() => call?.channel?.readyState === "open" && call.send({ type: "stats" }), 1000);
+    if ($("figures").open && call) polling = setInterval(() => call?.ready && call.send({ type: "stats" }), 1000);
   });
   addEventListener("pagehide", () => call?.end());
 }
