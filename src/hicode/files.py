@@ -1,11 +1,11 @@
 """Files: written whole or not at all, versioned, self-describing, never pickles.
 
-A `*.safetensors` file written here has a header with `schema`, `version` and `config` (JSON). A file that is damaged,
-of another kind or of another version is refused; the error names the file and the reason.
+A `*.safetensors` file written here has a header with `schema`, `version`, `config` (JSON) and the SHA-256 of all its
+bytes. A file that is damaged, of another kind or of another version is refused; the error names the file and the
+reason.
 """
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -14,7 +14,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,10 @@ import torch
 from torch import Tensor
 
 from hicode.errors import FileFormatError, OutputError
+
+CHECKSUM = "checksum"  # SHA-256, in the header of a safetensors file and in a sealed JSON file
+_NO_CHECKSUM = 64 * "0"
+_TEMPORARY = ".hicode-tmp-"
 
 try:
     import fcntl
@@ -39,60 +43,71 @@ def _os_error(path: Path, error: OSError) -> OutputError:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path next to `path`. On success it is synced and renamed to `path`; on failure it is removed.
+    """A path of the same name in a temporary folder next to `path`. On success what is there is synced and renamed to
+    `path`; on failure it is removed.
 
-    It has the same suffix, for writers that choose the format by it. Raises OutputError if the place is not writable.
+    Raises OutputError if the place is not writable.
     """
     path = Path(path)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(temporary_folder(path.parent)) / path.name
+        except OSError as error:
+            raise _os_error(path, error) from error
+        try:
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or error.errno is None:
+                raise
+            raise _os_error(path, error) from error
+
+
+@contextmanager
+def temporary_folder(parent: Path | str | None = None) -> Iterator[Path]:
+    """A hidden folder in `parent`, or in the system's place for temporary files; removed at the end.
+
+    It is locked, and the lock ends with the process: those that killed processes left are removed first. Raises OSError
+    where none can be made.
+    """
+    place = Path(parent or tempfile.gettempdir())
+    remove_leftovers(place)
+    folder, lock = _new_folder(place)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        temporary, lock = _create_next_to(path)
-    except OSError as error:
-        raise _os_error(path, error) from error
-    try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) or error.errno is None:
-            raise
-        raise _os_error(path, error) from error
+        yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
-def _create_next_to(path: Path) -> tuple[Path, int | None]:
-    """A new empty file in the folder of `path`, and the open descriptor that holds its lock, where there are locks.
-
-    It has the permissions of the user's umask (`mkstemp` gives 0600).
-    """
+def _new_folder(place: Path) -> tuple[Path, int | None]:
+    """A new temporary folder, and the open descriptor that holds its lock, where there are locks."""
     while True:
-        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-        try:
-            lock = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        except FileExistsError:
-            continue
+        folder = place / f"{_TEMPORARY}{secrets.token_hex(6)}"
+        folder.mkdir(0o700)
         if fcntl is None:
-            os.close(lock)  # Windows renames no open file
-            return temporary, None
-        _lock(lock)
-        return temporary, lock
+            return folder, None
+        with suppress(FileNotFoundError):  # taken for a leftover before it was locked
+            lock = os.open(folder, os.O_RDONLY)
+            if _lock(lock):
+                return folder, lock
+            os.close(lock)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove temporary files of `path` whose process was killed: nobody holds their locks."""
+def remove_leftovers(place: Path) -> None:
+    """Remove temporary folders whose process was killed: nobody holds their locks."""
     if fcntl is None:
         return
-    for old in path.parent.glob(f".{glob.escape(path.stem)}-{8 * '[0-9a-f]'}{glob.escape(path.suffix)}"):
+    for old in place.glob(f"{_TEMPORARY}{12 * '[0-9a-f]'}"):
         with suppress(OSError):
-            descriptor = os.open(old, os.O_RDWR)
+            descriptor = os.open(old, os.O_RDONLY)
             try:
-                if _lock(descriptor):
-                    old.unlink()
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
             finally:
                 os.close(descriptor)
 
@@ -157,8 +172,8 @@ def check_writable(path: Path | str) -> None:
         raise OutputError(f"{path} is a folder, not a file. Give a file name.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
+        with temporary_folder(path.parent) as folder:
+            (folder / path.name).touch()
     except OSError as error:
         raise _os_error(path, error) from error
 
@@ -178,10 +193,19 @@ def sha256_of(path: Path | str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_json(path: Path | str, value) -> None:
-    """Write a value as JSON, atomically. NaN and infinity are refused (ValueError)."""
+def write_json(path: Path | str, value, sealed: bool = False) -> None:
+    """Write a value as JSON, atomically. NaN and infinity are refused (ValueError).
+
+    A sealed object has a checksum of its contents, which `read_json` checks.
+    """
+    if sealed:
+        value = value | {CHECKSUM: _json_checksum(value)}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _json_checksum(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path | str, schema: str | None = None, version: int = 1) -> dict:
@@ -191,8 +215,12 @@ def read_json(path: Path | str, schema: str | None = None, version: int = 1) -> 
         value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise FileFormatError(f"{path} does not exist. Check the path.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise FileFormatError(f"{path} is not readable JSON ({error}). The file is damaged: make it anew.") from error
+    if isinstance(value, dict) and CHECKSUM in value:
+        stated = value.pop(CHECKSUM)
+        if stated != _json_checksum(value):
+            raise FileFormatError(f"{path} is damaged or was edited: its checksum differs. Make it anew.")
     if schema is not None:
         _check(path, value if isinstance(value, dict) else {}, schema, version)
     return value
@@ -205,21 +233,22 @@ def save_tensors(
     version: int,
     config: dict | None = None,
 ) -> None:
-    """Write one safetensors file, atomically; its header has schema, version and config.
+    """Write one safetensors file, atomically; its header has schema, version, config and checksum.
 
     Equal contents give equal bytes.
     """
     from safetensors.torch import save_file
 
     header = {"schema": schema, "version": str(version), "config": json.dumps(config or {}, sort_keys=True)}
+    header[CHECKSUM] = _NO_CHECKSUM
     out = {k: torch.as_tensor(v).detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(out, str(temporary), metadata=header)
-        _order_header(temporary)
+        _finish_header(temporary)
 
 
-def _order_header(path: Path) -> None:
-    """Sort the metadata of the header in place.
+def _finish_header(path: Path) -> None:
+    """Sort the metadata of the header in place, and put in the checksum.
 
     The library writes it in a random order, so files with equal contents would have different hashes.
     """
@@ -231,6 +260,27 @@ def _order_header(path: Path) -> None:
         assert len(text) == length, (len(text), length)  # a reordering is as long as what it reorders
         f.seek(8)
         f.write(text)
+        f.seek(0)
+        checksum = hashlib.file_digest(f, "sha256").hexdigest()
+        header["__metadata__"][CHECKSUM] = checksum
+        f.seek(8)
+        f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a safetensors file has the checksum that it states. Without one, or a header at all, True."""
+    with open(path, "rb") as f:
+        start = f.read(8)
+        text = f.read(min(int.from_bytes(start, "little"), os.fstat(f.fileno()).st_size))
+        try:
+            stated = json.loads(text)["__metadata__"][CHECKSUM]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return True  # an older or another file: what is wrong with it is found by who parses it
+        zeros = text.replace(str(stated).encode(), _NO_CHECKSUM.encode(), 1)
+        digest = hashlib.sha256(start + zeros)
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest() == stated
 
 
 def load_tensors(path: Path | str, schema: str, version: int) -> tuple[dict[str, Tensor], dict]:
@@ -243,13 +293,17 @@ def load_tensors(path: Path | str, schema: str, version: int) -> tuple[dict[str,
     if path.is_dir():
         raise FileFormatError(f"{path} is a folder, not a {schema} file. Name the file itself.")
     try:
+        if not is_intact(path):
+            raise FileFormatError(f"{path} is damaged: its checksum differs. Delete it, and make it anew.")
         with safe_open(str(path), framework="pt") as f:
             header = f.metadata() or {}
             _check(path, header, schema, version)
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - no mapping
         return tensors, json.loads(header.get("config", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileFormatError(f"{path} is damaged or not a {schema} file ({error}). Make it anew.") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path} is damaged or not a {schema} file ({error}). Delete it, and make it anew."
+        ) from error
 
 
 def _check(path: Path, header: dict, schema: str, version: int) -> None:

@@ -3,9 +3,8 @@
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -66,16 +65,18 @@ def find_compile_cache() -> Iterator[Path | None]:
     if "NUMBA_CACHE_DIR" in os.environ or can_write(beside) or kept:
         yield None
         return
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="hicode-compiled-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise OutputError(
-            "There is no folder for temporary files that can be written. Set TMPDIR to one with 100 MB."
-        ) from error
-    with folder as name:
-        os.environ["NUMBA_CACHE_DIR"] = name
+    from hicode.files import temporary_folder
+
+    with ExitStack() as stack:
         try:
-            yield Path(name)
+            folder = stack.enter_context(temporary_folder())
+        except OSError as error:
+            raise OutputError(
+                "There is no folder for temporary files that can be written. Set TMPDIR to one with 100 MB."
+            ) from error
+        os.environ["NUMBA_CACHE_DIR"] = str(folder)
+        try:
+            yield folder
         finally:
             del os.environ["NUMBA_CACHE_DIR"]
 

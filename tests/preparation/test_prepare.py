@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.videos import portrait, speech_like, swaying, write_video
-from hicode.errors import InputError, OutputError
+from hicode.errors import FileFormatError, InputError, OutputError
 from hicode.media.video import read_video
 from hicode.preparation import pipeline
 from hicode.preparation.clip import Clip
@@ -222,6 +222,20 @@ def test_a_missing_result_is_made_again(prepared):
     clip, video, config = prepared
     (clip.path / "depth.safetensors").unlink()
     assert np.isfinite(prepare(video, clip.path, config, progress=False).depths()[0]).any()
+
+
+@pytest.mark.parametrize("name", ["masks/head/000020.png", "depth.safetensors", "audio.wav"])
+def test_a_damaged_file_is_made_again(prepared, name):
+    """The remedy of the error: preparing again."""
+    clip, video, config = prepared
+    whole = (clip.path / name).read_bytes()
+    (clip.path / name).write_bytes(whole[:-9] + bytes(9))
+    with pytest.raises(FileFormatError, match="damaged"):
+        damaged = Clip.open(clip.path)
+        for read in (lambda: damaged.head_mask(20), damaged.depths, damaged.audio):
+            read()
+    prepare(video, clip.path, config, progress=False)
+    assert (clip.path / name).read_bytes() == whole
 
 
 def test_another_video_does_not_overwrite_a_clip(prepared, tmp_path):

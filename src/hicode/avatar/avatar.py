@@ -6,7 +6,6 @@ training part of the clip, which gives a spoken head its body, background, head 
 
 import copy
 import hashlib
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from hicode.errors import FileFormatError
 from hicode.files import load_tensors, save_tensors
 from hicode.gaussians import Gaussians
 from hicode.media.images import Images
-from hicode.motion import Motion, MotionFrame
+from hicode.motion import N_LANDMARKS, Motion, MotionFrame
 from hicode.render import Backend, Rendering, rasterize
 from hicode.speech.speech_model import SpeechModels
 
@@ -78,11 +77,11 @@ class Avatar:
 
     def driving_frame(self, t: int) -> UInt8[np.ndarray, "h w 3"]:
         """Picture t of the driving track."""
-        return self.driving_frames[t]
+        return _sized(self.driving_frames[t], self.background_plate.shape)
 
     def driving_mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
         """Soft head mask t of the driving track."""
-        return self.driving_masks[t]
+        return _sized(self.driving_masks[t], self.background_plate.shape[:2])
 
     def to(self, device: torch.device | str) -> "Avatar":
         """A copy whose Gaussians, deformation and compositor are on a device; all else stays on the CPU."""
@@ -164,6 +163,8 @@ class Avatar:
     ) -> UInt8[np.ndarray, "h w 3"]:
         """A rendered head in a frame, within a head or face mask; `index` chooses its film grain."""
         grain = None if self.film_grain is None else self.film_grain.layer(landmarks_px, index)
+        if grain is not None:
+            _sized(grain.field, self.background_plate.shape[:2])
         return compose(rendering.rgb, rendering.alpha, frame, mask, self.background_plate, self.compositor, grain)
 
     def synthesize_frame(
@@ -220,14 +221,86 @@ class Avatar:
         """Read an avatar. Raises FileFormatError, naming the file and the reason, for anything else."""
         tensors, config = load_tensors(path, SCHEMA, VERSION)
         try:
-            return _assemble(tensors, config)
-        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            avatar = _assemble(tensors, config)
+            _check(avatar, tensors)
+            return avatar
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
             raise FileFormatError(
-                f"{path} is an avatar with parts missing or of the wrong shape ({error}). Train it anew."
+                f"{path} is an avatar with parts missing or of the wrong shape ({error!s:.200}). Train it anew."
             ) from error
 
 
+_FLOATS, _INDICES, _BYTES = (torch.float32, torch.float16), (torch.int32, torch.int64), (torch.uint8,)
+_DTYPES = {
+    "deformation.binding.vertices": _INDICES,
+    "deformation.binding.landmarks": _INDICES,
+    "deformation.anchors.index": _INDICES,
+    "driving_frames.data": _BYTES,
+    "driving_masks.data": _BYTES,
+    "film_grain.data": _BYTES,
+    "driving_frames.offsets": _INDICES,
+    "driving_masks.offsets": _INDICES,
+    "film_grain.offsets": _INDICES,
+    "background_plate": _BYTES,
+    "mouth_expression": (torch.bool,),
+}
+
+
+def _check(avatar: Avatar, tensors: dict[str, Tensor]) -> None:
+    """Finite numbers, shapes that fit each other, indices within their tables: compiled code checks none of them.
+
+    Raises ValueError.
+    """
+
+    def need(holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(what)
+
+    for name, tensor in tensors.items():
+        need(tensor.dtype in _DTYPES.get(name, _FLOATS), f"{name} is {tensor.dtype}")
+        need(not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()), f"{name} has no finite numbers")
+    n, t, pictures = len(avatar.gaussians), len(avatar.driving), (avatar.driving_frames, avatar.driving_masks)
+    widths = {"means": (3,), "log_scales": (3,), "quats": (4,), "colors": (3,), "view_dependent_color": (3, 3)}
+    for name, tensor in avatar.gaussians.tensors().items():
+        need(tensor.shape == (n, *widths.get(name, ())), f"gaussians.{name} is {tuple(tensor.shape)}")
+    rig, binding, anchors = avatar.deformation.rig, avatar.deformation.binding, avatar.deformation.anchors
+    tables = []
+    if rig is not None:
+        if binding is None:
+            raise ValueError("the rig has no binding")
+        landmarks = binding.landmarks, binding.landmark_weights, N_LANDMARKS
+        tables += [(binding.vertices, binding.weights, rig.expression_basis.shape[1]), landmarks]
+    if anchors is not None:
+        tables.append((anchors.index, anchors.weight, len(anchors.points)))
+    for index, weight, rows in tables:
+        need(index.shape == weight.shape and index.ndim == 2 and len(index) == n, "an index has the wrong shape")
+        need(not n or bool(((index >= 0) & (index < rows)).all()), "an index points outside its table")
+    need(all(len(part) == t for part in pictures) and t > 0, "the driving track's parts differ in length")
+    motion = avatar.driving
+    need(motion.expression.shape == (t, 64) and motion.landmarks.shape == (t, N_LANDMARKS, 3), "the motion's shape")
+    need(motion.T_camera_head.shape == (t, 4, 4) and avatar.camera.K.shape == (3, 3), "the poses' shape")
+    height, width = avatar.camera.height, avatar.camera.width
+    need(avatar.background_plate.shape == (height, width, 3) and avatar.background_plate.dtype == np.uint8, "the plate")
+    need(avatar.mouth_expression.shape == (64,) and avatar.mouth_landmark_weight.shape == (N_LANDMARKS,), "the mouth")
+    for images in (*pictures, *(() if avatar.film_grain is None else (avatar.film_grain.fields,))):
+        edges = images.offsets.tolist()
+        places = edges[0] >= 0 and edges == sorted(edges) and edges[-1] <= len(images.data)
+        need(places, "the pictures' places")
+    grain = avatar.film_grain
+    need(grain is None or 0 < len(grain.landmarks_px) == len(grain.fields), "the film grain's parts differ in length")
+    need(grain is None or 0 <= grain.strength <= 10, "the film grain's strength")
+
+
+def _sized(picture: UInt8[np.ndarray, "h w *c"], shape: tuple[int, ...]) -> UInt8[np.ndarray, "h w *c"]:
+    """The picture, if it has that shape: compiled code does not ask. Raises FileFormatError."""
+    if picture.shape != shape:
+        raise FileFormatError("A picture of the avatar has the wrong size. Train the avatar anew.")
+    return picture
+
+
 def _assemble(tensors: dict[str, Tensor], config: dict) -> Avatar:
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 

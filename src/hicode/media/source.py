@@ -5,7 +5,6 @@ import os
 import shutil
 import stat
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import av.container
 import av.error
 
 from hicode.errors import InputError, OutputError
+from hicode.files import temporary_folder
 
 _COPY_BYTES = 1 << 20
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -101,8 +101,8 @@ def as_file(source: FileSource) -> Iterator[Path]:
 @contextmanager
 def _copied(source: Path | Readable) -> Iterator[Path]:
     name = str(source) if isinstance(source, Path) else "The file object"
-    with tempfile.TemporaryDirectory(prefix="hicode-") as folder:
-        copy = Path(folder) / "input"
+    with temporary_folder() as folder:
+        copy = folder / "input"
         try:
             with copy.open("wb") as target:
                 if isinstance(source, Path):

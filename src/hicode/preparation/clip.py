@@ -13,7 +13,9 @@ samples 640 i … 640 (i + 1).
     audio.<encoder>.safetensors   speech features of the corrected sound
 """
 
+import zlib
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +29,7 @@ from torch import Tensor
 from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from hicode.camera import Camera
 from hicode.errors import FileFormatError, InputError
-from hicode.files import load_tensors, read_json, save_tensors
+from hicode.files import load_tensors, read_json, save_tensors, sha256_of
 from hicode.motion import FaceTrack, Motion
 from hicode.preparation.defects import Defect, longest_run, usable
 from hicode.speech.encoders import AudioEncoder, EncoderSpec, default_spec, encoder_of, match_frames
@@ -91,6 +93,7 @@ class Clip:
                 f"{path} is not finished. Go on with: hicode prepare {config.get('video', 'VIDEO')} -o {path}"
             )
         try:
+            _check(config)
             clip = Clip(path, config)
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(
@@ -201,10 +204,14 @@ class Clip:
         import soundfile
 
         try:
+            stated = self.config["steps"].get("sound", {}).get("files", {}).get(file.name)
+            if stated is not None and stated != sha256_of(file):
+                raise FileFormatError(f"{file} is damaged: its checksum differs. Run hicode prepare again.")
             samples, rate_hz = soundfile.read(str(file), dtype="float32")
         except (soundfile.LibsndfileError, OSError) as error:
             raise FileFormatError(f"{file} is missing or damaged ({error}). Run hicode prepare again.") from error
-        assert rate_hz == SAMPLE_RATE_HZ, rate_hz
+        if rate_hz != SAMPLE_RATE_HZ or samples.ndim != 1:
+            raise FileFormatError(f"{file} is not 16 kHz mono. Run hicode prepare again.")
         return shift_audio(samples, self.audio_offset_frames, self.frame_count)
 
     @property
@@ -237,6 +244,32 @@ class Clip:
         return features
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("fps", "start_s", "audio_offset_frames"), (int, float)),
+    **dict.fromkeys(("frame_count", "width", "height"), int),
+    **dict.fromkeys(("train", "test", "crop_box"), list),
+    **dict.fromkeys(("source", "report", "encoder", "steps"), dict),
+    "has_audio": bool,
+}
+
+
+def _check(config: dict) -> None:
+    """Raise KeyError, TypeError or ValueError where clip.json lacks something or has it of another kind."""
+    for name, kind in _KINDS.items():
+        if not isinstance(config[name], kind) or (kind is not bool and isinstance(config[name], bool)):
+            raise TypeError(name)
+    count = config["frame_count"]
+    for name in ("train", "test"):
+        first, end = config[name]
+        if not 0 <= first <= end <= count:
+            raise ValueError(name)
+    if not (count > 0 and 0 < config["fps"] < 1000 and abs(config["audio_offset_frames"]) <= count):
+        raise ValueError("frame_count, fps or audio_offset_frames")
+    if not all(isinstance(step, dict) for step in config["steps"].values()):
+        raise TypeError("steps")
+    EncoderSpec.from_json(config["encoder"])
+
+
 FEATURES_SCHEMA, FEATURES_VERSION = "hicode-speech-features", 2
 
 
@@ -267,13 +300,33 @@ class _Pictures:
 
 def read_png(file: Path, grey: bool) -> UInt8[np.ndarray, "h w *c"]:
     """A PNG file as grey or RGB. Raises FileFormatError where it is missing or damaged."""
-    try:
-        picture = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
-    except (OSError, cv2.error):
-        picture = None
+    picture = None
+    with suppress(OSError, cv2.error):
+        data = file.read_bytes()
+        if is_whole_png(data):
+            kind = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR
+            picture = cv2.imdecode(np.frombuffer(data, np.uint8), kind)
     if picture is None:
         raise FileFormatError(f"{file} is missing or damaged. Run hicode prepare again.")
     return picture if grey else np.ascontiguousarray(picture[..., ::-1])
+
+
+def is_whole_png(data: bytes) -> bool:
+    """Whether the bytes are a PNG from its signature to its end, each chunk with the right checksum.
+
+    Decoders show what they can of a damaged one, and say so at most on the console.
+    """
+    at, view = 8, memoryview(data)
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        return False
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(view[at : at + 4], "big")
+        if int.from_bytes(view[end : end + 4], "big") != zlib.crc32(view[at + 4 : end]) or end + 4 > len(data):
+            return False
+        if view[at + 4 : at + 8] == b"IEND":
+            return end + 4 == len(data)
+        at = end + 4
+    return False
 
 
 def write_png(file: Path, picture: UInt8[np.ndarray, "h w *c"]) -> None:

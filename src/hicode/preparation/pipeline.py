@@ -254,7 +254,7 @@ class _Preparation:
         """The steps of the sound."""
         config, cache, folder = self.config, self.cache, self.folder
         store = lambda: store_sound(folder, self.info.path, config.start, frame_count, config.sound)
-        sound = cache.run(Step("sound", 2, cut | {"sound": config.sound}, ("crop",)), Sound, store)
+        sound = cache.run(Step("sound", 2, cut | {"sound": config.sound}, ("crop",), ("audio.wav",)), Sound, store)
         cache.state.update(has_audio=sound.usable, audio_offset_frames=0.0, encoder=default_spec("embedded").to_json())
         if not sound.usable:
             return sound, None

@@ -1,8 +1,8 @@
 """Steps whose results stay in the clip's folder until something they depend on changes.
 
-`clip.json` records for each step its settings, the steps it follows, how long it took and its result. A rerun skips
-every step whose record still holds; a killed run continues after its last finished step. A step's files appear under
-their names only when they are whole.
+`clip.json` records for each step its settings, the steps it follows, how long it took, its result and fingerprints of
+its files. A rerun skips every step whose record still holds and whose files are undamaged; a killed run continues after
+its last finished step. A step's files appear under their names only when they are whole.
 """
 
 import hashlib
@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hicode.errors import FileFormatError, OutputError
-from hicode.files import read_json, write_json
-from hicode.preparation.clip import SCHEMA, VERSION
+from hicode.files import read_json, remove_leftovers, sha256_of, write_json
+from hicode.preparation.clip import SCHEMA, VERSION, is_whole_png
 from hicode.provenance import plain
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     Result = TypeVar("Result", bound=DataclassInstance)
+
+
+_PROBE = ".writable"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Step:
     version  counts changes of the code that alter results
     settings dataclasses or JSON values by name: everything that the step reads of the configuration
     after    steps whose results it reads
-    files    files or folders that it leaves in the clip
+    files    files, or folders of pictures, that it leaves in the clip
     """
 
     name: str
@@ -58,7 +61,7 @@ class StepCache:
         described = json.dumps([step.name, step.version, settings, upstream], sort_keys=True)
         identity = hashlib.sha256(described.encode()).hexdigest()[:16]
         record = steps.get(step.name)
-        if record and record["id"] == identity and all((self.folder / file).exists() for file in step.files):
+        if record and record["id"] == identity and record.get("files") == self._fingerprints(step):
             return kind(**record["result"])
         if self.state["complete"]:
             self.state["complete"] = False
@@ -72,13 +75,25 @@ class StepCache:
             "after": sorted(step.after),
             "seconds": round(time.perf_counter() - started, 2),
             "result": asdict(result),
+            "files": self._fingerprints(step),
         }
         self.save()
         return result
 
+    def _fingerprints(self, step: Step) -> dict[str, str | int | None]:
+        """Of each file its SHA-256, of each folder how many undamaged pictures it has; None where there is neither."""
+        found: dict[str, str | int | None] = {}
+        for name in step.files:
+            place = self.folder / name
+            if place.is_dir():
+                found[name] = sum(is_whole_png(file.read_bytes()) for file in place.iterdir())
+            else:
+                found[name] = sha256_of(place) if place.exists() else None
+        return found
+
     def save(self) -> None:
         """Write `clip.json`."""
-        write_json(self.folder / "clip.json", self.state)
+        write_json(self.folder / "clip.json", self.state, sealed=True)
 
 
 def open_state(out: Path, video: Path, source: dict[str, str]) -> dict[str, Any]:
@@ -98,8 +113,9 @@ def open_state(out: Path, video: Path, source: dict[str, str]) -> dict[str, Any]
         return fresh
     if not out.is_dir():
         raise OutputError(f"{out} is a file; a clip is a folder. Choose another name with -o.")
+    remove_leftovers(out)  # of a run that was killed before its first record
     if not (out / "clip.json").exists():
-        if any(out.iterdir()):
+        if any(place.name != _PROBE for place in out.iterdir()):
             raise OutputError(f"{out} is a folder with other things in it. Choose another name with -o.")
         return fresh
     try:
@@ -119,7 +135,7 @@ def make_folder(out: Path) -> None:
     """Make the clip's folder. Raises OutputError where nothing can be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
+        probe = out / _PROBE
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -12,7 +12,6 @@ import math
 import secrets
 import socket
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
 from hicode.errors import HicodeError, InputError, ResourceError
+from hicode.files import temporary_folder
 from hicode.serve.chat import Chat, Reply, echo
 from hicode.serve.conversation import Conversation, Parts
 from hicode.serve.hearing import EmbeddedHearing
@@ -317,14 +317,13 @@ async def _sound(request: Request) -> Response:
 def decode_sound(data: bytes) -> np.ndarray:
     """The sound of a file's bytes, int16 at 24 kHz. InputError where it is none."""
     from hicode.media.audio import read_speech
+    from hicode.media.source import as_file
 
-    with tempfile.NamedTemporaryFile(suffix=".sound") as file:
-        file.write(data)
-        file.flush()
+    with as_file(data) as file:
         try:
-            samples = read_speech(file.name, 24_000)
+            samples = read_speech(file, 24_000)
         except HicodeError as error:
-            raise InputError(str(error).replace(file.name, "The file")) from error
+            raise InputError(str(error).replace(str(file), "The file")) from error
     return np.clip(np.round(samples * 32767), -32768, 32767).astype(np.int16)
 
 
@@ -385,8 +384,7 @@ def create_app(folder: Path, config: ServeConfig, parts: Parts | None = None, to
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
-        with tempfile.TemporaryDirectory(prefix="hicode-") as recordings:
-            server.recordings = Path(recordings)
+        with temporary_folder() as server.recordings:
             server.machine.prepare()
             yield
             server.stopping = True

@@ -173,7 +173,7 @@ def _speak(
                 report(done, total)
         if key is not None:
             sign_video(whole, record, key)
-    log_unmarked(config.mark, record, out)
+        log_unmarked(config.mark, record, out)  # before the video has its name: none is without its line
     return SpeakResult(out, total, time.perf_counter() - started, session.timings)
 
 

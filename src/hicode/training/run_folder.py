@@ -38,8 +38,8 @@ def open_run(folder: Path, clip: Clip, settings: dict) -> None:
         folder.rename(aside)
         print(f"{folder} held another run ({_difference(old, description)}); it is now {aside}.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, description)
     write_json(folder / "environment.json", provenance())
+    write_json(file, description)
 
 
 def _read_run(file: Path) -> dict:

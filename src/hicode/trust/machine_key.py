@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hicode.assets import user_folder
 from hicode.errors import FileFormatError, OutputError
-from hicode.files import atomic_path
+from hicode.files import atomic_path, remove_leftovers
 
 _VALID_DAYS = 3650
 _NAMES = ("signing-key.pem", "signing-certificate.pem")
@@ -43,6 +43,7 @@ class MachineKey:
         FileFormatError where it is damaged, OutputError where none can be written.
         """
         private, chain = (config_folder() / name for name in _NAMES)
+        remove_leftovers(private.parent)
         try:
             if private.exists() and chain.exists():
                 return _checked(MachineKey(private.read_bytes(), chain.read_text()), private)
@@ -54,7 +55,9 @@ class MachineKey:
         _make_folder(private.parent)
         with atomic_path(chain) as temporary:
             temporary.write_text(key.chain)
-        _write_private(private, key.private)
+        with atomic_path(private) as temporary:
+            temporary.touch(0o600)  # before the first byte
+            temporary.write_bytes(key.private)
         return key
 
     def sign(self, data: bytes) -> bytes:
@@ -99,24 +102,6 @@ def _make_folder(folder: Path) -> None:
             f"The signing key needs the folder {folder}, which cannot be made ({error.strerror}). Set HICODE_CONFIG to "
             "a folder of your own, or use --mark none with a reason."
         ) from error
-
-
-def _write_private(path: Path, key: bytes) -> None:
-    """Mode 600 from the first byte on."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "wb") as f:
-            f.write(key)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(
-            f"The signing key cannot be written to {path} ({error.strerror}). Free some space."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _checked(key: MachineKey, path: Path) -> MachineKey:

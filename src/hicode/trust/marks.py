@@ -106,10 +106,9 @@ def sign_video(path: Path | str, record: VideoRecord, key: MachineKey | None = N
     import c2pa
 
     with atomic_path(path) as signed:
-        plain = signed.with_name(f"{signed.stem}-plain{signed.suffix}")
+        plain = signed.with_name(f"plain-{signed.name}")
         try:
             _with_metadata(path, plain, {AIGC_FIELD: json.dumps(aigc_field(record), ensure_ascii=False)})
-            signed.unlink()
             builder = c2pa.Builder(manifest(record), c2pa_context(key))
             info = c2pa.C2paSignerInfo(alg=b"es256", sign_cert=key.chain.encode(), private_key=key.private, ta_url=None)
             builder.sign_file(str(plain), str(signed), c2pa.Signer.from_info(info))
@@ -117,8 +116,6 @@ def sign_video(path: Path | str, record: VideoRecord, key: MachineKey | None = N
             raise OutputError(
                 f"{path} could not be signed ({error}). Free some space, or use --mark none with a reason."
             ) from error
-        finally:
-            plain.unlink(missing_ok=True)
 
 
 def log_unmarked(config: MarkConfig, record: VideoRecord, path: Path) -> None:
