@@ -45,6 +45,20 @@ def test_what_the_system_refuses_is_said_in_one_line(tmp_path, number, finding):
     assert str(tmp_path / "a") in str(caught.value) and os.listdir(tmp_path) == []
 
 
+def test_a_disk_that_fills_up_under_tensors_is_said(tmp_path, monkeypatch):
+    """The library raises an error of its own, with the system's number in words."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OutputError, match="Disk full while writing"):
+        save_tensors(tmp_path / "a", {"a": torch.rand(2)}, "thing", 1)
+    assert os.listdir(tmp_path) == []
+
+
 def test_unwritable_places_are_found_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     check_writable(tmp_path / "new" / "a.mp4")

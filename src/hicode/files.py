@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -237,13 +238,18 @@ def save_tensors(
 
     Equal contents give equal bytes.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     header = {"schema": schema, "version": str(version), "config": json.dumps(config or {}, sort_keys=True)}
     header[CHECKSUM] = _NO_CHECKSUM
     out = {k: torch.as_tensor(v).detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(out, str(temporary), metadata=header)
+        try:
+            save_file(out, str(temporary), metadata=header)
+        except SafetensorError as error:  # it says the system's error in words only
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
         _finish_header(temporary)
 
 
