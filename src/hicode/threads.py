@@ -7,13 +7,18 @@ other.
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 _pool: ThreadPoolExecutor | None = None
 _frames: tuple[int, ThreadPoolExecutor] | None = None  # threads, pool
@@ -66,6 +71,25 @@ def frame_pool() -> ThreadPoolExecutor:
                 _frames[1].shutdown(wait=False)
             _frames = count, _make_frame_pool(count)
         return _frames[1]
+
+
+def map_frames(work: Callable[[Item], Result], frames: Iterable[Item]) -> Iterator[Result]:
+    """`work` of each frame, in order, on the frame pool; so few frames ahead of the reader that memory stays small.
+
+    Several frames are worked on at once, so `work` keeps no state. What it raises is raised here.
+    """
+    pool, waiting = frame_pool(), deque[Future[Result]]()
+    most = 2 * torch.get_num_threads()
+    try:
+        for frame in frames:
+            waiting.append(pool.submit(work, frame))
+            if len(waiting) > most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _make_frame_pool(count: int) -> ThreadPoolExecutor:

@@ -22,7 +22,8 @@ from hicode.preparation.crop import Crop, FaceSearch, clock
 from hicode.preparation.defects import Defect, usable
 from hicode.preparation.sound import Offset, Sound
 from hicode.progress import Report
-from hicode.tracking.keyframes import Pictures, gray_image
+from hicode.threads import map_frames
+from hicode.tracking.keyframes import GrayPictures, Pictures
 
 _UPPER_FACE = np.array([10, 67, 297, 50, 280, 6])  # forehead to cheeks: what the mouth does not move
 _PATCH_PX = 24  # side of the mouth patches that are compared
@@ -335,12 +336,12 @@ def head_rotation_deg(track: FaceTrack) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def face_quality(pictures: Pictures, track: FaceTrack, samples: int) -> FaceQuality:
+def face_quality(pictures: Pictures | GrayPictures, track: FaceTrack, samples: int) -> FaceQuality:
     """Sharpness and brightness of the face, over some frames."""
     sharpness, luma, burnt = [], [], []
-    count = len(track.landmarks_px)
+    count, pictures = len(track.landmarks_px), GrayPictures.of(pictures)
     for t in np.linspace(0, count - 1, min(samples, count)).round().astype(int):
-        grey = gray_image(pictures.image(int(t))).astype(np.float32)
+        grey = pictures.gray(int(t)).astype(np.float32)
         face = _inside(grey, track.landmarks_px[int(t)].numpy(), least=8)
         fine = face - cv2.GaussianBlur(face, (0, 0), 1.5)
         sharpness.append(fine.std() / max(face.std(), 1e-3))
@@ -350,7 +351,7 @@ def face_quality(pictures: Pictures, track: FaceTrack, samples: int) -> FaceQual
 
 
 def survey_clip(
-    pictures: Pictures,
+    pictures: Pictures | GrayPictures,
     track: FaceTrack,
     config: ReportConfig,
     report: Report,
@@ -365,8 +366,7 @@ def survey_clip(
     good = np.ones(count, bool) if good is None or not good.any() else good
     luma, cuts, before = np.zeros(count), [], None
     mouths = np.zeros((count, _PATCH_PX**2), np.uint8)
-    for t in range(count):
-        grey = gray_image(pictures.image(t))
+    for t, grey in enumerate(map_frames(GrayPictures.of(pictures).gray, range(count))):
         small = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
         small /= max(small.mean(), 1.0)
         if before is not None and good[t - 1 : t + 1].all() and np.abs(small - before).mean() > config.cut:

@@ -4,7 +4,7 @@
 that it cannot jitter. A box is (x0, y0, x1, y1).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hicode.preparation.clip import write_png
 from hicode.preparation.defects import DefectFinder
 from hicode.preparation.steps import whole_folder
 from hicode.progress import Report
+from hicode.threads import map_frames
 from hicode.tracking.landmarks import FaceDetector
 
 Image = UInt8[np.ndarray, "h w 3"]
@@ -233,10 +234,14 @@ def write_crops(
     x0, y0, side = box
     scale, count, finder = min(1.0, 2 * size / side), 0, DefectFinder()
     with whole_folder(folder / "frames") as target:
-        for frame in frames:
-            crop = crop_square(frame.rgb, x0 * scale, y0 * scale, side * scale, size)
-            write_png(target / f"{count:06d}.png", crop)
-            finder.add(crop, frame.damaged)
+
+        def crops() -> Iterator[tuple[int, UInt8[np.ndarray, "s s 3"]]]:
+            for t, frame in enumerate(frames):
+                crop = crop_square(frame.rgb, x0 * scale, y0 * scale, side * scale, size)
+                finder.add(crop, frame.damaged)
+                yield t, crop
+
+        for _ in map_frames(lambda crop: write_png(target / f"{crop[0]:06d}.png", crop[1]), crops()):
             count += 1
             report(count, expected)
     return Crop(count, [x0, y0, side], size / side, [asdict(defect) for defect in finder.defects()])

@@ -6,6 +6,7 @@ t frames at 25 fps.
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
@@ -47,11 +48,12 @@ from hicode.progress import progress_bar, say_notes
 from hicode.runtime import require_memory_for_frames
 from hicode.speech.encoders import EncoderName, default_spec
 from hicode.speech.encoders.hubert import weights_variant
+from hicode.threads import map_frames
 from hicode.tracking.config import TrackConfig
 from hicode.tracking.depth import head_depth
 from hicode.tracking.face_tracker import track_faces
 from hicode.tracking.fit import Observations, fit_report, fit_track, refit_expressions, track_flow
-from hicode.tracking.keyframes import choose_keyframes
+from hicode.tracking.keyframes import GrayPictures, choose_keyframes
 from hicode.tracking.landmark_drift import correct_landmark_drift
 from hicode.tracking.masks import head_mask
 from hicode.tracking.models import TrackingModels
@@ -217,12 +219,12 @@ class _Preparation:
         landmark = {"landmarks": track.landmarks, "max_missing": config.max_missing}
         step = Step("landmarks", 3, landmark, ("crop",), ("landmarks.safetensors",))
         found = cache.run(step, LandmarkResult, lambda: self.find_landmarks(crop.frame_count))
-        step = Step("fit", 2, {"fit": track.fit, "flow": track.flow}, ("landmarks",), ("fit.safetensors",))
+        step = Step("fit", 3, {"fit": track.fit, "flow": track.flow}, ("landmarks",), ("fit.safetensors",))
         fitted = cache.run(step, FitResult, lambda: self.fit(train))
         step = Step("masks", 3, {"masks": track.masks}, ("fit",), ("masks/person", "masks/head"))
         cache.run(step, MaskResult, lambda: self.segment(crop.frame_count))
         settings = {"fit": track.fit, "rigid_pose": track.rigid_pose, "drift": track.drift}
-        step = Step("track", 7, settings, ("fit", "masks"), ("track.safetensors", "rigid_points.safetensors"))
+        step = Step("track", 8, settings, ("fit", "masks"), ("track.safetensors", "rigid_points.safetensors"))
         cache.run(step, TrackResult, lambda: self.track(train))
         step = Step("depth", 4, {"depth": track.depth}, ("track",), ("depth.safetensors",))
         cache.run(step, DepthResult, lambda: self.depth(train))
@@ -282,9 +284,14 @@ class _Preparation:
     def frames(self, count: int, label: str) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """The first `count` frames of the crop, with progress."""
         with progress_bar(label, self.show) as report:
-            for t in range(count):
-                yield self.image(t)
+            for t, image in enumerate(map_frames(self.image, range(count))):
+                yield image
                 report(t + 1, count)
+
+    @cached_property
+    def pictures(self) -> GrayPictures:
+        """The crop's frames and masks, the first of them kept in grey for all steps."""
+        return GrayPictures(self)
 
     def decode(self, max_size: int | None) -> Iterator[Picture]:
         """The source's frames from `start` for `duration` seconds."""
@@ -328,7 +335,7 @@ class _Preparation:
     def fit(self, train: range) -> FitResult:
         """The landmarks' track: what masks, keyframes and the rigid points start from."""
         seen, config = self._observations(), self.config.track
-        frames = self.frames(len(seen.points_px), "Optical flow")
+        frames = map_frames(self.pictures.gray, range(len(seen.points_px)))
         flow = track_flow(frames, seen.points_px, seen.found, config.flow)
         observed = Observations(seen.points_px, seen.found, seen.width, seen.height, flow)
         with progress_bar("Fitting the head", self.show) as report:
@@ -345,14 +352,14 @@ class _Preparation:
             person, head = target / "person", target / "head"
             person.mkdir()
             head.mkdir()
-            masks = self.models.segmenter.persons(self.frames(count, "Person masks"), config)
-            for t, mask in enumerate(masks):
-                write_png(person / f"{t:06d}.png", mask)
-            with progress_bar("Head masks", self.show) as report:
-                for t in range(count):
-                    mask = head_mask(read_png(person / f"{t:06d}.png", grey=True), points[t], config)
-                    write_png(head / f"{t:06d}.png", mask)
-                    report(t + 1, count)
+            masks = self.models.segmenter.persons(self.frames(count, "Masks"), config)
+
+            def write(mask: tuple[int, UInt8[np.ndarray, "h w"]]) -> None:
+                write_png(person / f"{mask[0]:06d}.png", mask[1])
+                write_png(head / f"{mask[0]:06d}.png", head_mask(mask[1], points[mask[0]], config))
+
+            for _ in map_frames(write, enumerate(masks)):
+                pass
         return MaskResult(count)
 
     def track(self, train: range) -> TrackResult:
@@ -361,11 +368,13 @@ class _Preparation:
         track = load_track(self.folder / "fit.safetensors")
         with progress_bar("Aligning the head", self.show) as report:
             progress = lambda done: report(round(100 * done), 100)
-            rigid = refine_rigid_pose(self, track, head, train, config.rigid_pose, progress)
+            rigid = refine_rigid_pose(self.pictures, track, head, train, config.rigid_pose, progress)
         track = refit_expressions(track, rigid.poses, self._observations(), head, train, config.fit)
         with progress_bar("Following the skin", self.show) as report:
             progress = lambda done: report(round(100 * done), 100)
-            track, drift = correct_landmark_drift(self, track, rigid.points, head, train, config.drift, progress)
+            track, drift = correct_landmark_drift(
+                self.pictures, track, rigid.points, head, train, config.drift, progress
+            )
         save_track(self.folder / "track.safetensors", track)
         save_tensors(self.folder / "rigid_points.safetensors", rigid.points.tensors(), "hicode-rigid-points", 1)
         figures, found = fit_report(track, head), rigid.report
@@ -406,10 +415,10 @@ class _Preparation:
         sound: tuple[Sound, Offset | None],
     ) -> CaptureReport:
         config, track = self.config.report, load_track(self.folder / "track.safetensors")
-        quality = face_quality(self, track, config.samples)
+        quality = face_quality(self.pictures, track, config.samples)
         with progress_bar("Looking along the clip", self.show) as report:
             good = usable(crop.frame_count, [Defect(**defect) for defect in crop.defects])
-            survey = survey_clip(self, track, config, report, good)
+            survey = survey_clip(self.pictures, track, config, report, good)
         recording = Recording(
             self.info, faces, crop, found.missing, found.first_missing, fitted.error_px, fitted.focal_px,
             *sound, track, quality, survey,

@@ -11,7 +11,6 @@ t frames, k keyframes, l = 478 landmarks, s structure frames. Corrections are di
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int, UInt8
@@ -20,9 +19,10 @@ from scipy.ndimage import gaussian_filter1d
 from hicode.camera import Camera
 from hicode.geometry import smoothstep
 from hicode.motion import FACE_OVAL, IRISES, LEFT_EYE_RING, LIPS, N_LANDMARKS, RIGHT_EYE_RING, FaceTrack
-from hicode.tracking.fit.flow import track_points
+from hicode.threads import map_frames
+from hicode.tracking.fit.flow import Search
 from hicode.tracking.head_model import HeadModel
-from hicode.tracking.keyframes import Keyframe, Pictures, angle_between, gray_image, spread_over, warp_to_keyframe
+from hicode.tracking.keyframes import GrayPictures, Keyframe, Pictures, View, angle_between, match_points, spread_over
 from hicode.tracking.rigid_pose import RigidPoints
 
 Progress = Callable[[float], None]
@@ -32,11 +32,11 @@ Progress = Callable[[float], None]
 class DriftConfig:
     """How landmarks are matched and smoothed. Lengths in px of the crop, or mm on the head."""
 
-    nearest: int = 4  # keyframes that each frame is matched to
+    nearest: int = 3  # keyframes that each frame is matched to
     pose_deg: float = 6.0  # unit of distance between poses when keyframes are chosen
     expression: float = 1.5  # unit of distance between expressions when keyframes are chosen
     structure_frames: int = 160  # training frames from which the keyframes' own corrections are found
-    window_px: int = 25  # side of the Lucas-Kanade window
+    window_px: int = 24  # side of the Lucas-Kanade window
     return_px: float = 0.7  # a match that is tracked back must return to within this
     most_px: float = 6.0  # matches further than this from the network's landmark are wrong
     noise_px: float = 1.0  # deviation of a match; larger residuals count less and less
@@ -60,7 +60,7 @@ class DriftReport:
 
 
 def correct_landmark_drift(
-    pictures: Pictures,
+    pictures: Pictures | GrayPictures,
     track: FaceTrack,
     rigid_points: RigidPoints,
     model: HeadModel,
@@ -74,7 +74,8 @@ def correct_landmark_drift(
     without a face are left alone.
     """
     view = _View.of(track, train)
-    keyframes = [Keyframe.of(int(k), pictures, track, model) for k in np.unique(rigid_points.keyframe.numpy())]
+    gray_pictures = GrayPictures.of(pictures)
+    keyframes = [Keyframe.of(int(k), gray_pictures, track, model) for k in np.unique(rigid_points.keyframe.numpy())]
     keys = np.array([keyframe.t for keyframe in keyframes], int)
     matchable = np.ones(N_LANDMARKS, bool)
     matchable[np.concatenate([LIPS, LEFT_EYE_RING, RIGHT_EYE_RING, IRISES])] = False
@@ -82,7 +83,7 @@ def correct_landmark_drift(
     def matches(t: int) -> Float32[np.ndarray, "k l 3"]:
         """How far from the network's landmark each keyframe's match is; NaN where there is none."""
         out = np.full((len(keys), N_LANDMARKS, 3), np.nan, np.float32)
-        gray = gray_image(pictures.image(t))
+        gray = gray_pictures.gray(t)
         for j in view.nearest(t, keys, config):
             out[j, matchable] = _match(view, keyframes[j], t, gray, matchable, config)
         return out
@@ -157,13 +158,10 @@ def _match(
     config: DriftConfig,
 ) -> Float[np.ndarray, "n 3"]:
     """Lucas-Kanade from some landmarks of a keyframe to frame t drawn into its view, from the network's landmark on."""
-    where, drawn = warp_to_keyframe(keyframe.surface, gray, view.camera_at(t), view.camera_at(keyframe.t))
-    start, guess = (
-        (view.pixels(frame, keyframe.t)[which] - 0.5).astype(np.float32)[:, None] for frame in (keyframe.t, t)
-    )
-    there, good = track_points(keyframe.gray, drawn, start, guess, config.window_px, config.return_px)
-    at = cv2.remap(where, there[:, :, 0], there[:, :, 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
-    off = at.astype(np.float64) + 0.5 - view.pixels(t, t)[which]
+    between = View.between(view.camera, view.poses[t], view.poses[keyframe.t])
+    start, guess = (view.pixels(frame, keyframe.t)[which] for frame in (keyframe.t, t))
+    at, good = match_points(keyframe, gray, between, start, guess, Search(config.window_px, config.return_px))
+    off = at - view.pixels(t, t)[which]
     good &= np.linalg.norm(off, axis=1) < config.most_px
     across = np.concatenate([off / view.px_per_dm, np.zeros((len(off), 1))], 1)  # across the ray
     return np.where(good[:, None], across @ view.poses[t][:3, :3], np.nan)
@@ -198,16 +196,19 @@ def _trajectories(
     frames, seen, train = len(view.poses), view.seen, view.train
     steps = len(structure) + frames
     at_structure = np.empty((len(structure), len(keys), N_LANDMARKS, 3), np.float32)
-    for row, t in enumerate(structure):
-        at_structure[row] = matches(int(t))
+    for row, found in enumerate(map_frames(matches, structure.tolist())):
+        at_structure[row] = found
         progress((row + 1) / steps)
     anchors = solve_keyframes(at_structure, np.searchsorted(structure, keys), view.px_per_dm, config)
 
     moved, trust, count = np.zeros((frames, N_LANDMARKS, 3), np.float32), np.zeros(N_LANDMARKS), 0
     row_of = {int(t): row for row, t in enumerate(structure)}
-    for t in range(frames):
-        if seen[t]:
-            found = at_structure[row_of[t]] if t in row_of else matches(t)
+
+    def match(t: int) -> Float32[np.ndarray, "k n 3"] | None:
+        return (at_structure[row_of[t]] if t in row_of else matches(t)) if seen[t] else None
+
+    for t, found in enumerate(map_frames(match, range(frames))):
+        if found is not None:
             moved[t], weights = solve_frame(found, anchors, view.px_per_dm, config)
             trust += weights.sum(0) if t in train else 0
             count += int(np.isfinite(found[..., 0]).sum())

@@ -19,6 +19,7 @@ t frames, k keyframes, p points. Lengths in dm.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import cv2
 import numpy as np
@@ -26,8 +27,8 @@ import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
-from hicode.camera import Camera
 from hicode.motion import LIPS, FaceTrack
+from hicode.threads import map_frames
 from hicode.tracking.bundle import (
     Bundle,
     BundleConfig,
@@ -40,16 +41,17 @@ from hicode.tracking.bundle import (
     resect,
     residual,
 )
-from hicode.tracking.fit.flow import cut_out_eyes, track_points
+from hicode.tracking.fit.flow import Search, cut_out_eyes
 from hicode.tracking.head_model import HeadModel
 from hicode.tracking.keyframes import (
+    GrayPictures,
     Keyframe,
     Pictures,
+    View,
     angle_between,
     choose_keyframes,
-    gray_image,
+    match_points,
     spread_over,
-    warp_to_keyframe,
 )
 
 
@@ -59,12 +61,12 @@ class RigidPoseConfig:
 
     keyframes: int = 16  # at most so many; fewer where the head turns little
     spacing_deg: float = 3.0  # keyframes turn at least this far from each other
-    nearest: int = 4  # keyframes that each frame is matched to
-    points: int = 350  # points of a keyframe, at most
+    nearest: int = 3  # keyframes that each frame is matched to; one less until the last round
+    points: int = 240  # points of a keyframe, at most
     structure_frames: int = 160  # training frames from which the structure is found
     rounds: int = 2  # matches are made again from the poses of the round before
     least_points: int = 40  # frames with fewer matches keep the landmark fit's pose
-    window_px: int = 15  # side of the Lucas-Kanade window
+    window_px: int = 16  # side of the Lucas-Kanade window
     return_px: float = 0.4  # a match that is tracked back must return to within this
     landmark_px: float = 4.0  # residuals of landmarks beyond this count less when the head frame's origin is found
     bundle: BundleConfig = field(default_factory=BundleConfig)  # the bundle adjustment
@@ -116,7 +118,7 @@ class RigidPoses:
 
 
 def refine_rigid_pose(
-    pictures: Pictures,
+    pictures: Pictures | GrayPictures,
     track: FaceTrack,
     model: HeadModel,
     train: range,
@@ -128,14 +130,15 @@ def refine_rigid_pose(
     Frames are read one by one. Memory holds the keyframes' pictures and the matches of `structure_frames`, whatever the
     clip's length.
     """
-    search = _Search.start(pictures, track, model, train, config)
+    search = _Search.start(GrayPictures.of(pictures), track, model, train, config)
     structure, frames = None, search.structure_frames
     matches: dict[int, list[Match]] = {}
     depths = [points.depth for points in search.points]
     total, done = config.rounds * (len(frames) + len(track)), 0
-    for _ in range(config.rounds):
-        for t in frames:
-            matches[int(t)] = search.match(int(t), gray_image(pictures.image(int(t))))
+    for round_ in range(config.rounds):
+        match = partial(search.match, last=round_ == config.rounds - 1)
+        for t, found in zip(frames.tolist(), map_frames(match, frames.tolist()), strict=True):
+            matches[t] = found
             done += 1
             progress(done / total)
         bundle = Bundle(search.camera, search.points, frames, dict(matches), search.prior[frames])
@@ -153,7 +156,7 @@ def refine_rigid_pose(
 class _Search:
     """What matching needs: priors and current poses ("t 4 4", replaced in place), keyframes with their points."""
 
-    pictures: Pictures
+    pictures: GrayPictures
     track: FaceTrack
     config: RigidPoseConfig
     camera: Pinhole
@@ -166,7 +169,7 @@ class _Search:
 
     @staticmethod
     def start(
-        pictures: Pictures, track: FaceTrack, model: HeadModel, train: range, config: RigidPoseConfig
+        pictures: GrayPictures, track: FaceTrack, model: HeadModel, train: range, config: RigidPoseConfig
     ) -> "_Search":
         prior = track.motion.T_camera_head.double().numpy()
         seen = track.confidence.numpy() > 0
@@ -177,15 +180,11 @@ class _Search:
         frames = np.unique(np.concatenate([chosen, keys]))
         return _Search(pictures, track, config, pinhole_of(track), prior, prior.copy(), seen, keyframes, points, frames)
 
-    def view(self, t: int) -> Camera:
-        """The camera of frame t under its current pose, in double precision."""
-        return self.track.camera.with_pose(torch.from_numpy(self.poses[t])).double()
-
-    def match(self, t: int, gray: UInt8[np.ndarray, "h w"]) -> list[Match]:
+    def match(self, t: int, last: bool = True) -> list[Match]:
         """Matches of frame t to the keyframes nearest by the prior poses, itself left out."""
         angles = [np.inf if k.t == t else angle_between(self.prior[t], self.prior[k.t]) for k in self.keyframes]
-        nearest = [n for n in np.argsort(angles)[: self.config.nearest] if self.keyframes[n].t != t]
-        matches = [self._match_to(int(n), t, gray) for n in nearest]
+        nearest = [n for n in np.argsort(angles)[: self.config.nearest - (not last)] if self.keyframes[n].t != t]
+        matches = [self._match_to(int(n), t, self.pictures.gray(t)) for n in nearest]
         return [match for match in matches if len(match.rows)]
 
     def _match_to(self, key: int, t: int, gray: UInt8[np.ndarray, "h w"]) -> Match:
@@ -193,16 +192,10 @@ class _Search:
         keyframe, points = self.keyframes[key], self.points[key]
         if not len(points.pixels):
             return Match(key, np.zeros(0, int), np.zeros((0, 2)))
-        h, w = gray.shape
-        where, drawn = warp_to_keyframe(keyframe.surface, gray, self.view(t), self.view(keyframe.t))
-        start = (points.pixels - 0.5).astype(np.float32)[:, None]
-        window, limit = self.config.window_px, self.config.return_px
-        there, good = track_points(keyframe.gray, drawn, start, start, window, limit)
-        at = cv2.remap(where, there[:, :, 0], there[:, :, 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
-        inside = ((at > 2) & (at < [w - 3, h - 3])).all(1)
-        inside &= ((there[:, 0] > 0) & (there[:, 0] < [w - 1, h - 1])).all(1)
-        rows = np.flatnonzero(good & inside)
-        return Match(key, rows, at[rows].astype(np.float64) + 0.5)
+        view = View.between(self.track.camera, self.poses[t], self.poses[keyframe.t])
+        search = Search(self.config.window_px, self.config.return_px)
+        at, good = match_points(keyframe, gray, view, points.pixels, points.pixels, search)
+        return Match(key, np.flatnonzero(good), at[good])
 
 
 def pinhole_of(track: FaceTrack) -> Pinhole:
@@ -230,23 +223,27 @@ def _pose_all(
         for points, depth in zip(search.points, structure.depths, strict=True)
     ]
     quality = _Quality(placed, np.zeros(len(poses), bool), [], [])
-    for t in range(len(poses)):
-        gray = None if t in matches or not search.seen[t] else gray_image(search.pictures.image(t))
+
+    def pose(t: int) -> tuple[float, int] | None:
+        """(median residual, matches) of frame t once it is posed; None where there is too little to hold on to."""
+        known = matches.get(t)
         points, pixels = np.zeros((0, 3)), np.zeros((0, 2))
-        for _ in range(config.rounds if gray is not None else 1):
-            found = matches.get(t, []) if gray is None else search.match(t, gray)
-            if search.seen[t] and found:
-                points = np.concatenate([placed[m.key][m.rows] for m in found])
-                pixels = np.concatenate([m.pixels for m in found])
-            else:
-                points, pixels = np.zeros((0, 3)), np.zeros((0, 2))
-            if gray is not None and len(points) >= config.least_points:
+        for more in reversed(range(config.rounds if known is None else 1)):
+            found = (search.match(t, last=not more) if known is None else known) if search.seen[t] else []
+            if sum(len(m.rows) for m in found) < config.least_points:
+                return None
+            points = np.concatenate([placed[m.key][m.rows] for m in found])
+            pixels = np.concatenate([m.pixels for m in found])
+            if known is None:
                 poses[t] = resect(search.prior[t], poses[t], points, pixels, search.camera, config.bundle)
-        if len(points) >= config.least_points:
+        error = residual(poses[t], points, pixels, search.camera)[0]
+        return float(np.median(np.linalg.norm(error, axis=1))), len(points)
+
+    for t, posed in enumerate(map_frames(pose, range(len(poses)))):
+        if posed is not None:
             quality.matched[t] = True
-            error = residual(poses[t], points, pixels, search.camera)[0]
-            quality.residuals.append(float(np.median(np.linalg.norm(error, axis=1))))
-            quality.counts.append(len(points))
+            quality.residuals.append(posed[0])
+            quality.counts.append(posed[1])
         progress((t + 1) / len(poses))
     return quality
 

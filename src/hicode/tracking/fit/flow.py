@@ -21,7 +21,7 @@ from hicode.tracking.fit.problem import POSE_DIM, Problem, State, rotations, tra
 if TYPE_CHECKING:
     from hicode.tracking.fit.solver import NormalEquations
 
-Image = UInt8[np.ndarray, "h w 3"]
+Image = UInt8[np.ndarray, "h w"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FlowConfig:
     """How points of the upper face are tracked."""
 
     points: int = 100  # points of a frame, at most
-    window_px: int = 21  # side of the Lucas-Kanade window
+    window_px: int = 24  # side of the Lucas-Kanade window
     return_px: float = 0.3  # a point that is tracked back must return to within this
 
 
@@ -48,7 +48,7 @@ def track_flow(
     found: Bool[np.ndarray, "t"] | Bool[Tensor, "t"],
     config: FlowConfig = FlowConfig(),
 ) -> Flow:
-    """Lucas-Kanade tracks of corners of the upper face between neighbouring frames, kept where tracking back returns.
+    """Lucas-Kanade tracks of corners of the upper face between neighbouring frames (grey), kept where they track back.
 
     One pass with two frames in memory. Pairs with a frame that has no face stay empty.
     """
@@ -57,20 +57,27 @@ def track_flow(
     start, end = np.zeros((count, config.points, 2)), np.zeros((count, config.points, 2))
     valid = np.zeros((count, config.points), bool)
     before = None
-    for t, frame in enumerate(frames):
-        now = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+    for t, now in enumerate(frames):
         if before is not None and t <= count and found[t - 1] and found[t]:
             mask = _rigid_face_mask(points[t - 1, :, :2] - 0.5, before.shape)
             corners = cv2.goodFeaturesToTrack(before, config.points, 0.003, 5, mask=mask)
             if corners is not None:
                 moved = np.median(points[t, :468, :2] - points[t - 1, :468, :2], axis=0)
                 k = len(corners)
-                window, limit = config.window_px, config.return_px
-                there, good = track_points(before, now, corners, corners + moved, window, limit)
+                search = Search(config.window_px, config.return_px)
+                there, good = track_points(before, now, corners, corners + moved, search)
                 start[t - 1, :k], end[t - 1, :k] = corners[:, 0] + 0.5, there[:, 0] + 0.5
                 valid[t - 1, :k] = good
         before = now
     return Flow(start, end, valid)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Lucas-Kanade: side of its window (whole SIMD lanes: 16 takes half of 15's time), how near a point must return."""
+
+    window_px: int
+    return_px: float
 
 
 def track_points(
@@ -78,16 +85,18 @@ def track_points(
     after: UInt8[np.ndarray, "h w"],
     start: Float32[np.ndarray, "k 1 2"],
     guess: Float32[np.ndarray, "k 1 2"],
-    window_px: int,
-    return_px: float,
+    search: Search,
 ) -> tuple[Float32[np.ndarray, "k 1 2"], Bool[np.ndarray, "k"]]:
-    """Lucas-Kanade in pyramids: (places in `after` of points of `before`, whether tracking back returns)."""
-    stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01)
-    search = {"winSize": (window_px, window_px), "maxLevel": 2, "criteria": stop}
-    search["flags"] = cv2.OPTFLOW_USE_INITIAL_FLOW
-    there, ok, _ = cv2.calcOpticalFlowPyrLK(before, after, start, guess.copy(), **search)
-    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(after, before, there, start.copy(), **search)
-    returned = np.linalg.norm(back - start, axis=2)[:, 0] < return_px
+    """Lucas-Kanade in pyramids: (places in `after` of points of `before`, whether tracking back returns).
+
+    Tracking back starts at the end of a search, so it needs the full pictures alone.
+    """
+    stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 10, 0.02)
+    options = {"winSize": (search.window_px, search.window_px), "criteria": stop}
+    options["flags"] = cv2.OPTFLOW_USE_INITIAL_FLOW
+    there, ok, _ = cv2.calcOpticalFlowPyrLK(before, after, start, guess.copy(), maxLevel=2, **options)
+    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(after, before, there, start.copy(), maxLevel=0, **options)
+    returned = np.linalg.norm(back - start, axis=2)[:, 0] < search.return_px
     return there, (ok[:, 0] > 0) & (ok_back[:, 0] > 0) & returned
 
 
@@ -122,8 +131,8 @@ def place_flow(problem: Problem, state: State, segment: np.ndarray) -> None:
         rotation, _ = rotations(state.q[t : t + 1, :3])
         points = vertices @ rotation[0].T + translations(state.q[t : t + 1], state.focal)
         pixels = pinhole_jacobian(points, state.focal)[0] + problem.centre
-        raster = rasterize_mesh(pixels, points[:, 2], triangles, problem.width, problem.height)
-        column, row = np.clip(flow.start_px[t].astype(int), 0, [problem.width - 1, problem.height - 1]).T
+        raster = rasterize_mesh(pixels / 2, points[:, 2], triangles, problem.width // 2, problem.height // 2)
+        column, row = np.clip((flow.start_px[t] / 2).astype(int), 0, np.array(raster.depth.shape[::-1]) - 1).T
         depth = raster.depth[row, column] / (state.focal * np.exp(state.q[t, 5]))
         state.flow_depth[t] = np.where(flow.valid[t] & np.isfinite(depth), depth, np.nan)
 

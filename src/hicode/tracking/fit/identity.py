@@ -21,7 +21,7 @@ from hicode.tracking.fit.problem import (
 )
 from hicode.tracking.head_model import HeadModel
 
-CHUNK = 16  # frames linearised at once: some 20 MB
+CHUNK = 4  # frames linearised at once: their derivatives stay in the second-level cache
 
 
 @dataclass(frozen=True, eq=False)
