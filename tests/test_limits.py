@@ -154,6 +154,7 @@ from hicode.avatar.blend import estimate_background
 from hicode.preparation.clip import Clip
 from hicode.evaluation.report import mean_training_frame
 from hicode.tracking.fit import track_flow
+from hicode.tracking.keyframes import gray_image
 from hicode.preparation.capture_report import ReportConfig, survey_clip
 from hicode.training.frames import TrainingFrames
 
@@ -167,7 +168,7 @@ def walk(count):
     frames = lambda: (clip.image(t) for t in range(count))
     for frame in frames():
         pass
-    track_flow(frames(), np.zeros((count, 478, 3)), np.zeros(count, bool))
+    track_flow((gray_image(frame) for frame in frames()), np.zeros((count, 478, 3)), np.zeros(count, bool))
     survey_clip(clip, SimpleNamespace(landmarks_px=clip.track.landmarks_px[:count]), ReportConfig(), lambda *_: None)
     few = TrainingFrames(clip, 4 << 20)
     for t in few.frames[:count]:

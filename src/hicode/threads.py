@@ -18,7 +18,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _pool: ThreadPoolExecutor | None = None
 _frames: tuple[int, ThreadPoolExecutor] | None = None  # threads, pool

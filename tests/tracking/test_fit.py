@@ -24,6 +24,7 @@ from hicode.tracking.fit import (
 from hicode.tracking.fit import flow as flow_module
 from hicode.tracking.fit import problem as objective
 from hicode.tracking.head_model import HeadModel
+from hicode.tracking.keyframes import gray_image
 
 FAST = FitConfig(identity_frames=16, identity_steps=6, frame_steps=6)
 
@@ -248,7 +249,7 @@ def test_optical_flow_follows_a_moving_face_to_a_tenth_of_a_pixel(model):
         for t in range(4)
     ]
     points = np.stack([points[0] + [*(step * t), 0] for t in range(4)])
-    flow = track_flow(iter(frames), points, np.array([True, True, True, False]))
+    flow = track_flow((gray_image(frame) for frame in frames), points, np.array([True, True, True, False]))
     assert flow.valid[:2].sum(1).min() > 30 and not flow.valid[2].any()
     error = (flow.end_px - flow.start_px - step)[flow.valid]
     assert np.median(np.linalg.norm(error, axis=1)) < 0.1
@@ -262,7 +263,7 @@ def test_a_real_clip_is_fitted_to_two_pixels(model, markey):
 
     frames = [frame for frame, _ in zip(read_video(markey), range(40), strict=False)]
     found = track_faces(frames, FaceLandmarker())
-    flow = track_flow(frames, found.points_px, found.found)
+    flow = track_flow((gray_image(frame) for frame in frames), found.points_px, found.found)
     track = fit_track(Observations(found.points_px, found.found, 512, 512, flow), model, train=range(32))
     report = fit_report(track, model)
     assert report.error_px < 2.5 and report.lips_px < 2.5 and lip_gap_correlation(track, model) > 0.95

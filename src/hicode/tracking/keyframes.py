@@ -168,11 +168,13 @@ def match_points(
     h, w = gray.shape
     x0, y0, x1, y1 = box = _surroundings(np.concatenate([start, guess]), 2 * search.window_px, w, h)
     where = _pixels_in_frame(keyframe.surface, view, box)
-    drawn = cv2.remap(gray, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    columns, rows = cv2.split(where)
+    drawn = cv2.remap(gray, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     corner = np.array([x0, y0]) + 0.5
     start32, guess32 = ((points - corner).astype(np.float32)[:, None] for points in (start, guess))
     there, good = track_points(keyframe.gray[y0:y1, x0:x1], drawn, start32, guess32, search)
-    at = cv2.remap(where, there, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
+    columns, rows = cv2.split(there)
+    at = cv2.remap(where, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
     good &= ((at > 2) & (at < [w - 3, h - 3])).all(1)
     good &= ((there[:, 0] > 0) & (there[:, 0] < [x1 - x0 - 1, y1 - y0 - 1])).all(1)
     return at.astype(np.float64) + 0.5, good

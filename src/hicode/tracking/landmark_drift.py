@@ -32,6 +32,8 @@ Progress = Callable[[float], None]
 class DriftConfig:
     """How landmarks are matched and smoothed. Lengths in px of the crop, or mm on the head."""
 
+    points: int = 160
+    """Landmarks that are matched, spread over the face: windows of neighbours overlap, so the others add little."""
     nearest: int = 3  # keyframes that each frame is matched to
     pose_deg: float = 6.0  # unit of distance between poses when keyframes are chosen
     expression: float = 1.5  # unit of distance between expressions when keyframes are chosen
@@ -77,8 +79,9 @@ def correct_landmark_drift(
     gray_pictures = GrayPictures.of(pictures)
     keyframes = [Keyframe.of(int(k), gray_pictures, track, model) for k in np.unique(rigid_points.keyframe.numpy())]
     keys = np.array([keyframe.t for keyframe in keyframes], int)
-    matchable = np.ones(N_LANDMARKS, bool)
-    matchable[np.concatenate([LIPS, LEFT_EYE_RING, RIGHT_EYE_RING, IRISES])] = False
+    steady = np.ones(N_LANDMARKS, bool)
+    steady[np.concatenate([LIPS, LEFT_EYE_RING, RIGHT_EYE_RING, IRISES])] = False
+    matchable = _spread_out(model.landmarks(model.mean).numpy(), steady, config.points)
 
     def matches(t: int) -> Float32[np.ndarray, "k l 3"]:
         """How far from the network's landmark each keyframe's match is; NaN where there is none."""
@@ -91,7 +94,8 @@ def correct_landmark_drift(
     structure = _structure_frames(keys, track, train, config)
     found = _trajectories(matches, keys, structure, view, config, progress)
     mean = track.motion.landmarks[torch.from_numpy(structure)].mean(0).numpy()
-    corrections = _spread(found.moved, found.trust, mean, ~matchable, config)
+    share = steady.sum() / matchable.sum()  # each matched landmark stands for so many
+    corrections = _spread(found.moved, found.trust * share, mean, ~steady, config)
     corrections[~view.seen] = 0
     moved = torch.from_numpy(corrections)
     report = DriftReport(
@@ -99,6 +103,18 @@ def correct_landmark_drift(
         float(moved[torch.from_numpy(view.seen)].norm(dim=-1).mean()) * view.px_per_dm,
     )
     return replace(track, motion=replace(track.motion, landmarks=track.motion.landmarks + moved)), report
+
+
+def _spread_out(places: Float[np.ndarray, "l 3"], among: Bool[np.ndarray, "l"], most: int) -> Bool[np.ndarray, "l"]:
+    """At most `most` places, each next one the farthest from those chosen."""
+    chosen = np.zeros(len(places), bool)
+    distance = np.where(among, np.inf, -1.0)
+    while chosen.sum() < min(most, among.sum()):
+        i = int(distance.argmax())
+        chosen[i] = True
+        distance = np.minimum(distance, np.linalg.norm(places - places[i], axis=1))
+        distance[i] = -1.0
+    return chosen
 
 
 # ---- matches ----

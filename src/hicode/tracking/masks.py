@@ -56,7 +56,7 @@ class Segmenter(nn.Module):
 
         The network sees frames singly and its edge flickers: the average removes 13-30 % of the change along the flow.
         """
-        finish = lambda drawn: _at_full_size(*drawn, config)
+        finish = lambda drawn: _at_full_size(drawn[0], drawn[1], config)
         return map_frames(finish, self._steady(frames))
 
     def _steady(
@@ -159,10 +159,9 @@ def head_mask(
     side = np.minimum(head.columns - head.left, head.right - head.columns)
     inside = np.clip(side / (config.side_soft * (head.right - head.left)) + 0.5, 0, 1)
     keep = (inside * below + (1 - inside) * outside) * (hanging | (inside > 0))
-    keep = cv2.GaussianBlur(keep.astype(np.float32), (0, 0), max(0.004 * head.height, 0.5))
-    mask = head.turn_back(keep) * (person.astype(np.float32) / 255)
-    mask = np.maximum(mask, _oval(landmarks_px, person.shape))
-    return to_uint8(_largest(mask))
+    keep = head.turn_back(cv2.GaussianBlur(to_uint8(keep), (0, 0), max(0.004 * head.height, 0.5)))
+    mask = cv2.multiply(keep, person, scale=1 / 255)
+    return _largest(np.maximum(mask, _oval(landmarks_px, person.shape)))
 
 
 def _above(rows: np.ndarray, level: np.ndarray | float, soft: float) -> np.ndarray:
@@ -225,17 +224,17 @@ def _hanging(person: Bool[np.ndarray, "h w"], head: _Upright) -> Bool[np.ndarray
     return out
 
 
-def _oval(points: Float[np.ndarray, "478 d"], shape: tuple[int, int]) -> Float[np.ndarray, "h w"]:
+def _oval(points: Float[np.ndarray, "478 d"], shape: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
     """The face's outline filled, soft over a pixel."""
     mask = np.zeros(shape, np.uint8)
     outline = np.round((np.asarray(points)[FACE_OVAL, :2] - 0.5) * 16).astype(np.int32)
     cv2.fillPoly(mask, [outline], 255, lineType=cv2.LINE_AA, shift=4)
-    return mask.astype(np.float32) / 255
+    return mask
 
 
-def _largest(mask: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
+def _largest(mask: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     """The largest connected part."""
-    count, labels, stats, _ = cv2.connectedComponentsWithStats((mask > 0.02).astype(np.uint8))
+    count, labels, stats, _ = cv2.connectedComponentsWithStats((mask > 5).astype(np.uint8))
     if count <= 2:
         return mask
     return mask * (labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA]))

@@ -61,7 +61,7 @@ class RigidPoseConfig:
 
     keyframes: int = 16  # at most so many; fewer where the head turns little
     spacing_deg: float = 3.0  # keyframes turn at least this far from each other
-    nearest: int = 3  # keyframes that each frame is matched to; one less until the last round
+    nearest: int = 4  # keyframes that each frame is matched to; half of them until the last round
     points: int = 240  # points of a keyframe, at most
     structure_frames: int = 160  # training frames from which the structure is found
     rounds: int = 2  # matches are made again from the poses of the round before
@@ -183,7 +183,11 @@ class _Search:
     def match(self, t: int, last: bool = True) -> list[Match]:
         """Matches of frame t to the keyframes nearest by the prior poses, itself left out."""
         angles = [np.inf if k.t == t else angle_between(self.prior[t], self.prior[k.t]) for k in self.keyframes]
-        nearest = [n for n in np.argsort(angles)[: self.config.nearest - (not last)] if self.keyframes[n].t != t]
+        nearest = [
+            n
+            for n in np.argsort(angles)[: self.config.nearest if last else self.config.nearest // 2]
+            if self.keyframes[n].t != t
+        ]
         matches = [self._match_to(int(n), t, self.pictures.gray(t)) for n in nearest]
         return [match for match in matches if len(match.rows)]
 

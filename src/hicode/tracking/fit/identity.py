@@ -15,6 +15,7 @@ from hicode.tracking.fit.problem import (
     Observations,
     Problem,
     State,
+    apply_basis,
     expression_prior,
     initial_state,
     linearise,
@@ -103,9 +104,7 @@ def _by_identity(problem: Problem, linear: Linear) -> Float32[np.ndarray, "t r 8
     """Derivatives of the residuals by identity and log f."""
     basis = problem.basis.identity.transpose(1, 2, 0).astype(np.float32)
     G = np.empty((*linear.residual.shape, IDENTITY_DIM + 1), np.float32)
-    np.multiply(linear.by_shape[..., 0, None], basis[:, None, 0], out=G[..., :-1])
-    for axis in (1, 2):
-        G[..., :-1] += linear.by_shape[..., axis, None] * basis[:, None, axis]
+    apply_basis(linear.by_shape, np.ascontiguousarray(basis), G, 0)
     G[..., -1] = linear.by_focal
     return G.reshape(len(G), -1, IDENTITY_DIM + 1)
 

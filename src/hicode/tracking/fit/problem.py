@@ -26,11 +26,12 @@ The bounds are soft: with hard ones each step would end where the first of many 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, no_type_check
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
+from numba import njit
 from torch import Tensor
 
 from hicode.camera import Camera, pinhole_jacobian
@@ -81,6 +82,7 @@ class FitConfig:
     identity_frames: int = 96  # training frames from which identity and focal length are fitted
     identity_steps: int = 10  # Gauss-Newton steps for identity and focal length
     frame_steps: int = 8  # Gauss-Newton steps for poses and expressions
+    refit_steps: int = 4  # the same under given poses, from expressions that fit already
     flow_from_step: int = 3  # first step with the flow term: flow needs the mesh about in place
     window: int = 1000  # frames solved at once; bounds memory
     outline_mm: float = 20.0  # landmarks this far inside the outline keep their place in the picture in a refit
@@ -320,10 +322,20 @@ def _by_frame(
     out[..., 2, 5] = -view.rotated[..., 2] * depth_unit
     out[..., 2, 3:5] = 0
     expression = problem.basis.expression.transpose(1, 2, 0).astype(np.float32)  # "l 3 64"
-    np.multiply(by_shape[..., 0, None], expression[:, None, 0], out=out[..., POSE_DIM:])
-    for axis in (1, 2):
-        out[..., POSE_DIM:] += by_shape[..., axis, None] * expression[:, None, axis]
+    apply_basis(by_shape, np.ascontiguousarray(expression), out, POSE_DIM)
     return out
+
+
+@njit(cache=True, fastmath=True)
+@no_type_check
+def apply_basis(by_shape, basis, out, first):
+    """out[t, l, a, first + k] = Σ_c by_shape[t, l, a, c] basis[l, c, k], over t, l, a < 3 and k."""
+    for t in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for a in range(3):
+                x, y, z = by_shape[t, i, a, 0], by_shape[t, i, a, 1], by_shape[t, i, a, 2]
+                for k in range(basis.shape[2]):
+                    out[t, i, a, first + k] = x * basis[i, 0, k] + y * basis[i, 1, k] + z * basis[i, 2, k]
 
 
 def _root_weights(problem: Problem, residual: Float[np.ndarray, "t l 3"]) -> Float[np.ndarray, "t l 3"]:

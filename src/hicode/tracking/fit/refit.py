@@ -42,6 +42,7 @@ def refit_expressions(
 
     Identity and focal length are the track's. Training and test frames are separate segments, as in `fit_track`.
     """
+    config = replace(config, frame_steps=config.refit_steps)
     problem = Problem.of(observed, model, config)
     state = _state_under(problem, track, poses)
     fit_frames(problem, state, train, progress)
