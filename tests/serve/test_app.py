@@ -87,7 +87,7 @@ ROUTES = [
     ("POST", "/api/offer"), ("POST", "/api/jobs"), ("PATCH", "/api/avatars/bad"), ("POST", "/api/jobs/x/start"),
     ("POST", "/api/jobs/x/cancel"), ("PUT", "/api/jobs/x/video?offset=0"), ("GET", "/api/jobs/x/events"),
     ("POST", "/api/sessions/x/sound"), ("GET", "/api/sessions/x/clip"), ("PUT", "/api/jobs/x/video?offset=-1"),
-    ("POST", "/api/jobs/x/nonsense"),
+    ("POST", "/api/jobs/x/nonsense"), ("POST", "/api/jobs/x/finish"), ("POST", "/api/look"),
 ]  # fmt: skip
 
 
@@ -116,6 +116,17 @@ def test_an_upload_in_pieces_breaks_off_and_goes_on(client, tmp_path):
     one_sentence(client.post("/api/jobs/Ada/start", json={"consent": "  "}), 400, "Consent is missing")
     one_sentence(client.post("/api/jobs", json={"name": "Ada", "filename": "a.mp4", "size": 3}), 400, "already")
     assert client.post("/api/jobs/Ada/delete", json={}).status_code == 200 and not (tmp_path / ".jobs/Ada").exists()
+
+
+def test_a_recording_is_stored_as_it_comes_and_used_as_far_as_it_came(client, tmp_path):
+    job = client.post("/api/jobs", json={"name": "Ada", "filename": "camera.webm", "size": None}).json()
+    assert job["status"] == "uploading" and job["total"] == 0
+    one_sentence(client.post("/api/jobs/Ada/finish", json={}), 400, "Nothing was recorded")
+    for offset, piece in ((0, b"01234"), (5, b"56"), (5, b"56")):
+        assert client.put(f"/api/jobs/Ada/video?offset={offset}", content=piece).json()["status"] == "uploading"
+    assert client.post("/api/jobs/Ada/finish", json={}).json()["status"] == "ready"
+    assert (tmp_path / ".jobs/Ada/video.webm").read_bytes() == b"0123456"
+    one_sentence(client.post("/api/jobs/Ada/finish", json={}), 400, "complete already")
 
 
 def test_jobs_that_ran_are_paused_after_a_restart(tmp_path, monkeypatch):

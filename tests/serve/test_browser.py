@@ -160,6 +160,28 @@ def test_where_webrtc_does_not_connect_a_websocket_does(link, browser, tmp_path)
     assert not errors and page.locator("#problem").is_hidden()
 
 
+def test_a_recording_is_stored_as_it_comes_and_what_shows_no_face_is_one_sentence(link, browser, tmp_path):
+    page = browser.new_page(bypass_csp=True)
+    page.set_default_timeout(WAIT_MS)
+    page.goto(link)
+    page.wait_for_selector(".card")
+    page.get_by_role("button", name="Learn", exact=True).click()
+    page.get_by_role("button", name="Record with the camera").click()
+    page.wait_for_function("document.getElementById('advice').textContent.startsWith('No face')")  # a drawn camera
+    page.fill("#name", "Me")
+    page.fill("#consent", "I agree")
+    page.check("#agreed")
+    page.get_by_role("button", name="Start recording").click()
+    page.wait_for_selector("#jobs li")
+    page.wait_for_timeout(2500)
+    page.screenshot(path=str(tmp_path / "recording.png"))
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_function("/has failed|frames a second came/.test(document.body.innerText)")
+    said = page.inner_text("#jobs") + page.inner_text("#problem")
+    assert re.search("No .* in the video|frames a second came", said), said
+    assert page.get_by_role("button", name="Remove").is_visible()
+
+
 def check_video(path: Path) -> None:
     """It plays, has sound and says that it is synthetic."""
     from hicode.trust.verify import verify

@@ -36,6 +36,7 @@ from hicode.errors import HicodeError, InputError, ResourceError
 from hicode.files import temporary_folder
 from hicode.serve.chat import Chat, Reply, echo
 from hicode.serve.conversation import Conversation, Parts
+from hicode.serve.guide import Guide
 from hicode.serve.hearing import EmbeddedHearing
 from hicode.serve.jobs import CHUNK, Jobs
 from hicode.serve.library import Library
@@ -43,7 +44,7 @@ from hicode.serve.live import LiveSession, Machine
 from hicode.serve.voice import EmbeddedVoice
 
 WEB = Path(__file__).parent / "web"
-MAX_JSON, MAX_SOUND = 300_000, 20_000_000
+MAX_JSON, MAX_SOUND, MAX_PICTURE = 300_000, 20_000_000, 2_000_000
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob:; media-src 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -88,6 +89,7 @@ class Server:
     parts: Parts
     token: str
     reply: Reply = echo
+    guide: Guide = field(default_factory=Guide)
     connections: dict = field(default_factory=dict)
     recordings: Path = Path()
     stopping: bool = False
@@ -335,6 +337,12 @@ async def _clip(request: Request) -> Response:
     return FileResponse(path, media_type="video/mp4", filename="avatar.mp4")
 
 
+async def _look(request: Request) -> Response:
+    """A picture of the camera: what is wrong with it."""
+    data = await _body(request, MAX_PICTURE)
+    return JSONResponse(await asyncio.to_thread(_server(request).guide.look, data))
+
+
 async def _all_jobs(request: Request) -> Response:
     jobs = _server(request).jobs
     if request.method == "GET":
@@ -350,6 +358,8 @@ async def _job(request: Request) -> Response:
         if not offset.isdecimal() or len(offset) > 12:
             raise InputError("The piece of the video has no offset. Reload the page.")
         return JSONResponse(asdict(await jobs.add(name, int(offset), await _body(request, CHUNK))))
+    if action == "finish" and request.method == "POST":
+        return JSONResponse(asdict(await jobs.finish(name)))
     if action == "start" and request.method == "POST":
         return JSONResponse(asdict(await jobs.start(name, (await _json(request)).get("consent"))))
     if action == "cancel" and request.method == "POST":
@@ -404,6 +414,7 @@ def create_app(folder: Path, config: ServeConfig, parts: Parts | None = None, to
         WebSocketRoute("/api/live", _live),
         Route("/api/sessions/{session}/sound", _sound, methods=["POST"]),
         Route("/api/sessions/{session}/clip", _clip),
+        Route("/api/look", _look, methods=["POST"]),
         Route("/api/jobs", _all_jobs, methods=["GET", "POST"]),
         Route("/api/jobs/{name}/{action}", _job, methods=["GET", "POST", "PUT"]),
         Mount("/web", StaticFiles(directory=WEB)),

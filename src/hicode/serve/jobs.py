@@ -91,19 +91,22 @@ class Jobs:
     # ---- upload ----
 
     async def begin(self, name: object, filename: object, size: object) -> Job:
-        """A new job that waits for its video. InputError where name, kind or size cannot be used."""
+        """A new job that waits for its video. InputError where name, kind or size cannot be used.
+
+        `size` None: a recording, whose size nobody knows; `finish` ends it.
+        """
         name = checked_name(name)
         kind = Path(filename).suffix.lower() if isinstance(filename, str) else ""
         if kind not in KINDS:
             raise InputError(f"{kind or 'This file'} is no kind of video that is read here. Give {', '.join(KINDS)}.")
-        if not isinstance(size, int) or not 0 < size <= MAX_UPLOAD:
+        if size is not None and (not isinstance(size, int) or not 0 < size <= MAX_UPLOAD):
             raise InputError(f"A video may have {MAX_UPLOAD / 1e9:.0f} GB here. Trim it, or use hicode prepare.")
         if (self._library.folder / (name + SUFFIX)).exists() or name in self._jobs:
             raise InputError(f"There is an avatar or a job {name!r} already. Choose another name.")
-        if shutil.disk_usage(self._library.folder).free < 3 * size + 500_000_000:
+        if shutil.disk_usage(self._library.folder).free < 3 * (size or 0) + 500_000_000:
             raise ResourceError("The disk has too little room for this video. Free some space.")
         (self._folder / name).mkdir(parents=True, exist_ok=True)
-        job = Job(name, f"video{kind}", "uploading", total=size)
+        job = Job(name, f"video{kind}", "uploading", total=size or 0)
         await self._set(job)
         return job
 
@@ -114,7 +117,7 @@ class Jobs:
             raise InputError("This video is complete already. Reload the page.")
         if offset != job.done:
             return job
-        if not data or job.done + len(data) > job.total:
+        if not data or job.done + len(data) > (job.total or MAX_UPLOAD):
             raise InputError("This piece does not fit the video. Upload it anew.")
         with (self._folder / job.name / f"{job.video}.part").open("r+b" if offset else "wb") as file:
             file.seek(offset)
@@ -122,8 +125,17 @@ class Jobs:
             file.truncate()
         job = replace(job, done=job.done + len(data))
         if job.done == job.total:
-            (self._folder / job.name / f"{job.video}.part").rename(self._folder / job.name / job.video)
-            job = replace(job, status="ready")
+            return await self.finish(name, job)
+        await self._set(job)
+        return job
+
+    async def finish(self, name: object, job: Job | None = None) -> Job:
+        """All of the video is there. InputError where nothing of it is."""
+        job = job or self.get(name)
+        if job.status != "uploading" or not job.done or (job.total and job.done < job.total):
+            raise InputError("Nothing was recorded yet, or the video is complete already. Reload the page.")
+        (self._folder / job.name / f"{job.video}.part").rename(self._folder / job.name / job.video)
+        job = replace(job, status="ready", total=job.done)
         await self._set(job)
         return job
 
@@ -175,7 +187,8 @@ class Jobs:
         except asyncio.CancelledError:
             raise
         except HicodeError as error:
-            await self._set(replace(self._jobs[job.name], status="failed", message=str(error), left_s=None))
+            message = str(error).replace(str(folder / job.video), "the video")
+            await self._set(replace(self._jobs[job.name], status="failed", message=message, left_s=None))
         except _Stopped:
             await self._set(replace(self._jobs[job.name], status="paused", left_s=None))
 

@@ -1,9 +1,11 @@
 // The view "Learn": upload with consent, jobs with their progress.
 
 import { $, ask, attempt, button, element, post, problem, request } from "./page.js";
+import { closeStudio, record, setUpStudio } from "./record.js";
 
 const CHUNK = 8e6;
 let video = null;
+let recording = ""; // name of the job that this page records
 const followed = new Map(); // name of a job: its EventSource
 
 function choose(file) {
@@ -39,6 +41,22 @@ async function upload() {
   $("chosen").textContent = "The video is uploaded.";
 }
 
+async function recorded() {
+  if (!$("upload").reportValidity()) return;
+  const name = $("name").value.trim(), consent = $("consent").value;
+  recording = name;
+  try {
+    await record(name, show);
+  } finally {
+    recording = "";
+    await showJobs();
+  }
+  closeStudio();
+  await post(place(name, "start"), { consent });
+  follow(name);
+  $("upload").reset();
+}
+
 function follow(name) {
   if (followed.has(name)) return;
   const events = new EventSource(place(name, "events"));
@@ -66,8 +84,9 @@ function show(job) {
   if (job.report.length) item.append(report(job.report));
   const row = element("div", "", { class: "row" });
   if (job.status === "running") row.append(button("Cancel", () => post(place(job.name, "cancel"), {}).then(show)));
+  if (job.status === "uploading" && !job.total && job.done && job.name !== recording) row.append(button("Use what is there", () => post(place(job.name, "finish"), {}).then(show)));
   if (["ready", "paused", "failed"].includes(job.status)) row.append(button(job.consent ? "Resume" : "Learn", () => resume(job)));
-  if (job.status !== "running") row.append(button("Remove", () => remove(job.name)));
+  if (job.status !== "running" && job.name !== recording) row.append(button("Remove", () => remove(job.name)));
   item.append(row);
   const old = document.getElementById(id);
   if (old) old.replaceWith(item);
@@ -76,7 +95,7 @@ function show(job) {
 
 function words(job) {
   if (job.status === "running") return `${job.stage}${job.total ? `, ${Math.round((100 * job.done) / job.total)} %` : ""}${job.left_s === null ? "" : `, ${job.left_s} s left in this stage`}`;
-  const names = { uploading: "is being uploaded", ready: "is ready to be learned", paused: "is paused", failed: "has failed", done: "is done: see Talk" };
+  const names = { uploading: job.total ? "is being uploaded" : `is being recorded: ${(job.done / 1e6).toFixed(1)} MB`, ready: "is ready to be learned", paused: "is paused", failed: "has failed", done: "is done: see Talk" };
   return names[job.status];
 }
 
@@ -128,5 +147,6 @@ export function setUpLearn() {
     event.preventDefault();
     attempt(upload);
   });
+  setUpStudio(recorded);
   problem("");
 }
