@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "hicode"
 # fmt: off
 LAYERS = [
     ["errors", "audio", "geometry", "motion", "camera", "gaussians", "config", "files", "assets", "runtime", "progress",
-     "threads", "provenance"],
+     "threads", "provenance", "sweep"],
     ["media"],
     ["trust"],
     ["render"],
@@ -27,7 +27,7 @@ LAYERS = [
     ["session"],
     ["evaluation"],
     ["serve", "integrations"],
-    ["arguments", "demo", "doctor", "commands", "cli", "__main__"],
+    ["arguments", "demo", "learn", "doctor", "commands", "cli", "__main__"],
 ]
 # fmt: on
 # The landmark network's training loss and the like may look one layer up lazily; each exception says why.

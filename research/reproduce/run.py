@@ -16,13 +16,13 @@ from hicode.evaluation.syncnet import SyncNet
 from hicode.files import atomic_path, read_json, write_json
 from hicode.progress import progress_bar
 from hicode.provenance import plain, provenance
+from hicode.sweep import SweepConfig, Task, execute
 from hicode.training.avatar import PARTS
 from hicode.training.stages import ABLATIONS, Preset, head_preset
 from research.reproduce.cells import Cell, Preparation, run_cell, run_preparation
 from research.reproduce.rescore import Difference, check_cell
 from research.reproduce.show import latex, markdown, plot
 from research.reproduce.sources import Source, code_version, find_sources
-from research.reproduce.sweep import SweepConfig, Task, execute
 from research.reproduce.tables import Made, table1, table2
 
 MEASURES = (

@@ -16,25 +16,24 @@ import torch
 from research.reproduce import cells as cells_module
 from research.reproduce import run as run_module
 from research.reproduce import sources as sources_module
-from research.reproduce import sweep
 from research.reproduce.paper import PAPER_TABLE1, PAPER_TABLE2
 from research.reproduce.rescore import check_cell
 from research.reproduce.run import ReproduceConfig, check, plan, reproduce
 from research.reproduce.show import latex, markdown, plot
 from research.reproduce.sources import Source, find_sources
-from research.reproduce.sweep import SweepConfig, Task, execute
 from research.reproduce.tables import METRICS, Figure, Row, agreement, figure, table1, table2
 from research.tests import sweep_work
 from research.tests.cells import a_cell
 
 from helpers.drawn_head import FRAMES, SIZE, draw_clip
-from hicode import assets
+from hicode import assets, sweep
 from hicode.cli import main
 from hicode.errors import InputError
 from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.preparation.clip import SCHEMA, VERSION, save_track, write_png
 from hicode.speech.encoders import default_spec
+from hicode.sweep import SweepConfig, Task, execute
 from hicode.tracking.head_model import HeadModel
 from hicode.training.stages import ABLATIONS
 
@@ -150,7 +149,7 @@ def test_a_killed_driver_loses_no_finished_task(ray, request, tmp_path):
         request.getfixturevalue("reaching")
     script = (
         f"import sys; sys.path[:0] = {SEARCHED!r}\n"
-        "from research.tests import sweep_work; from research.reproduce.sweep import SweepConfig, Task, execute\n"
+        "from research.tests import sweep_work; from hicode.sweep import SweepConfig, Task, execute\n"
         f"names = [('a', '0'), ('b', '0'), ('c', 'waits to be killed'), ('d', '0')]\n"
         f"execute([Task(n, sweep_work.work, ({str(tmp_path)!r}, n, how)) for n, how in names], "
         f"config=SweepConfig({ray!r}, 1))"

@@ -27,6 +27,7 @@ _KEPT = {
     "prepare": "Finished steps are kept",
     "train": "The last checkpoint is kept",
     "make": "What is finished is kept",
+    "learn": "What is finished is kept",
     "demo": "What is finished is kept",
     "pretrain": "What is finished is kept",
 }

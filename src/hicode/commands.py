@@ -130,6 +130,29 @@ def _make(argv: list[str]) -> Command:
     return run
 
 
+def _learn(argv: list[str]) -> Command:
+    from hicode.learn import LearnConfig, learn
+
+    default = LearnConfig(train=_training(argv))
+
+    def run(
+        folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]],
+        out: Out,
+        config: Annotated[LearnConfig, NoPrefix] = default,
+    ) -> None:
+        """Learn an avatar of everybody in a folder of videos, here or on a Ray cluster.
+
+        A run that was stopped goes on when the same command is given again. Videos that fail do not stop the others.
+
+        Args:
+            folder: Videos, one person each.
+            out: Folder of the avatars.
+        """
+        learn(folder, out, config)
+
+    return run
+
+
 def _evaluate(argv: list[str]) -> Command:
     from hicode.evaluation.config import EvaluateConfig
     from hicode.evaluation.report import evaluate
@@ -290,6 +313,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], Command], str]] = {
     "train": (_train, "CLIP -o AVATAR [--preset draft|standard|paper]: learn a talking head"),
     "speak": (_speak, "AVATAR AUDIO -o OUT.mp4: make it speak"),
     "make": (_make, "VIDEO AUDIO -o OUT.mp4: prepare, train and speak"),
+    "learn": (_learn, "FOLDER -o AVATARS [--ray local|ADDRESS]: prepare and train everybody in a folder of videos"),
     "serve": (_serve, "[FOLDER]: a page on this machine, to learn avatars and talk with them"),
     "evaluate": (_evaluate, "AVATAR CLIP | --video A --reference B [--json FILE] [--html FILE]: measure it"),
     "verify": (_verify, "FILE: is it synthetic, by which avatar, unaltered?"),

@@ -142,7 +142,7 @@ def _cluster(config: SweepConfig) -> Iterator:
         import ray
     except ImportError as error:
         raise InputError(
-            "Ray is not installed. Install it (pip install 'hicode[research]'), or leave --ray out to run on this "
+            "Ray is not installed. Install it (pip install 'hicode[cluster]'), or leave --ray out to run on this "
             "machine."
         ) from error
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
