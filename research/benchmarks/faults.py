@@ -39,7 +39,7 @@ TINY = (
     "--refiner-training.batch 1 --consent nobody"
 ).split()
 ITERATIONS = 60
-DISK_TRIALS, RENAME_RUNS = 10, 60
+DISK_TRIALS, RENAME_RUNS = 8, 60
 MEMORY_MB = (400, 600, 800, 1000, 1300, 1700)
 TICKS = os.sysconf("SC_CLK_TCK")
 CGROUP = Path("/sys/fs/cgroup/memory/hicode-faults")
@@ -377,12 +377,14 @@ def fresh(folder: Path) -> Path:
 
 
 def trials(kills: int) -> list[tuple[str, str, int]]:
-    """(fault, command, number), the cheap ones first, the commands in turn."""
+    """(fault, command, number), the commands in turn."""
     commands = ("prepare", "train", "speak")
     plan = [("rename", command, 0) for command in commands]
     plan += [("memory", command, size) for size in MEMORY_MB for command in commands]
-    plan += [("disk", command, number) for number in range(DISK_TRIALS) for command in commands]
-    return plan + [("kill", command, number) for number in range(kills) for command in commands]
+    for number in range(max(kills, DISK_TRIALS)):
+        plan += [("disk", command, number) for command in commands if number < DISK_TRIALS]
+        plan += [("kill", command, number) for command in commands if number < kills]
+    return plan
 
 
 def table(outcomes: list[dict]) -> list[list[str]]:
