@@ -16,9 +16,10 @@ from hicode.preparation.clip import Clip
 from hicode.tracking.head_model import HeadModel
 from hicode.training import avatar as training
 from hicode.training import head, refiner
-from hicode.training.adaptation import GENERIC, VERSION
+from hicode.training.adaptation import GENERIC, VERSION, example_of
 from hicode.training.avatar import TrainConfig, train
 from hicode.training.refiner import RefinerTraining
+from hicode.training.run_folder import pictures_digest
 from hicode.training.stages import head_preset
 
 ALL, NOTHING, SPEECH = (10, 4, 1), (0, 0, 0), (0, 0, 1)  # iterations of head and refiner, adaptations of speech
@@ -109,3 +110,26 @@ def test_the_paper_has_a_refiner_and_no_film_grain_and_the_others_the_reverse():
     assert TrainConfig(preset="draft", refiner=True, seed=3).refiner_config() == RefinerTraining(seed=3)
     assert TrainConfig(preset="paper", refiner=False).refiner_config() is None
     assert TrainConfig(preset="paper", seed=2).head_config() == replace(head_preset("paper"), seed=2)
+
+
+def test_frames_with_defects_are_neither_learned_from_nor_driven_by(folder, learn, monkeypatch):
+    """By head, refiner, background plate, film grain and speech; the longest part between them drives."""
+    change(folder, defects=[{"kind": "frozen", "first": 6, "end": 12}, {"kind": "dark", "first": 22, "end": 25}])
+    read, image = set(), Clip.image
+
+    def reading(clip, t):
+        read.add(t)
+        return image(clip, t)
+
+    monkeypatch.setattr(Clip, "image", reading)
+    monkeypatch.setattr(training, "preview_image", lambda clip, state: np.zeros((4, 4, 3), np.uint8))
+    _, avatar = learn()
+    assert read == set(range(6)) | set(range(12, 22)), "the training part has 25 frames"
+    assert len(avatar.driving) == 10 and avatar.source["first_frame"] == 12
+    assert example_of(Clip.open(folder), avatar.speech.encoder).speaking[6:12].sum() == 0
+
+
+def test_other_defects_make_another_run(folder):
+    before = pictures_digest(Clip.open(folder))
+    change(folder, defects=[{"kind": "frozen", "first": 6, "end": 12}])
+    assert pictures_digest(Clip.open(folder)) != before

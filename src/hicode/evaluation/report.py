@@ -161,6 +161,11 @@ class TestPart:
                 f"The avatar makes frames of {plate.shape[1]}x{plate.shape[0]}, "
                 f"the clip has {self.clip.width}x{self.clip.height}. Evaluate it on the clip that it was trained on."
             )
+        bad = int((~self.clip.usable[self.frames.start : self.frames.stop]).sum())
+        if bad:
+            self.findings.notes.append(
+                f"{bad} of {len(self.frames)} test frames are damaged, frozen or dark. The figures count them."
+            )
         mine, theirs = self.avatar.source.get("sha256"), self.clip.source.get("sha256")
         if mine and theirs and mine != theirs:
             self.findings.notes.append(

@@ -8,7 +8,6 @@ track and speech weights are.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +33,7 @@ from hicode.training.adaptation import SCHEMA as SPEECH_SCHEMA
 from hicode.training.adaptation import VERSION as SPEECH_VERSION
 from hicode.training.checkpoint import HeadState
 from hicode.training.film_grain import learn_film_grain
-from hicode.training.frames import rendered_frame
+from hicode.training.frames import learned_frames, rendered_frame
 from hicode.training.head import TrainedHead, deform, train_head
 from hicode.training.refiner import RefinerTraining, train_refiner
 from hicode.training.run_folder import RunLog, open_run
@@ -112,7 +111,8 @@ def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainC
             trained = _train_head(clip, model, head, folder, log, report, device)
         with log.timed("assembly"):
             avatar = assemble(clip, model, trained, speech)
-        render = partial(rendered_frame, avatar, clip, trained.motion)
+        learned = learned_frames(clip)
+        render = lambda i: rendered_frame(avatar, clip, trained.motion, learned[i])
         if refiner is not None:
             with log.timed("refiner"), progress_bar("Training the refiner", config.progress) as report:
 
@@ -122,13 +122,11 @@ def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainC
 
                 checkpoint = folder / "refiner.safetensors"
                 avatar.compositor = train_refiner(
-                    render, len(clip.train), avatar.background_plate, refiner, checkpoint, log_refiner, device
+                    render, len(learned), avatar.background_plate, refiner, checkpoint, log_refiner, device
                 )
         if config.preset != "paper":
             with log.timed("film grain"):
-                avatar.film_grain = learn_film_grain(
-                    render, len(clip.train), avatar.background_plate, avatar.compositor
-                )
+                avatar.film_grain = learn_film_grain(render, len(learned), avatar.background_plate, avatar.compositor)
         own = [] if config.speech_weights is None else [str(config.speech_weights)]
         avatar.info = settings | {
             "consent": consent.to_dict(),
@@ -214,7 +212,7 @@ def affordable_preload(clip: Clip, budget_bytes: int) -> int:
 
 def assemble(clip: Clip, model: HeadModel, head: TrainedHead, speech: SpeechModels) -> Avatar:
     """An avatar without refiner and film grain: the head, and the clip's training part as background and driving."""
-    frames = [t for t in clip.train if clip.usable[t]] or list(clip.train)
+    frames = learned_frames(clip)
     faces = (with_whole_face(clip.head_mask(t), clip.track.landmarks_px[t].numpy()) for t in frames)
     plate = estimate_background((clip.image(t) for t in frames), faces)
     kept = clip.driving[:MAX_DRIVING_FRAMES]

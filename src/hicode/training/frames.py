@@ -28,7 +28,7 @@ class TrainingFrames:
 
     def __init__(self, clip: Clip, preload_bytes: int):
         self.clip, self.frames = clip, list(clip.train)
-        self.learned = [t for t in self.frames if clip.usable[t]] or self.frames
+        self.learned = learned_frames(clip)
         depths = list(clip.depths())
         self.depth_frames = [t for t in depths if clip.usable[t]] or depths
         self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
@@ -75,6 +75,11 @@ class TrainingFrames:
         return int(a), int(b), int(max(c, a + 1)), int(max(d, b + 1))
 
 
+def learned_frames(clip: Clip) -> list[int]:
+    """The training part's frames without a defect; all of them, where there is none without."""
+    return [t for t in clip.train if clip.usable[t]] or list(clip.train)
+
+
 def head_window(masks: list[UInt8[np.ndarray, "h w"]]) -> Box:
     """The box around all masks, with a margin. Raises InputError if no mask shows a head."""
     covered = np.max(np.stack(masks), 0) > 0
@@ -100,8 +105,8 @@ class RenderedFrame:
     landmarks_px: Float[np.ndarray, "478 2"]
 
 
-def rendered_frame(avatar: Avatar, clip: Clip, motion: Motion, k: int) -> RenderedFrame:
-    """The k-th training frame; `motion` is the training part's, with refined poses."""
-    rendering, t = avatar.render(motion[k], motion.T_camera_head[k]), clip.train[k]
-    landmarks_px = avatar.landmarks_px(motion, k)
+def rendered_frame(avatar: Avatar, clip: Clip, motion: Motion, t: int) -> RenderedFrame:
+    """Frame t of the clip; `motion` is the training part's, with refined poses."""
+    k = t - clip.train.start
+    rendering, landmarks_px = avatar.render(motion[k], motion.T_camera_head[k]), avatar.landmarks_px(motion, k)
     return RenderedFrame(rendering.rgb, rendering.alpha, clip.image(t), clip.head_mask(t), landmarks_px)

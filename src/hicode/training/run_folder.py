@@ -61,7 +61,8 @@ def _difference(old: dict, new: dict) -> str:
 
 
 def pictures_digest(clip: Clip) -> str:
-    """A hash of all that the head reads of a clip: training frames, head masks, track, depth, split, driving speech."""
+    """A hash of all that the head reads of a clip: training frames, head masks, track, depth, split, defects, driving
+    speech."""
     digest = hashlib.sha256(json.dumps([clip.width, clip.height, clip.train.start, clip.train.stop]).encode())
     pictures = [clip.path / kind / f"{t:06d}.png" for kind in ("frames", "masks/head") for t in clip.train]
     for file in (clip.path / "track.safetensors", clip.path / "depth.safetensors", *pictures):
@@ -71,6 +72,8 @@ def pictures_digest(clip: Clip) -> str:
             raise FileFormatError(
                 f"{file} is missing or damaged ({error.strerror}). Run hicode prepare again."
             ) from error
+    if clip.defects:
+        digest.update(repr(clip.defects).encode())
     if clip.track.motion.speech is not None:
         digest.update(clip.track.motion.speech.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
