@@ -16,8 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -69,23 +70,21 @@ def resources(pid: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def running(avatar: Path) -> Iterator[tuple[int, str]]:
-    """A server of one avatar: its process and link."""
-    with TemporaryDirectory() as folder:
-        shutil.copy(avatar, Path(folder) / "Subject.hicode")
-        command = [sys.executable, "-m", "research.benchmarks.live_server", folder]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+def running(folder: Path, training: Sequence[str] = ()) -> Iterator[tuple[int, str]]:
+    """A server of a folder of avatars: its process and link. `training`: options of what it learns."""
+    command = [sys.executable, "-m", "research.benchmarks.live_server", str(folder), *training]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert server.stdout is not None
+        found = re.search(r"(\d+) Open (http://\S+)", server.stdout.readline())
+        assert found is not None, "the server did not start"
+        yield int(found[1]), found[2]
+    finally:
+        server.send_signal(signal.SIGINT)
         try:
-            assert server.stdout is not None
-            found = re.search(r"(\d+) Open (http://\S+)", server.stdout.readline())
-            assert found is not None, "the server did not start"
-            yield int(found[1]), found[2]
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 class Page:
@@ -193,8 +192,17 @@ def lips(page: Page, folder: Path) -> str:
     return f"{statistics.median(offsets):+.0f} ({len(offsets)} of {len(heard)} beeps)"
 
 
-def talk(page: Page, pid: int, minutes: float) -> Rows:
+def counters(link: str) -> dict[str, float]:
+    """The server's metrics."""
+    address = link.split("/?")[0] + "/metrics"
+    with urllib.request.urlopen(address.replace("localhost", "127.0.0.1"), timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+
+
+def talk(page: Page, link: str, pid: int, minutes: float) -> Rows:
     """Talk without a pause."""
+    sent = counters(link)
     start, (renderer, *_) = page.page.evaluate("performance.now()"), children_of_session(pid)
     cpu, began = (cpu_s(pid), cpu_s(renderer)), time.monotonic()
     before = page.page.evaluate("live.stats()")
@@ -207,6 +215,8 @@ def talk(page: Page, pid: int, minutes: float) -> Rows:
         page.state("idle")
     memory.append(memory_mb(pid) + memory_mb(renderer))
     took = time.monotonic() - began
+    sent = {name: value - sent[name] for name, value in counters(link).items()}
+    frames = max(sent["hicode_frames_total"], 1)
     after = page.page.evaluate("live.stats()")
     end = page.page.evaluate("performance.now()")
     pictures = sum(start < p["at"] < end for p in page.shown())
@@ -215,6 +225,9 @@ def talk(page: Page, pid: int, minutes: float) -> Rows:
     jitter = [1e3 * after[k]["jitterBufferDelay"] / max(after[k]["jitterBufferEmittedCount"], 1) for k in after]
     return [
         ("minutes of talk", f"{took / 60:.1f}"),
+        ("frames sent a second", f"{frames / took:.1f}"),
+        ("of them late by, ms: mean", f"{1e3 * sent['hicode_late_seconds_total'] / frames:.0f}"),
+        ("of them with a picture of their own", f"{100 - 100 * sent['hicode_frames_repeated_total'] / frames:.0f} %"),
         ("pictures received a second", f"{decoded / took:.1f}"),
         ("new pictures shown a second", f"{pictures / took:.1f}"),
         ("sound: energy received", f"{energy:.2f}"),
@@ -265,7 +278,9 @@ def measure(avatar: Path, texts: int, minutes: float, drops: int, folder: Path) 
     from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports] - for this benchmark
 
     rows: Rows = [("machine's load before", f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")]
-    with sync_playwright() as started, running(avatar) as (pid, link):
+    (folder / "avatars").mkdir()
+    shutil.copy(avatar, folder / "avatars/Subject.hicode")
+    with sync_playwright() as started, running(folder / "avatars") as (pid, link):
         browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
         page = Page(browser, link)
         began = time.monotonic()
@@ -273,7 +288,7 @@ def measure(avatar: Path, texts: int, minutes: float, drops: int, folder: Path) 
         rows.append(("from the click to the first picture, s", f"{time.monotonic() - began:.1f}"))
         rows += delays(page, texts)
         rows.append(("picture against sound at the beginning, ms", lips(page, folder)))
-        rows += talk(page, pid, minutes)
+        rows += talk(page, link, pid, minutes)
         rows.append(("picture against sound at the end, ms", lips(page, folder)))
         page.page.close()
         rows += dropped(browser, link, pid, drops)

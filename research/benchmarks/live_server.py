@@ -1,11 +1,12 @@
 """The server of `hicode serve` whose pictures carry a stamp that a page can read: for `research.benchmarks.live`.
 
-    python -m research.benchmarks.live_server FOLDER
+    python -m research.benchmarks.live_server FOLDER [OPTIONS OF TRAINING]
 
 A stamp is a row of squares at the bottom left, white for 1: the tick's number (12 bits), interruptions before it
 (4 bits), whether the picture is of speech, whether the tick's sound is loud.
 """
 
+import contextlib
 import os
 import sys
 from multiprocessing.connection import Connection
@@ -43,17 +44,22 @@ def stamped_renderer(connection: Connection) -> None:
     run_renderer(connection, StampedLoop)
 
 
-def main(folder: str) -> None:
+def main(folder: str, *training: str) -> None:
+    """Serve until interrupted."""
     import hicode.serve.app as app
+    from hicode.serve import jobs
 
     class StampedMachine(Machine):
         def __init__(self, max_sessions: int, max_s: float):
             super().__init__(max_sessions, stamped_renderer, max_s)
 
+    if training:
+        jobs.TRAINING = training
     app.Machine = StampedMachine  # pyright: ignore[reportAttributeAccessIssue] - the server is not told of stamps
     config = app.ServeConfig(port=0, open_browser=False)
-    app.serve(Path(folder), config, lambda text: print(os.getpid(), text, flush=True))
+    with contextlib.suppress(KeyboardInterrupt):
+        app.serve(Path(folder), config, lambda text: print(os.getpid(), text, flush=True))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -182,6 +182,20 @@ def test_a_recording_is_stored_as_it_comes_and_what_shows_no_face_is_one_sentenc
     assert page.get_by_role("button", name="Remove").is_visible()
 
 
+@pytest.mark.parametrize("error, words", [("NotAllowedError", "may not be used"), ("NotFoundError", "was found")])
+def test_no_camera_and_no_permission_are_one_sentence(link, browser, error, words):
+    page = browser.new_page(bypass_csp=True)
+    page.set_default_timeout(WAIT_MS)
+    refuse = f"navigator.mediaDevices.getUserMedia = async () => {{ throw new DOMException('', '{error}'); }}"
+    page.add_init_script(refuse)
+    page.goto(link)
+    page.wait_for_selector(".card")
+    page.get_by_role("button", name="Learn", exact=True).click()
+    page.get_by_role("button", name="Record with the camera").click()
+    page.wait_for_selector("#problem", state="visible")
+    assert words in page.inner_text("#problem") and page.locator("#studio").is_hidden()
+
+
 def check_video(path: Path) -> None:
     """It plays, has sound and says that it is synthetic."""
     from hicode.trust.verify import verify
@@ -190,7 +204,8 @@ def check_video(path: Path) -> None:
         assert sum(1 for _ in container.decode(video=0)) > 10
     with av.open(str(path)) as container:
         assert any(abs(frame.to_ndarray()).max() > 0.01 for frame in container.decode(audio=0))
-    assert verify(path).manifest.state == "ours"
+    found = verify(path)
+    assert found.manifest.state == "ours" and found.watermark.present and found.verdict == "synthetic", str(found)
 
 
 def test_an_avatar_that_is_missing_and_an_upload_of_another_kind_are_one_sentence(link, browser, tmp_path):

@@ -21,6 +21,8 @@ from hicode.serve.library import SUFFIX, Library, checked_name
 
 MAX_UPLOAD = 1_000_000_000
 CHUNK = 16_000_000
+TRAINING = ("--preset", "draft")
+"""Options of `hicode train`."""
 MAX_CONSENT = 500  # characters, as hicode.trust.consent has it
 KINDS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 _PROGRESS = re.compile(r"(?P<stage>[^:]+): (?P<done>\d+) of (?P<total>\d+)(?:, (?P<left>\d+) s left)?")
@@ -178,7 +180,7 @@ class Jobs:
         folder = self._folder / job.name
         clip, avatar = folder / "clip", self._library.folder / (job.name + SUFFIX)
         prepare = ["prepare", str(folder / job.video), "-o", str(clip)]
-        train = ["train", str(clip), "-o", str(avatar), "--preset", "draft", "--run", str(folder / "run")]
+        train = ["train", str(clip), "-o", str(avatar), *TRAINING, "--run", str(folder / "run")]
         try:
             await self._command(job.name, prepare)
             await self._set(replace(self._jobs[job.name], report=_report(clip)))

@@ -108,7 +108,7 @@ function report(items) {
     table.append(row);
   }
   const advice = items.filter((item) => item.advice).length;
-  details.append(element("summary", `Capture report: ${advice ? `${advice} things would help` : "all is well"}`), table);
+  details.append(element("summary", `Capture report: ${advice ? `${advice} ${advice === 1 ? "thing" : "things"} would help` : "all is well"}`), table);
   return details;
 }
 
