@@ -25,7 +25,7 @@ EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 # What a stopped command keeps; the others keep nothing.
 _KEPT = {
     "prepare": "Finished steps are kept",
-    "train": "The last checkpoint is kept",
+    "train": "The avatar so far and the last checkpoint are kept",
     "make": "What is finished is kept",
     "learn": "What is finished is kept",
     "demo": "What is finished is kept",

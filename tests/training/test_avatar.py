@@ -95,6 +95,33 @@ def test_other_speech_weights_cost_speech_alone(learn, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_first_look_comes_before_the_end_and_an_interrupted_run_leaves_its_avatar(learn, tmp_path, monkeypatch):
+    """Both talk as any avatar; the run goes on from them to the avatar of an uninterrupted run."""
+    saved, save, step = [], Avatar.save, head.train_step
+    monkeypatch.setattr(training, "FIRST_LOOK_S", 0.0)
+    monkeypatch.setattr(
+        Avatar, "save", lambda self, file: (saved.append(self.info.get("iterations")), save(self, file))
+    )
+
+    def stop_at_8(state, *rest):
+        if state.iteration == 8:
+            raise KeyboardInterrupt
+        return step(state, *rest)
+
+    monkeypatch.setattr(head, "train_step", stop_at_8)
+    with pytest.raises(KeyboardInterrupt):
+        learn()
+    coarse = Avatar.load(tmp_path / "a.hicode")
+    assert saved[-1] == coarse.info["iterations"] == 8 and 0 < saved[0] < 8 and coarse.speech is not None
+    assert torch.isfinite(coarse.render(coarse.driving[0], coarse.driving.T_camera_head[0]).rgb).all()
+    monkeypatch.setattr(head, "train_step", step)
+    _, finished = learn()
+    assert "iterations" not in finished.info and saved[-1] is None
+    _, again = learn(run=tmp_path / "other")
+    assert torch.equal(again.gaussians.means, finished.gaussians.means)
+
+
+@pytest.mark.slow
 def test_another_seed_is_another_run_and_the_file_says_how_it_was_made(learn, tmp_path):
     learn()
     done, avatar = learn(seed=1, refiner=None)

@@ -23,6 +23,7 @@ MAX_UPLOAD = 1_000_000_000
 CHUNK = 16_000_000
 TRAINING = ("--preset", "draft")
 """Options of `hicode train`."""
+FIRST_LOOK = "A first look is ready: it talks already, coarsely. See Talk; learning goes on."
 MAX_CONSENT = 500  # characters, as hicode.trust.consent has it
 KINDS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 _PROGRESS = re.compile(r"(?P<stage>[^:]+): (?P<done>\d+) of (?P<total>\d+)(?:, (?P<left>\d+) s left)?")
@@ -185,7 +186,7 @@ class Jobs:
             await self._command(job.name, prepare)
             await self._set(replace(self._jobs[job.name], report=_report(clip)))
             await self._command(job.name, [*train, f"--consent={job.consent}"])
-            await self._set(replace(self._jobs[job.name], status="done", stage="", left_s=None))
+            await self._set(replace(self._jobs[job.name], status="done", stage="", left_s=None, message=""))
         except asyncio.CancelledError:
             raise
         except HicodeError as error:
@@ -213,6 +214,7 @@ class Jobs:
                     await self._set(replace(
                         self._jobs[name], stage=found["stage"].strip(), done=int(found["done"]),
                         total=int(found["total"]), left_s=int(left) if left else None,
+                        message=FIRST_LOOK if (self._library.folder / (name + SUFFIX)).exists() else "",
                     ))  # fmt: skip
             status = await process.wait()
         except asyncio.CancelledError:

@@ -7,6 +7,9 @@ track and speech weights are.
 
 import hashlib
 import json
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -45,6 +48,7 @@ PARTS = ("face_landmarks", "face_detection", "person_mask", "head_model", "speec
 
 # Memory of training without decoded frames: of the program, and of each frame's track and speech features.
 TRAINING_BYTES, TRAINING_FRAME_BYTES = 1.3e9, 80e3
+FIRST_LOOK_S = 60.0  # of training the head, after which a coarse avatar is written
 PREVIEWS = 10  # images of the head during training, for TensorBoard
 
 
@@ -86,8 +90,9 @@ class TrainConfig:
 def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainConfig()) -> Avatar:
     """Train an avatar and write it to `out`.
 
-    Continues an interrupted run of the same clip and configuration. If the clip has no sound, the speech models only
-    have its statistics.
+    A coarse avatar that talks already is written there after a minute, and what there is when training is interrupted:
+    their `info["iterations"]` says how far they are. Continues an interrupted run of the same clip and configuration.
+    If the clip has no sound, the speech models only have its statistics.
     """
     device = resolve_device(config.device)
     clip, out = clip if isinstance(clip, Clip) else Clip.open(clip), Path(out)
@@ -108,7 +113,8 @@ def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainC
         with log.timed("speech"), progress_bar("Adapting speech", config.progress) as report:
             speech = learn_speech(clip, folder / "speech.safetensors", config.speech_weights, report)
         with log.timed("head"), progress_bar("Training the head", config.progress) as report:
-            trained = _train_head(clip, model, head, folder, log, report, device)
+            look = partial(_first_look, clip, model, speech, out, settings | {"consent": consent.to_dict()}, config)
+            trained = _train_head(clip, head, folder, log, report, device, look)
         with log.timed("assembly"):
             avatar = assemble(clip, model, trained, speech)
         learned = learned_frames(clip)
@@ -183,19 +189,49 @@ def learn_speech(clip: Clip, file: Path, weights: Path | None = None, report: Re
     return speech
 
 
+def _first_look(
+    clip: Clip, model: HeadModel, speech: SpeechModels, out: Path, info: dict, config: TrainConfig, state: HeadState
+) -> None:
+    """Write the head as it is, without refiner and film grain."""
+    avatar = assemble(clip, model, TrainedHead.of(state, clip), speech)
+    avatar.info = info | {"iterations": state.iteration, "provenance": provenance(seed=config.seed, assets=PARTS)}
+    avatar.save(out)
+    if config.progress:
+        print(f"A first look, coarse: {out} talks already.", file=sys.stderr)
+
+
 def _train_head(
-    clip: Clip, model: HeadModel, config: HeadConfig, folder: Path, log: RunLog, report: Report, device: str
+    clip: Clip,
+    config: HeadConfig,
+    folder: Path,
+    log: RunLog,
+    report: Report,
+    device: str,
+    look: Callable[[HeadState], None],
 ) -> TrainedHead:
-    preview_every = max(250, config.iterations // PREVIEWS)
+    """Train; `look` is called once after a minute, and when training is interrupted."""
+    preview_every, model = max(250, config.iterations // PREVIEWS), HeadModel.load()
+    started, looked, latest = time.monotonic(), False, None
 
     def show(state: HeadState, scalars: dict[str, float]) -> None:
+        nonlocal looked, latest
+        if config.stage_at(min(state.iteration, config.iterations - 1))[0].deform:
+            latest = state
+        if latest and not looked and time.monotonic() - started > FIRST_LOOK_S:
+            look(state)
+            looked = True
         log.scalars("head", state.iteration, config.iterations, scalars)
         report(state.iteration, config.iterations)
         if state.iteration % preview_every == 0 or state.iteration == config.iterations:
             log.image("render", state.iteration, preview_image(clip, state))
 
     config = replace(config, preload_bytes=affordable_preload(clip, config.preload_bytes))
-    return train_head(clip, model, config, folder / "head.safetensors", show, device=device)
+    try:
+        return train_head(clip, model, config, folder / "head.safetensors", show, device=device)
+    except KeyboardInterrupt:
+        if latest:
+            look(latest)
+        raise
 
 
 def affordable_preload(clip: Clip, budget_bytes: int) -> int:

@@ -4,6 +4,7 @@ One loop through the paper's three stages. All random numbers are functions of (
 from a checkpoint gives the result of an uninterrupted one. Renderings and losses cover the window around the head only.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -48,6 +49,14 @@ class TrainedHead:
     deformation: Deformation
     motion: Motion
 
+    @staticmethod
+    def of(state: HeadState, clip: Clip) -> "TrainedHead":
+        """The head as it is at an iteration; training may go on."""
+        poses = [state.pose.apply(k, clip.track.motion.T_camera_head[t]) for k, t in enumerate(clip.train)]
+        motion = replace(clip.track.motion[clip.train[0] : clip.train[-1] + 1], T_camera_head=torch.stack(poses))
+        deformation = copy.deepcopy(state.deformation).requires_grad_(False)
+        return TrainedHead(state.gaussians().map(lambda v: v.detach().clone()), deformation, motion)
+
 
 def train_head(
     clip: Clip,
@@ -83,10 +92,7 @@ def train_head(
         raise
     if checkpoint is not None:
         state.save(checkpoint)
-    state.deformation.requires_grad_(False)
-    poses = [state.pose.apply(k, clip.track.motion.T_camera_head[t]) for k, t in enumerate(frames.frames)]
-    motion = replace(clip.track.motion[clip.train[0] : clip.train[-1] + 1], T_camera_head=torch.stack(poses))
-    return TrainedHead(state.gaussians().map(lambda v: v.detach().clone()), state.deformation, motion)
+    return TrainedHead.of(state, clip)
 
 
 def train_step(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_loss: HeadLoss) -> dict[str, float]:
