@@ -8,6 +8,7 @@ than half a second (a suspended machine), it begins anew.
 """
 
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ BEHIND_S = 0.5
 MAX_WAITING_S = 120.0
 """Sound that may wait to be said."""
 NICENESS = 5
-"""Of the renderer, so that the process with the sockets is punctual."""
+"""Of the threads that render, so that those with a clock and the process with the sockets are punctual."""
 MEASURED = 8
 """Frames that the renderer's speed is measured on."""
 
@@ -99,7 +100,6 @@ class Refusal:
 
 def run_renderer(connection: Connection, loop: "type[TickLoop] | None" = None) -> None:
     """Main function of the process: waits for the avatar's source, then serves one session until it is closed."""
-    os.nice(NICENESS)
     tune_allocator()
     import hicode.session.session  # noqa: F401 - imports take seconds: done before anybody asks
 
@@ -142,6 +142,7 @@ def _serve(connection: Connection, avatar: "Avatar", kind: "type[TickLoop]") -> 
     memory = SharedMemory(create=True, size=SLOTS * (height * width * 3 // 2))
     try:
         with Session(avatar, SpeakConfig(output_rate_hz=VIDEO_SAMPLE_RATE_HZ, max_waiting_s=MAX_WAITING_S)) as session:
+            _render_behind_others()
             fps = _speed(session)
             record = video_record(avatar)
             connection.send(Hello(width, height, memory.name, session.latency_s, fps, record))
@@ -152,6 +153,25 @@ def _serve(connection: Connection, avatar: "Avatar", kind: "type[TickLoop]") -> 
     finally:
         memory.close()
         memory.unlink()
+
+
+def _render_behind_others() -> None:
+    """Lower the priority of the pool's threads; on systems where priorities are a process's, that of all."""
+    import torch
+
+    from hicode.threads import frame_pool
+
+    if sys.platform != "linux":
+        os.nice(NICENESS)
+        return
+    together = threading.Barrier(torch.get_num_threads())
+
+    def lower() -> None:
+        together.wait()  # so that each thread is lowered once
+        os.nice(NICENESS)
+
+    for done in [frame_pool().submit(lower) for _ in range(torch.get_num_threads())]:
+        done.result()
 
 
 def _speed(session: "Session") -> float:
