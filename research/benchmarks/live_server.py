@@ -50,8 +50,8 @@ def main(folder: str, *training: str) -> None:
     from hicode.serve import jobs
 
     class StampedMachine(Machine):
-        def __init__(self, max_sessions: int, max_s: float):
-            super().__init__(max_sessions, stamped_renderer, max_s)
+        def __init__(self, max_sessions: int, **limits: float):
+            super().__init__(max_sessions, stamped_renderer, **limits)
 
     if training:
         jobs.TRAINING = training

@@ -161,6 +161,16 @@ def test_a_renderer_that_dies_is_an_error_of_one_session_and_nothing_stays():
     assert not multiprocessing.active_children() and shared_memory() <= before
 
 
+@pytest.mark.parametrize("limit, words", [({"max_s": 0.5}, "minutes"), ({"max_mb": 1.0}, "memory")])
+def test_a_conversation_beyond_its_limits_ends_with_a_sentence(limit, words):
+    async def story(machine: Machine):
+        session = await LiveSession.open(machine, "any")
+        await asyncio.wait_for(take(session, 10_000), 20)
+        assert session.error and words in session.error
+
+    run(story, Machine(renderer=scripted_renderer, **limit))
+
+
 def test_a_slow_listener_loses_the_oldest_ticks_and_no_queue_grows():
     async def story(machine: Machine):
         session = await LiveSession.open(machine, "any")

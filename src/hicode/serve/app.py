@@ -67,6 +67,8 @@ class ServeConfig:
     """Conversations that may be open at once."""
     max_minutes: float = 60.0
     """A conversation ends after so long; 0: never."""
+    max_mb: float = 4000.0
+    """A conversation whose renderer takes more memory ends (Linux); 0: never."""
     chat_url: str | None = None
     """An OpenAI-like chat service that answers, as http://localhost:11434/v1; its key: HICODE_CHAT_KEY. Default: the
     avatar says what it hears."""
@@ -383,11 +385,16 @@ async def _events(jobs: Jobs, name: str):
 # ---------------------------------------------------------------------------------------------------------- the server
 
 
+def _machine(config: ServeConfig) -> Machine:
+    limits = {"max_s": 60 * config.max_minutes or math.inf, "max_mb": config.max_mb or math.inf}
+    return Machine(config.max_sessions, **limits)
+
+
 def create_app(folder: Path, config: ServeConfig, parts: Parts | None = None, token: str | None = None) -> Starlette:
     """The application over a folder of avatars. Its `state.server` holds what the routes share."""
     library = Library(folder)
     server = Server(
-        config, library, Machine(config.max_sessions, max_s=60 * config.max_minutes or math.inf), Jobs(library),
+        config, library, _machine(config), Jobs(library),
         parts or Parts(EmbeddedVoice, EmbeddedHearing), token or secrets.token_urlsafe(24),
         Chat(config.chat_url, config.chat_model) if config.chat_url else echo,
     )  # fmt: skip

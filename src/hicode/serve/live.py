@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int16, UInt8
@@ -78,8 +80,9 @@ class Machine:
         max_sessions: int = 4,
         renderer: Callable[[Connection], None] = run_renderer,
         max_s: float = math.inf,
+        max_mb: float = math.inf,
     ):
-        self.max_sessions, self.max_s, self._renderer = max_sessions, max_s, renderer
+        self.max_sessions, self.max_s, self.max_mb, self._renderer = max_sessions, max_s, max_mb, renderer
         self.counters = Counters()
         self.fps = 0.0
         self.sessions: set[LiveSession] = set()
@@ -141,6 +144,14 @@ class Machine:
             connection.close()
             await asyncio.to_thread(_end, process)
             self._spare = None
+
+
+def resident_mb(pid: int | None) -> float:
+    """Memory of a process; 0 where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:
+        return 0.0
 
 
 def _end(process) -> None:
@@ -314,6 +325,8 @@ class LiveSession:
         while not self.closed and not self.error:
             if time.monotonic() > ends_s:
                 self._fail(f"The conversation lasted {self._machine.max_s / 60:g} minutes, the limit here.")
+            if counters.ticks % 50 == 0 and resident_mb(self._process.pid) > self._machine.max_mb:
+                self._fail(f"The renderer took more than {self._machine.max_mb:.0f} MB of memory, the limit here.")
             if not self._arrived:
                 self._news.clear()
                 try:
