@@ -386,8 +386,8 @@ async def _events(jobs: Jobs, name: str):
 
 
 def _machine(config: ServeConfig) -> Machine:
-    limits = {"max_s": 60 * config.max_minutes or math.inf, "max_mb": config.max_mb or math.inf}
-    return Machine(config.max_sessions, **limits)
+    max_s, max_mb = 60 * config.max_minutes or math.inf, config.max_mb or math.inf
+    return Machine(config.max_sessions, max_s=max_s, max_mb=max_mb)
 
 
 def create_app(folder: Path, config: ServeConfig, parts: Parts | None = None, token: str | None = None) -> Starlette:
