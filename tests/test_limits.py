@@ -268,3 +268,12 @@ def test_turns_are_measured_from_facing_the_camera(degrees):
     poses[:, :3, :3] = torch.diag(torch.tensor([1.0, -1, -1])) @ turned
     found = head_rotation_deg(SimpleNamespace(motion=SimpleNamespace(T_camera_head=poses)))
     assert np.allclose(found, degrees, atol=1.0)  # percentiles
+
+
+def test_a_small_machine_is_told_what_it_will_take(monkeypatch):
+    from hicode import runtime
+
+    monkeypatch.setattr(runtime, "cores", lambda: 1)
+    assert runtime.forecast("It", 240, 0.81e9) == "It takes about 4 min on 1 core, and 0.8 GB of memory."
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    assert runtime.forecast("It", 80, 0.81e9) == "It takes about 50 s on 2 cores, and 0.8 GB of memory."

@@ -77,6 +77,13 @@ def test_the_committed_baseline_knows_every_part():
         assert cost[name]["units"] > 0
 
 
+@pytest.mark.slow
+def test_no_part_costs_far_more_than_the_baseline(capsys):
+    """The gate itself, on the parts that take seconds. A busy machine has other caches: only gross faults count."""
+    late = main.main(["raster", "loss", "step", "speak", "--repeats", "3", "--tolerance", "2.5"])
+    assert late == 0, capsys.readouterr().out
+
+
 # --- lips and sheets --------------------------------------------------------------------------------------------------
 
 

@@ -176,6 +176,17 @@ def require_memory_for_frames(frames: int, fps: float, fixed_bytes: float, frame
     require_memory(fixed_bytes + frame_bytes * frames, doing, f"Close other programs{less}.")
 
 
+def forecast(doing: str, core_seconds: float, need_bytes: float) -> str:
+    """What work will take here, said before it starts: time on this machine's cores if they are free, and memory.
+
+    Four cores are used at most, and a second one adds less than the first.
+    """
+    count = cores()
+    seconds = core_seconds / (1.0 if count == 1 else 0.8 * min(count, 4))
+    time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return f"{doing} takes about {time} on {count} core{'s' * (count > 1)}, and {_gb(need_bytes)} of memory."
+
+
 def _gb(n: float) -> str:
     return f"{n / 1e9:.1f} GB"
 

@@ -4,6 +4,7 @@ t frames at 25 fps.
 """
 
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -45,7 +46,7 @@ from hicode.preparation.defects import Defect, usable
 from hicode.preparation.sound import Features, Offset, Sound, SoundConfig, measure_offset, store_features, store_sound
 from hicode.preparation.steps import Step, StepCache, make_folder, open_state, whole_folder
 from hicode.progress import progress_bar, say_notes
-from hicode.runtime import require_memory_for_frames
+from hicode.runtime import forecast, require_memory_for_frames
 from hicode.speech.encoders import EncoderName, default_spec
 from hicode.speech.encoders.hubert import weights_variant
 from hicode.threads import map_frames
@@ -117,7 +118,10 @@ def _prepare(
     if progress:
         say_notes(name, info.notes)
     _check_length(info, config)
-    _check_memory(info, config)
+    frames, need_bytes = _check_memory(info, config)
+    if progress:
+        doing, core_seconds = f"Preparing {frames / FPS:.0f} s of video", _CORE_S + _CORE_S_A_SECOND * frames / FPS
+        print(forecast(doing, core_seconds, need_bytes), file=sys.stderr)
     source = {"name": name, "path": str(video.resolve()), "sha256": sha256_of(video)}
     created = not out.exists()
     if created and (synthetic := synthetic_source(video)):
@@ -489,11 +493,16 @@ def _check_length(info: VideoInfo, config: PrepareConfig) -> None:
 
 # Memory of preparing (measured: 0.6 GB at 512 px and 5 s): of the program, of a crop's pixel, of a source pixel
 # (decoding and converting hold a few frames), and of each frame's landmarks, flow and fit. Pictures go to disk.
-_PROGRAM_BYTES, _CROP_PIXEL_BYTES, _SOURCE_PIXEL_BYTES, _FRAME_BYTES = 0.55e9, 400, 30, 100e3
+_PROGRAM_BYTES, _CROP_PIXEL_BYTES, _SOURCE_PIXEL_BYTES, _FRAME_BYTES = 0.7e9, 400, 30, 100e3
 
 
-def _check_memory(info: VideoInfo, config: PrepareConfig) -> None:
-    """Raise ResourceError where the video is too long, or too large, for the free memory."""
+# Time of preparing on one core: of the program and what does not grow, and of each second of video.
+_CORE_S, _CORE_S_A_SECOND = 10.0, 5.0
+
+
+def _check_memory(info: VideoInfo, config: PrepareConfig) -> tuple[int, float]:
+    """(frames, bytes needed). Raises ResourceError where that is more than the free memory."""
     frames = _expected_frames(info, config)
     fixed = _PROGRAM_BYTES + _CROP_PIXEL_BYTES * config.size**2 + _SOURCE_PIXEL_BYTES * info.width * info.height
     require_memory_for_frames(frames, FPS, fixed, _FRAME_BYTES, f"Preparing {frames} frames of {info.path}")
+    return frames, fixed + frames * _FRAME_BYTES
