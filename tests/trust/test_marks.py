@@ -86,6 +86,15 @@ def test_a_manifest_without_its_watermark_is_a_contradiction(tmp_path, record):
     assert verify(path).verdict == "contradictory"
 
 
+def test_a_video_too_small_for_the_watermark_is_judged_by_its_manifest(tmp_path, record):
+    frames = [np.ascontiguousarray(frame[:128, :128]) for frame in marked(record)]
+    path = write(tmp_path / "a.mp4", frames)
+    sign_video(path, record)
+    found = verify(path)
+    assert found.verdict == "synthetic" and found.exit_code == 0
+    assert found.watermark.present or "128 px are too few" in str(found)
+
+
 def test_a_manifest_of_another_avatar_is_a_contradiction(tmp_path, record):
     path = write(tmp_path / "a.mp4", marked(record))
     sign_video(path, VideoRecord("01" * 32, record.consent))

@@ -25,6 +25,8 @@ from hicode.trust.watermark import FALSE_ALARM_RATE, WINDOW_PX, Accumulator, Det
 
 FRAMES_A_PART, PARTS = 25, 12
 """The watermark is looked for in the whole video first, then in each of at most PARTS equal parts."""
+FINDABLE_PX = 192
+"""Pictures with a shorter side below this are too small for the watermark: it is found in some and not in others."""
 LIMITS = (
     "No mark found does not prove that a video is real: marks can be removed, and other systems have others.",
     "The watermark proves no author: its key is public, so anybody can forge it, or copy it into a real recording.",
@@ -61,7 +63,7 @@ class WatermarkFinding:
 
     `false_alarm_rate`: probability that an unmarked video gives such evidence; it counts every part that was looked at.
     `confidence`: probability that `avatar_id` is right, given that the mark is there. `mirrored`, `scale`: of the
-    picture against the original.
+    picture against the original. `side_px`: the picture's shorter side; below FINDABLE_PX the mark may be there unseen.
     """
 
     present: bool
@@ -72,6 +74,7 @@ class WatermarkFinding:
     scale: float
     mirrored: bool
     frames: int
+    side_px: int
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Verification:
                 + (", mirrored" if mark.mirrored else "")
             )
         else:
-            lines.append(f"  watermark: none above the threshold (false-alarm rate {FALSE_ALARM_RATE:.0e})")
+            small = f"; {mark.side_px} px are too few to find it surely" if mark.side_px < FINDABLE_PX else ""
+            lines.append(f"  watermark: none above the threshold (false-alarm rate {FALSE_ALARM_RATE:.0e}){small}")
         lines.append(f"  C2PA: {_manifest_line(manifest)}")
         lines.append(f"  AIGC field: {'there' if self.aigc else 'none'}")
         if self.agreement is not None:
@@ -136,9 +140,10 @@ def verify(path: Path | str) -> Verification:
 
 
 def _verdict(manifest: ManifestFinding, watermark: WatermarkFinding, agreement: bool | None) -> Verdict:
-    """Contradictory: a sound manifest of another maker next to our watermark, or of ours next to none."""
+    """Contradictory: a sound manifest of another maker next to our watermark, or of ours where one should be found."""
     sound = manifest.state in ("ours", "valid")
-    if agreement is False or (sound and manifest.by_hicode != watermark.present):
+    lacking = manifest.by_hicode and not watermark.present and watermark.side_px >= FINDABLE_PX
+    if agreement is False or (sound and (lacking or (watermark.present and not manifest.by_hicode))):
         return "contradictory" if watermark.present or manifest.by_hicode else "no mark"
     if manifest.state == "invalid" and (manifest.by_hicode or watermark.present):
         return "altered"
@@ -238,6 +243,7 @@ def find_watermark(path: Path | str) -> WatermarkFinding:
         scale=round(best.alignment.scale_x, 3),
         mirrored=best.alignment.mirrored,
         frames=sum(counts),
+        side_px=min(pictures[0].shape),
     )
 
 
