@@ -116,14 +116,17 @@ def unmarked(clips: list[Path], windows: int, minutes: float, seed: int = 0) -> 
     seen, alarms, lowest, highest = 0, 0, 1.0, 0.0
     looked_at: set[Path] = set()
     order = [clips[i] for i in rng.permutation(len(clips))]
-    while seen < windows and time.monotonic() - started < 60 * minutes:
+    over = lambda: seen >= windows or time.monotonic() - started >= 60 * minutes
+    while not over():
         for path in order:
+            if over():
+                break
             frames = list(islice(read_video(path, max_size=512), 25))
             looked_at.add(path)
             for _ in range(5):
                 side = int(rng.integers(128, 257))
                 height, width = frames[0].shape[:2]
-                if side > min(height, width) or seen >= windows or time.monotonic() - started >= 60 * minutes:
+                if side > min(height, width) or over():
                     break
                 y, x = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
                 first, scale = int(rng.integers(len(frames))), float(rng.uniform(0.75, 1.3))
@@ -142,6 +145,10 @@ def unmarked(clips: list[Path], windows: int, minutes: float, seed: int = 0) -> 
     }
 
 
+def _text(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
 def main() -> None:
     """Run one part and write it into the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,7 +165,7 @@ def main() -> None:
         save_results(options.out, columns, marked_table(marked(options.clips)), command)
     else:
         found = unmarked(options.clips, options.windows, options.minutes)
-        save_results(options.out, tuple(found), [[f"{value:.3g}" for value in found.values()]], command)
+        save_results(options.out, tuple(found), [[_text(value) for value in found.values()]], command)
 
 
 if __name__ == "__main__":
