@@ -20,8 +20,10 @@ from hicode.motion import EXPRESSION_DIM, N_LANDMARKS
 from hicode.speech.encoders import EncoderSpec
 from hicode.speech.faceformer import Faceformer, FaceformerConfig
 from hicode.speech.lip_closure import ClosureConfig, LipClosure, lip_gap
-from hicode.speech.speech_model import SpeechModels, Subject
-from hicode.training.adaptation import CLOSED_MARGIN, GENERIC, SCHEMA, VERSION, SpeechExample
+from hicode.speech.mouth_calibration import MouthCalibration, mouth_lengths
+from hicode.speech.speech_model import MIN_SPEECH_FRAMES, SpeechModels, Subject
+from hicode.training.adaptation import CLOSED_MARGIN, GENERIC, SCHEMA, VERSION, SpeechExample, usual_gain
+from hicode.training.calibration import mouth_directions, quantiles
 from hicode.training.faceformer import (
     CLOSED_GAP,
     ClosureRows,
@@ -115,7 +117,34 @@ def pretrain(
         identity_frames=torch.stack([f.identity_frames for f in faces]).mean(0),
     )
     closure = generic_closure(models[0], examples, config) if config.linear_share else None
-    return SpeechModels(models[0], models[1], encoder, mean, closure)
+    pair = SpeechModels(models[0], models[1], encoder, mean, closure)
+    pair.calibration = usual_calibration(pair, [e for e in examples if e.speaker in people])
+    return pair
+
+
+def usual_calibration(models: SpeechModels, examples: list[SpeechExample]) -> MouthCalibration:
+    """How much people move their mouths, and how much of it the pair predicts: means of their quantiles.
+
+    Source and target are those of the pair's own mean face at gain 1; openings of the target are as people show them.
+    """
+    usual = mouth_lengths(models.subject.landmarks)[:, None]
+    sources, targets = [], []
+    for speaker in sorted({e.speaker for e in examples}):
+        own = [e for e in examples if e.speaker == speaker]
+        speaking, landmarks = torch.cat([e.speaking for e in own]), torch.cat([e.landmarks for e in own])
+        if speaking.sum() < MIN_SPEECH_FRAMES:
+            continue
+        subject = replace(_subject(examples, speaker), closed_gap=closed_gap(landmarks, speaking))
+        moved = (landmarks - subject.landmarks).flatten(1)
+        gain = usual_gain(models.landmarks, moved, speaking, mouth_metrics()[1])
+        person = replace(models, subject=replace(subject, landmark_gain=gain), calibration=None)
+        spoken = torch.cat([person.predict(e.features[0]).landmarks for e in own])
+        face = mouth_lengths(subject.landmarks)[:, None]
+        sources.append((quantiles(mouth_lengths(spoken[speaking])) - face) / gain)
+        shown = quantiles(mouth_lengths(landmarks[speaking]))
+        targets.append(torch.cat([shown[:1], (shown - face + usual)[1:]]))
+    source, target = (torch.stack(x).mean(0) for x in (sources, targets))
+    return MouthCalibration(usual + source, target, *mouth_directions(models))
 
 
 def _subject(examples: list[SpeechExample], speaker: str) -> Subject:
@@ -207,8 +236,10 @@ def _fit_style(model: Faceformer, faces: list[Float[Tensor, "20 478 3"]]) -> Non
 
 
 def save_generic(models: SpeechModels, learned_from: list[dict], path: Path | str = GENERIC) -> None:
-    """Write the pair in half precision. `learned_from`: one entry a clip, with its terms."""
+    """Write the pair in half precision, but the knots of its calibration, which lie close together.
+
+    `learned_from`: one entry a clip, with its terms.
+    """
     tensors, config = models.state()
-    save_tensors(
-        path, {k: v.half() for k, v in tensors.items()}, SCHEMA, VERSION, config | {"learned_from": learned_from}
-    )
+    kept = {k: v if k.startswith("calibration.") else v.half() for k, v in tensors.items()}
+    save_tensors(path, kept, SCHEMA, VERSION, config | {"learned_from": learned_from})

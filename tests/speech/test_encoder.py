@@ -12,7 +12,7 @@ from hicode import assets
 from hicode.errors import AssetError, InputError
 from hicode.speech.encoders import EncoderSpec, create_encoder, default_spec, encoder_of, match_frames, onnx_weights
 from hicode.speech.encoders.logmel import MelPower, log_mel, mel_filters
-from hicode.speech.loudness import speech_level
+from hicode.speech.loudness import LoudnessEstimator, speech_level
 
 
 def _sound(seconds: float, seed: int = 0) -> np.ndarray:
@@ -256,3 +256,16 @@ def test_hubert_weights_may_move_but_not_change(tmp_path):
         encoder_of(spec)
     with pytest.raises(InputError, match="not those of this avatar"):
         encoder_of(spec, tmp_path / "two")
+
+
+def test_a_second_stream_begins_at_the_loudness_that_the_first_found():
+    """Of a quiet speaker, whom the first second of a fresh stream takes for loud noise."""
+    encoder, loudness = create_encoder("logmel"), LoudnessEstimator()
+    sound = 0.1 * _sound(2)
+    right = encoder.encode(sound)
+    errors = []
+    for _ in range(2):
+        stream = encoder.stream(loudness=loudness)
+        heard = torch.cat([stream.push(sound), stream.finish()])
+        errors.append(float((heard - right)[:25].abs().mean()))
+    assert errors[1] < 0.75 * errors[0], errors  # what is left is the first syllable, which the running level lags

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from hicode.audio import SAMPLES_PER_FEATURE, SAMPLES_PER_FRAME, DcBlocker, frame_rms
+from hicode.audio import FPS, SAMPLES_PER_FEATURE, SAMPLES_PER_FRAME, DcBlocker, frame_rms
 from hicode.avatar.avatar import Avatar
 from hicode.avatar.driving import merge_motion, resting_mouth
 from hicode.avatar.eyes import near_tracked_blinks, tracked_blinks
@@ -27,6 +27,7 @@ from hicode.motion import Motion, ping_pong
 from hicode.session.config import SpeakConfig
 from hicode.session.timings import Timings
 from hicode.speech.encoders import AudioEncoder
+from hicode.speech.loudness import LoudnessEstimator
 from hicode.speech.speech_model import SpeechModels
 from hicode.speech.voice_activity import VadGate, VoiceActivity
 
@@ -75,6 +76,13 @@ class Mouth:
         )
 
 
+class Loudness:
+    """How loud the speaker of a session is, as the encoder and the VAD gate hear it: kept between utterances."""
+
+    def __init__(self):
+        self.features, self.gate = LoudnessEstimator(), LoudnessEstimator(FPS)
+
+
 class MotionSource:
     """The sound of one utterance in, a mouth for each frame out. Mono float32 at 16 kHz, in chunks of any size.
 
@@ -88,11 +96,15 @@ class MotionSource:
         rest: Mouth,
         config: SpeakConfig,
         activity: VoiceActivity | None,
+        loudness: Loudness | None = None,
     ):
+        loudness = loudness or Loudness()
         self._rest, self._encoder = rest, encoder
-        self._features, self._mouths = encoder.stream(config.level), speech.stream()
+        self._features, self._mouths = encoder.stream(config.level, loudness.features), speech.stream()
         self._activity = activity.stream() if activity is not None and config.rest else None
-        self._gate = VadGate(config.level, scored=self._activity is not None) if config.rest else None
+        self._gate = None
+        if config.rest:
+            self._gate = VadGate(config.level, scored=self._activity is not None, loudness=loudness.gate)
         self._look_ahead = max(speech.look_ahead, VoiceActivity.AHEAD if self._activity is not None else 0)
         self._blocker, self._unmeasured = DcBlocker(), np.zeros(0, np.float32)  # sound of an incomplete frame
         self._sound = np.zeros(0, np.float32)  # not yet given to the encoder

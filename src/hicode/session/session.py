@@ -27,7 +27,7 @@ from hicode.errors import InputError, ResourceError
 from hicode.motion import Motion
 from hicode.session.config import SpeakConfig
 from hicode.session.idle_frames import IdleFrames
-from hicode.session.motion_source import PIECE, Animation, Base, DrivingTrack, MotionSource, Mouth
+from hicode.session.motion_source import PIECE, Animation, Base, DrivingTrack, Loudness, MotionSource, Mouth
 from hicode.session.rendering import FrameRenderer
 from hicode.session.timings import Timings
 from hicode.speech.encoders import AudioEncoder
@@ -131,6 +131,7 @@ class Session:
         self._pool = frame_pool()
         self.ahead = 2 * torch.get_num_threads()
         """Frames in rendering at once, or before they are asked for."""
+        self._loudness = Loudness()
         self._source = self._new_source()
         self.latency_s = self._source.latency_samples / SAMPLE_RATE_HZ
 
@@ -313,7 +314,7 @@ class Session:
         self._between = True
 
     def _new_source(self) -> MotionSource:
-        return MotionSource(self._speech, self._encoder, self._rest, self.config, self._activity)
+        return MotionSource(self._speech, self._encoder, self._rest, self.config, self._activity, self._loudness)
 
     @torch.inference_mode()
     def _listen(self) -> None:

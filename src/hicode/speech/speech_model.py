@@ -20,6 +20,7 @@ from hicode.speech.decoder import FaceformerStream, FrameConvolution, to_array
 from hicode.speech.encoders import AudioEncoder, EncoderSpec, encoder_of
 from hicode.speech.faceformer import Faceformer, FaceformerConfig
 from hicode.speech.lip_closure import ClosureConfig, LipClosure, lip_gap
+from hicode.speech.mouth_calibration import MouthCalibration
 
 IDENTITY_FRAMES = 20
 # With fewer frames of speech, statistics are taken over all frames.
@@ -72,13 +73,18 @@ class Subject:
 
 @dataclass(eq=False)
 class SpeechModels:
-    """Features of `encoder` in, the subject's motion out. `closure`: None if the models never learned it."""
+    """Features of `encoder` in, the subject's motion out.
+
+    closure      None if the models never learned it
+    calibration  gives the person's own amount of motion; None: what least squares predict
+    """
 
     expression: Faceformer
     landmarks: Faceformer
     encoder: EncoderSpec
     subject: Subject
     closure: LipClosure | None = field(default=None)
+    calibration: MouthCalibration | None = field(default=None)
 
     def __post_init__(self):
         pair = self.expression.config, self.landmarks.config
@@ -116,6 +122,8 @@ class SpeechModels:
         tensors = {f"{part}.{k}": v for part, m in modules.items() if m is not None for k, v in m.state_dict().items()}
         subject = dict(self.subject.__dict__)
         tensors |= {f"subject.{k}": subject.pop(k) for k in ("expression", "landmarks", "identity_frames")}
+        if self.calibration is not None:
+            tensors |= {f"calibration.{k}": v for k, v in self.calibration.__dict__.items()}
         config = {part: asdict(m.config) for part, m in modules.items() if m is not None}
         return tensors, config | {"encoder": self.encoder.to_json(), "subject": subject}
 
@@ -134,7 +142,10 @@ class SpeechModels:
             expression.load_state_dict(_part(tensors, "expression"))
             landmarks.load_state_dict(_part(tensors, "landmarks"))
             subject = Subject(**_part(tensors, "subject"), **config["subject"])
-            return SpeechModels(expression, landmarks, EncoderSpec.from_json(config["encoder"]), subject, closure)
+            calibration = _part(tensors, "calibration")
+            calibration = MouthCalibration(**calibration) if calibration else None
+            encoder = EncoderSpec.from_json(config["encoder"])
+            return SpeechModels(expression, landmarks, encoder, subject, closure, calibration)
         except (KeyError, TypeError, RuntimeError, AssertionError) as error:
             raise FileFormatError(
                 f"The speech models are damaged or from another version ({error!s:.200}). Train the avatar anew."
@@ -198,16 +209,18 @@ class SpeechStream:
         return torch.from_numpy(self._closure.take(self._closure.ready)[:, 0]).sigmoid()
 
     def _emit(self, *new: Tensor) -> SpokenMotion:
-        """Frames of which all parts are here, about the subject's mean face and with closed lips."""
+        """Frames of which all parts are here: about the subject's mean face, with closed lips and the right amount."""
         parts = [torch.cat(pair) for pair in zip(self._pending, new, strict=True)]
         ready = min(len(x) for x in (parts if self._closure else parts[:2]))
         self._pending = tuple(x[ready:] for x in parts)
         expression, landmarks, probability = (x[:ready] for x in parts)
-        subject, closure = self.models.subject, self.models.closure
+        subject, closure, calibration = self.models.subject, self.models.closure, self.models.calibration
         expression = subject.expression + subject.expression_gain * expression
         landmarks = subject.landmarks + subject.landmark_gain * landmarks.unflatten(1, (N_LANDMARKS, 3))
         if closure is not None:
             expression, landmarks = closure.close(
                 probability, expression, landmarks, subject.closed_gap, subject.usual_gap
             )
+        if calibration is not None:
+            expression, landmarks = calibration(expression, landmarks)
         return SpokenMotion(expression, landmarks)

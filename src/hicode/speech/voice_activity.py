@@ -121,13 +121,20 @@ class VadGate:
     """How much of each frame's mouth is speech's, in [0, 1]: levels in, weights out `look_ahead` frames later.
 
     level   RMS of the speech; estimated as the sound comes if None
+    loudness  what estimates an unknown level from 40 ms frames, if it has heard the speaker before
     scored  whether voice-activity scores come with the levels; then a frame's weight waits for both
     """
 
-    def __init__(self, level: float | None = None, config: VadConfig = VadConfig(), scored: bool = False):
+    def __init__(
+        self,
+        level: float | None = None,
+        config: VadConfig = VadConfig(),
+        scored: bool = False,
+        loudness: LoudnessEstimator | None = None,
+    ):
         assert level is None or level > 0, level
         self.config, self.scored = config, scored
-        self._level, self._estimator = level, LoudnessEstimator(FPS)
+        self._level, self._estimator = level, LoudnessEstimator(FPS) if loudness is None else loudness
         self._closed_db, self._open_db = config.closed_db, config.open_db
         if scored:
             self._closed_db, self._open_db = config.scored_closed_db, config.scored_open_db

@@ -6,7 +6,7 @@ Learning never sees a clip's test part. It validates free-running, on the end of
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from hicode.speech.encoders import EncoderSpec
 from hicode.speech.faceformer import Faceformer, FaceformerConfig
 from hicode.speech.lip_closure import ClosureConfig, LipClosure, lip_gap
 from hicode.speech.speech_model import MIN_SPEECH_FRAMES, SpeechModels, Subject
+from hicode.training.calibration import CalibrationConfig, calibrate
 from hicode.training.faceformer import (
     CLOSED_GAP,
     ClosureRows,
@@ -69,6 +70,8 @@ class AdaptConfig:
     """share of the training part, at its end"""
     gain_prior_s: float = 4.0
     """seconds of speech that the usual gain weighs"""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """of the amount of motion"""
     seed: int = 0
 
 
@@ -183,7 +186,7 @@ def learn_speech_models(
     subject = Subject.of(example.expression, example.landmarks, example.speaking, config.seed)
     subject = replace(subject, closed_gap=closed_gap(example.landmarks, example.speaking))
     if not example.speaking.any():
-        return _without_speech(example, subject, generic)
+        return _without_speech(example, subject, generic, config)
     assert example.features.shape[-1] == encoder.dim, (example.features.shape, encoder)
     adapting = encoder == generic.encoder
     learned = []
@@ -202,7 +205,9 @@ def learn_speech_models(
     a, b = learned
     subject = replace(subject, expression_gain=a.gain, landmark_gain=b.gain)
     closure = generic.closure if adapting else closure_of(a.model, example)
-    return SpeechModels(a.model, b.model, encoder, subject, closure), AdaptReport(
+    models = SpeechModels(a.model, b.model, encoder, subject, closure)
+    models.calibration = calibrate(models, example, generic, config.calibration)
+    return models, AdaptReport(
         speech_s=float(example.speaking.sum()) / FPS,
         gain=(a.gain, b.gain),
         still_mm=(a.still_mm, b.still_mm),
@@ -213,7 +218,7 @@ def learn_speech_models(
 
 
 def _without_speech(
-    example: SpeechExample, subject: Subject, generic: SpeechModels
+    example: SpeechExample, subject: Subject, generic: SpeechModels, config: AdaptConfig
 ) -> tuple[SpeechModels, AdaptReport]:
     pair = generic.expression, generic.landmarks
     moved = example.displacements(subject)
@@ -223,6 +228,7 @@ def _without_speech(
     subject = replace(subject, expression_gain=gains[0], landmark_gain=gains[1])
     nothing = float("nan"), float("nan")
     models = SpeechModels(*pair, generic.encoder, subject, generic.closure)
+    models.calibration = calibrate(models, example, generic, config.calibration)
     return models, AdaptReport(0.0, (gains[0], gains[1]), nothing, nothing, nothing, (False, False))
 
 

@@ -35,6 +35,7 @@ from hicode.tracking.head_model import HeadModel
 from hicode.training.adaptation import GENERIC, AdaptConfig, example_of, learn_speech_models, load_generic
 from hicode.training.adaptation import SCHEMA as SPEECH_SCHEMA
 from hicode.training.adaptation import VERSION as SPEECH_VERSION
+from hicode.training.calibration import calibrate_rendering
 from hicode.training.checkpoint import HeadState
 from hicode.training.film_grain import learn_film_grain
 from hicode.training.frames import learned_frames, rendered_frame
@@ -118,6 +119,7 @@ def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainC
             trained = _train_head(clip, head, folder, log, report, device, look)
         with log.timed("assembly"):
             avatar = assemble(clip, model, trained, speech)
+            avatar.speech = calibrated(avatar, clip)
         learned = learned_frames(clip)
         render = lambda i: rendered_frame(avatar, clip, trained.motion, learned[i])
         if refiner is not None:
@@ -199,6 +201,14 @@ def _first_look(
     avatar.save(out)
     if config.progress:
         print(f"A first look, coarse: {out} talks already.", file=sys.stderr)
+
+
+def calibrated(avatar: Avatar, clip: Clip) -> SpeechModels | None:
+    """The avatar's speech models with the opening of the mouth matched in its own pictures."""
+    speech = avatar.speech
+    if speech is None or speech.calibration is None:
+        return speech
+    return replace(speech, calibration=calibrate_rendering(avatar, clip, example_of(clip, speech.encoder)))
 
 
 def _train_head(

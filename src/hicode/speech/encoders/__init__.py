@@ -23,6 +23,7 @@ from hicode.speech.encoders.embedded import EmbeddedEncoder
 from hicode.speech.encoders.hubert import HubertEncoder
 from hicode.speech.encoders.logmel import LogMelEncoder
 from hicode.speech.encoders.windowed import EncoderSpec, EncoderStream, Window
+from hicode.speech.loudness import LoudnessEstimator
 
 __all__ = [
     "AudioEncoder",
@@ -66,8 +67,11 @@ class AudioEncoder(Protocol):
         """All ceil(n / 320) features of a sound. `level`: its speech RMS, measured if None."""
         ...
 
-    def stream(self, level: float | None = None) -> EncoderStream:
-        """An incremental encoding; with the same `level`, the same features as `encode`."""
+    def stream(self, level: float | None = None, loudness: LoudnessEstimator | None = None) -> EncoderStream:
+        """An incremental encoding; with the same `level`, the same features as `encode`.
+
+        `loudness`: what estimates an unknown level, if it has heard the speaker before.
+        """
         ...
 
 

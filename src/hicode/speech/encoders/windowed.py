@@ -79,9 +79,12 @@ class WindowedEncoder:
         """What a file records of the encoder."""
         return EncoderSpec(self.name, self.dim, self.window, self.variant, self.weights)
 
-    def stream(self, level: float | None = None) -> "EncoderStream":
-        """An incremental encoding; with the same `level`, the same features as `encode`."""
-        return EncoderStream(self, level)
+    def stream(self, level: float | None = None, loudness: LoudnessEstimator | None = None) -> "EncoderStream":
+        """An incremental encoding; with the same `level`, the same features as `encode`.
+
+        `loudness`: what estimates an unknown level, if it has heard the speaker before.
+        """
+        return EncoderStream(self, level, loudness)
 
     def encode(self, samples: Float[np.ndarray, "n"], level: float | None = None) -> Float[Tensor, "t d"]:
         """All ceil(n / 320) features of a sound. `level`: its speech RMS, measured if None."""
@@ -105,9 +108,9 @@ class WindowedEncoder:
 class EncoderStream:
     """Sound in pieces of any size; features out once their window is complete, hop + look rows after the sound."""
 
-    def __init__(self, encoder: WindowedEncoder, level: float | None):
+    def __init__(self, encoder: WindowedEncoder, level: float | None, loudness: LoudnessEstimator | None = None):
         self.encoder, self.level = encoder, level
-        self._estimator = LoudnessEstimator()
+        self._estimator = LoudnessEstimator() if loudness is None else loudness
         # Not yet turned into rows; starts `margin` before the next row. Silence precedes the sound.
         self._samples = np.zeros(encoder.window.lead * SAMPLES_PER_FEATURE + encoder.margin, np.float32)
         self._rows: Tensor | None = None
