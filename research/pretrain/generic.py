@@ -118,7 +118,7 @@ def pretrain(
     )
     closure = generic_closure(models[0], examples, config) if config.linear_share else None
     pair = SpeechModels(models[0], models[1], encoder, mean, closure)
-    pair.calibration = usual_calibration(pair, [e for e in examples if e.speaker in people])
+    pair.people = usual_calibration(pair, [e for e in examples if e.speaker in people])
     return pair
 
 
@@ -236,10 +236,10 @@ def _fit_style(model: Faceformer, faces: list[Float[Tensor, "20 478 3"]]) -> Non
 
 
 def save_generic(models: SpeechModels, learned_from: list[dict], path: Path | str = GENERIC) -> None:
-    """Write the pair in half precision, but the knots of its calibration, which lie close together.
+    """Write the pair in half precision, but the knots of its prior, which lie close together.
 
     `learned_from`: one entry a clip, with its terms.
     """
     tensors, config = models.state()
-    kept = {k: v if k.startswith("calibration.") else v.half() for k, v in tensors.items()}
+    kept = {k: v if k.startswith("people.") else v.half() for k, v in tensors.items()}
     save_tensors(path, kept, SCHEMA, VERSION, config | {"learned_from": learned_from})

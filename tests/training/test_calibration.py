@@ -65,18 +65,18 @@ def test_without_speech_people_stand_in(generic, world):
     quiet = world("quiet", 150, 3, size=0.05)
     quiet = replace(quiet, speaking=torch.zeros(150, dtype=torch.bool))
     models = _adapted(quiet, generic, 1.0, prior_s=1.5)
-    assert models.calibration is not None and generic.calibration is not None
+    assert models.calibration is not None and generic.people is not None
     width = lambda maps: maps.target[1, -1] - maps.target[1, 0]
-    torch.testing.assert_close(width(models.calibration), width(generic.calibration), atol=1e-3, rtol=1e-3)
-    assert _adapted(quiet, replace(generic, calibration=None), 1.0).calibration is None
+    torch.testing.assert_close(width(models.calibration), width(generic.people), atol=1e-3, rtol=1e-3)
+    assert _adapted(quiet, replace(generic, people=None), 1.0).calibration is None
 
 
 def test_weights_keep_the_prior(generic, tmp_path):
     save_generic(generic, [], tmp_path / "g.safetensors")
     read = load_generic(tmp_path / "g.safetensors")
-    assert read.calibration is not None and generic.calibration is not None
-    torch.testing.assert_close(read.calibration.target, generic.calibration.target)
-    assert read.calibration.source.shape == (3, len(SHARES))
+    assert read.people is not None and generic.people is not None
+    torch.testing.assert_close(read.people.target, generic.people.target)
+    assert read.people.source.shape == (3, len(SHARES))
 
 
 @pytest.mark.parametrize(("dead", "slope"), [(0.0, 1.0), (0.03, 0.9), (0.015, 1.1)])

@@ -77,6 +77,7 @@ class SpeechModels:
 
     closure      None if the models never learned it
     calibration  gives the person's own amount of motion; None: what least squares predict
+    people       how much people move their mouths, and how much is predicted of it: a prior that generic models have
     """
 
     expression: Faceformer
@@ -85,6 +86,7 @@ class SpeechModels:
     subject: Subject
     closure: LipClosure | None = field(default=None)
     calibration: MouthCalibration | None = field(default=None)
+    people: MouthCalibration | None = field(default=None)
 
     def __post_init__(self):
         pair = self.expression.config, self.landmarks.config
@@ -122,8 +124,8 @@ class SpeechModels:
         tensors = {f"{part}.{k}": v for part, m in modules.items() if m is not None for k, v in m.state_dict().items()}
         subject = dict(self.subject.__dict__)
         tensors |= {f"subject.{k}": subject.pop(k) for k in ("expression", "landmarks", "identity_frames")}
-        if self.calibration is not None:
-            tensors |= {f"calibration.{k}": v for k, v in self.calibration.__dict__.items()}
+        for name, maps in (("calibration", self.calibration), ("people", self.people)):
+            tensors |= {f"{name}.{k}": v for k, v in (maps.__dict__ if maps else {}).items()}
         config = {part: asdict(m.config) for part, m in modules.items() if m is not None}
         return tensors, config | {"encoder": self.encoder.to_json(), "subject": subject}
 
@@ -142,10 +144,10 @@ class SpeechModels:
             expression.load_state_dict(_part(tensors, "expression"))
             landmarks.load_state_dict(_part(tensors, "landmarks"))
             subject = Subject(**_part(tensors, "subject"), **config["subject"])
-            calibration = _part(tensors, "calibration")
-            calibration = MouthCalibration(**calibration) if calibration else None
+            parts = (_part(tensors, name) for name in ("calibration", "people"))
+            maps = [MouthCalibration(**part) if part else None for part in parts]
             encoder = EncoderSpec.from_json(config["encoder"])
-            return SpeechModels(expression, landmarks, encoder, subject, closure, calibration)
+            return SpeechModels(expression, landmarks, encoder, subject, closure, *maps)
         except (KeyError, TypeError, RuntimeError, AssertionError) as error:
             raise FileFormatError(
                 f"The speech models are damaged or from another version ({error!s:.200}). Train the avatar anew."

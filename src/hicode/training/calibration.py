@@ -79,14 +79,14 @@ def calibrate(
 ) -> MouthCalibration | None:
     """The person's maps, from predicted and tracked motion of the frames in which they speak.
 
-    Where the clip has little speech, the prior over people, `generic.calibration`, stands in. None without either.
+    Where the clip has little speech, the prior over people, `generic.people`, stands in. None without either.
     """
     used, speech_s, known = example.speaking, float(example.speaking.sum()) / FPS, []
     if used.sum() >= MIN_SPEECH_FRAMES:
         predicted = replace(models, calibration=None).predict(example.features[0]).landmarks
         known.append((speech_s, *(quantiles(mouth_lengths(x[used])) for x in (predicted, example.landmarks))))
-    if generic.calibration is not None:
-        known.append((config.prior_s, *of_person(generic.calibration, generic.subject, models.subject)))
+    if generic.people is not None:
+        known.append((config.prior_s, *of_person(generic.people, generic.subject, models.subject)))
     if not known:
         return None
     weights, sources, targets = zip(*known, strict=True)
