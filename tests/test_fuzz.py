@@ -200,7 +200,7 @@ def test_an_avatar_that_somebody_altered_works_or_is_refused(avatar_file, tmp_pa
     tensors, config = load_tensors(avatar_file, SCHEMA, VERSION)
     chance, file, refused = random.Random(3), tmp_path / "b.hicode", 0
     speaks(Avatar.load(avatar_file))
-    for _ in range(300):
+    for _ in range(200):
         parts, header = dict(tensors), config
         if chance.random() < 0.4:
             other = changed(config, chance)
@@ -213,7 +213,7 @@ def test_an_avatar_that_somebody_altered_works_or_is_refused(avatar_file, tmp_pa
             speaks(Avatar.load(file))
         except HicodeError:
             refused += 1
-    assert refused > 150
+    assert refused > 100
 
 
 def test_a_clip_json_that_somebody_altered_works_or_is_refused(clip_folder, tmp_path):
