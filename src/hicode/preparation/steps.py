@@ -1,8 +1,9 @@
 """Steps whose results stay in the clip's folder until something they depend on changes.
 
-`clip.json` records for each step its settings, the steps it follows, how long it took, its result and fingerprints of
-its files. A rerun skips every step whose record still holds and whose files are undamaged; a killed run continues after
-its last finished step. A step's files appear under their names only when they are whole.
+`clip.json` records for each step its settings, the steps it follows, how long it took (by the clock, and of all
+cores), its result and fingerprints of its files. A rerun skips every step whose record still holds and whose files are
+undamaged; a killed run continues after its last finished step. A step's files appear under their names only when they
+are whole.
 """
 
 import hashlib
@@ -66,7 +67,7 @@ class StepCache:
         if self.state["complete"]:
             self.state["complete"] = False
             self.save()
-        started = time.perf_counter()
+        started, core_started = time.perf_counter(), time.process_time()
         result = work()
         steps[step.name] = {
             "id": identity,
@@ -74,6 +75,7 @@ class StepCache:
             "settings": settings,
             "after": sorted(step.after),
             "seconds": round(time.perf_counter() - started, 2),
+            "core_seconds": round(time.process_time() - core_started, 2),
             "result": asdict(result),
             "files": self._fingerprints(step),
         }

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -39,11 +40,6 @@ class TrainingFrames:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def camera(self, t: int) -> Camera:
-        """The tracked camera, cropped to the window."""
-        x0, y0, x1, y1 = self.window
-        return self.clip.track.camera_at(t).cropped(x0, y0, x1 - x0, y1 - y0)
-
     def image_and_mask(self, t: int) -> tuple[UInt8[Tensor, "3 h w"], UInt8[Tensor, "h w"]]:
         """The frame and its soft head mask, within the window."""
         if t in self._cache:
@@ -55,24 +51,45 @@ class TrainingFrames:
             self._cache[t] = image, mask
         return image, mask
 
-    def target(self, t: int, background: Float[Tensor, "3"]) -> Float[Tensor, "h w 3"]:
-        """The head over a constant colour, on the colour's device. Random colours teach where the head ends."""
-        image, mask = (picture.to(background.device) for picture in self.image_and_mask(t))
-        alpha = mask.float() / 255
-        over = image.float() * (alpha / 255) + background[:, None, None] * (1 - alpha)
-        return over.permute(1, 2, 0)
-
-    def landmarks_px(self, t: int) -> Float[Tensor, "478 2"]:
-        """Tracked landmarks, in px of the window."""
-        return self.clip.track.landmarks_px[t] - torch.tensor(self.window[:2], dtype=torch.float32)
-
-    def mouth_box(self, t: int) -> Box:
-        """The mouth's box in px of the window, clipped to it, never empty."""
+    def view(self, t: int, shrink: int = 1) -> "TrainingView":
+        """Frame t at 1 / shrink of its size."""
         x0, y0, x1, y1 = self.window
+        camera = self.clip.track.camera_at(t).cropped(x0, y0, x1 - x0, y1 - y0)
+        (image, mask), scale = self.image_and_mask(t), np.ones(2)
+        if shrink > 1:
+            size = max(1, (x1 - x0) // shrink), max(1, (y1 - y0) // shrink)
+            camera, scale = camera.resized(*size), np.array(size) / [x1 - x0, y1 - y0]
+            small = [cv2.resize(p.numpy(), size, interpolation=cv2.INTER_AREA) for p in (*image, mask)]
+            image, mask = torch.from_numpy(np.stack(small[:3])), torch.from_numpy(small[3])
+        landmarks_px = (self.clip.track.landmarks_px[t] - torch.tensor(self.window[:2])) * torch.from_numpy(scale)
         a, b, c, d = self.clip.track.mouth_box(t, padding=0.2)
-        a, c = np.clip([a - x0, c - x0], 0, x1 - x0)
-        b, d = np.clip([b - y0, d - y0], 0, y1 - y0)
-        return int(a), int(b), int(max(c, a + 1)), int(max(d, b + 1))
+        a, c = np.clip((np.array([a, c]) - x0) * scale[0], 0, mask.shape[1])
+        b, d = np.clip((np.array([b, d]) - y0) * scale[1], 0, mask.shape[0])
+        mouth = int(a), int(b), int(max(c, a + 1)), int(max(d, b + 1))
+        return TrainingView(camera, image, mask, mouth, landmarks_px.float(), shrink)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingView:
+    """A training frame within the window, at 1 / shrink of its size.
+
+    camera        as tracked, for the window
+    mouth_box     in px of the window, clipped to it, never empty
+    landmarks_px  as tracked
+    """
+
+    camera: Camera
+    image: UInt8[Tensor, "3 h w"]
+    mask: UInt8[Tensor, "h w"]
+    mouth_box: Box
+    landmarks_px: Float[Tensor, "478 2"]
+    shrink: int
+
+    def target(self, background: Float[Tensor, "3"]) -> Float[Tensor, "h w 3"]:
+        """The head over a constant colour, on the colour's device. Random colours teach where the head ends."""
+        alpha = self.mask.to(background.device).float() / 255
+        over = self.image.to(background.device).float() * (alpha / 255) + background[:, None, None] * (1 - alpha)
+        return over.permute(1, 2, 0)
 
 
 def learned_frames(clip: Clip) -> list[int]:

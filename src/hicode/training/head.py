@@ -22,7 +22,7 @@ from hicode.render import RasterStats, rasterize
 from hicode.tracking.head_model import HeadModel
 from hicode.training.checkpoint import HeadState
 from hicode.training.density import GradientStatistics, apply_plan, plan_density
-from hicode.training.frames import TrainingFrames
+from hicode.training.frames import TrainingFrames, TrainingView
 from hicode.training.losses import (
     Box,
     HeadLoss,
@@ -34,7 +34,6 @@ from hicode.training.losses import (
 )
 from hicode.training.stages import HeadConfig, Stage
 
-VGG_CROP_PX = 128
 MOUTH_CROPS = 0.4  # share of the crops on the mouth, Eq. 16's mouth term; the others are anywhere on the head
 
 Log = Callable[[HeadState, dict[str, float]], None]
@@ -110,19 +109,20 @@ def train_step(state: HeadState, frames: TrainingFrames, config: HeadConfig, hea
     pose = state.pose.apply(k, tracked_pose)
     if refine_pose := stage.deform and config.rates.pose > 0:
         pose = pose.detach().requires_grad_(True)
-    camera = frames.camera(t).with_pose(pose)
+    view = frames.view(t, 2 if state.iteration < config.coarse else 1)
+    camera = view.camera.with_pose(pose)
     deformed = deform(state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform)
     stats = RasterStats() if stage.density else None
     rgb = rasterize(deformed, camera, background, stats=stats).rgb
 
-    vgg_due = state.iteration % config.vgg_every == 0 and progress >= config.vgg_start
+    vgg_due = state.iteration % config.vgg_every == 0 and progress >= config.vgg_start and view.shrink == 1
     wing_due = stage.deform and state.iteration % config.wing_every == 0
     loss, terms = head_loss(
         rgb,
-        frames.target(t, background),
-        mouth_box=frames.mouth_box(t),
-        vgg_box=perceptual_crop(frames, t, rng) if vgg_due else None,
-        landmarks_px=frames.landmarks_px(t) if wing_due else None,
+        view.target(background),
+        mouth_box=view.mouth_box,
+        vgg_box=perceptual_crop(view, config.vgg_crop_px, rng) if vgg_due else None,
+        landmarks_px=view.landmarks_px if wing_due else None,
     )
     if config.loss.depth_distortion and state.iteration % config.distortion_every == 0:
         distortion = depth_distortion(deformed, camera.with_pose(pose.detach()))
@@ -203,10 +203,10 @@ def control_density(state: HeadState, config: HeadConfig, stage: Stage) -> None:
         state.deformation.place_anchors(state.params["means"])
 
 
-def perceptual_crop(frames: TrainingFrames, t: int, rng: torch.Generator) -> Box:
+def perceptual_crop(view: TrainingView, size_px: int, rng: torch.Generator) -> Box:
     """A square crop for L_VGG, on the mouth or anywhere on the head."""
-    mask = frames.image_and_mask(t)[1].numpy()
+    mask = view.mask.numpy()
     if float(torch.rand((), generator=rng)) < MOUTH_CROPS:
-        x0, y0, x1, y1 = frames.mouth_box(t)
-        return crop_around(((x0 + x1) / 2, (y0 + y1) / 2), VGG_CROP_PX, *mask.shape)
-    return random_crop(mask, VGG_CROP_PX, rng)
+        x0, y0, x1, y1 = view.mouth_box
+        return crop_around(((x0 + x1) / 2, (y0 + y1) / 2), size_px, *mask.shape)
+    return random_crop(mask, size_px, rng)

@@ -68,6 +68,8 @@ class HeadConfig:
     """Iterations of the second stage."""
     refine: int = 3_000
     """Iterations of the third stage."""
+    coarse: int = 0
+    """Iterations at the start that see frames at half of their size. No perceptual term is computed there."""
     gaussians: int = 30_000
     """Initial number of Gaussians; density control may add more."""
     initialisation: Literal["depth", "random"] = "depth"
@@ -85,6 +87,8 @@ class HeadConfig:
     loss: LossWeights = field(default_factory=LossWeights)
     vgg_layers: Depth = "cheap"
     """relu1_2 and relu2_2, or (full) up to relu4_3."""
+    vgg_crop_px: int = 128
+    """Side of that crop."""
     vgg_every: int = 2
     """Iterations between two perceptual terms, each on one crop. The weight is not multiplied by it."""
     vgg_start: float = 0.3
