@@ -33,7 +33,7 @@ def generic(world):
 
 
 def _adapted(example, generic, strength: float, prior_s: float = 0.0):
-    config = AdaptConfig(calibration=CalibrationConfig((strength,) * 3, prior_s))
+    config = AdaptConfig(calibration=CalibrationConfig((strength, strength, strength), prior_s))
     return learn_speech_models(example, ENCODER, generic, config)[0]
 
 
