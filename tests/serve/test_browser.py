@@ -1,5 +1,6 @@
 """The page in Chromium, with a real avatar file: type, see and hear it speak, interrupt, download."""
 
+import os
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ FLAGS = [
     "--autoplay-policy=no-user-gesture-required",
 ]  # fmt: skip
 WAIT_MS = 60_000
+TEXT = "Hello. This is a sentence that takes some seconds to say, I think. " * 5
 
 # Sums of the shown pictures' pixels, and whether sound comes: asked of the page while it plays.
 WATCH = """async (ms) => {
@@ -45,8 +47,8 @@ WATCH = """async (ms) => {
 
 
 @pytest.fixture(scope="module")
-def link(tmp_path_factory):
-    """A running server's link."""
+def server(tmp_path_factory):
+    """A running server: its process and link."""
     from helpers.drawn_avatar_file import write_drawn_avatar
 
     folder = tmp_path_factory.mktemp("avatars")
@@ -59,7 +61,7 @@ def link(tmp_path_factory):
         while (found := re.search(r"http://\S+", (folder / "log").read_text())) is None:
             assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
             time.sleep(0.1)
-        yield found[0]
+        yield server, found[0]
     finally:
         server.send_signal(signal.SIGINT)
         try:
@@ -68,12 +70,28 @@ def link(tmp_path_factory):
             server.kill()
 
 
+@pytest.fixture
+def link(server):
+    return server[1]
+
+
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
+
+
+def pictures_and_sound_come(page, watch: str) -> None:
+    """Several pictures and sound, within some seconds: a busy machine shows few pictures a second."""
+    pictures = loudest = 0
+    for _ in range(8):
+        seen = page.evaluate(watch, 1500)
+        pictures, loudest = pictures + seen["pictures"] - 1, max(loudest, seen["loudest"])
+        if pictures > 5 and loudest > 0.01:
+            return
+    raise AssertionError(f"{pictures} pictures, loudest sample {loudest}")
 
 
 def test_an_avatar_is_talked_with_interrupted_and_downloaded(link, browser, tmp_path):
@@ -85,11 +103,10 @@ def test_an_avatar_is_talked_with_interrupted_and_downloaded(link, browser, tmp_
     page.screenshot(path=str(tmp_path / "gallery.png"))
     page.get_by_role("button", name="Talk with Drawn").click()
     page.wait_for_selector("#waiting", state="hidden")
-    page.get_by_label("Your text").fill("Hello. This is a sentence that takes some seconds to say, I think.")
+    page.get_by_label("Your text").fill(TEXT)
     page.get_by_role("button", name="Send").click()
     page.wait_for_function("document.getElementById('state').textContent === 'speaking'")
-    seen = page.evaluate(WATCH, 1500)
-    assert seen["pictures"] > 5 and seen["loudest"] > 0.01
+    pictures_and_sound_come(page, WATCH)
     assert "This is a sentence" in page.locator("#captions").inner_text()
     page.screenshot(path=str(tmp_path / "speaking.png"))
     page.keyboard.press("Escape")
@@ -147,11 +164,10 @@ def test_where_webrtc_does_not_connect_a_websocket_does(link, browser, tmp_path)
     page.get_by_role("button", name="Talk with Drawn").click()
     page.wait_for_selector("#waiting", state="hidden")
     assert page.locator("#canvas").is_visible() and page.locator("#video").is_hidden()
-    page.get_by_label("Your text").fill("Hello. This is a sentence that takes some seconds to say, I think.")
+    page.get_by_label("Your text").fill(TEXT)
     page.get_by_role("button", name="Send").click()
     page.wait_for_function("document.getElementById('state').textContent === 'speaking'")
-    seen = page.evaluate(WATCH_CANVAS, 1500)
-    assert seen["pictures"] > 5 and seen["loudest"] > 0.01
+    pictures_and_sound_come(page, WATCH_CANVAS)
     page.screenshot(path=str(tmp_path / "socket.png"))
     page.get_by_role("button", name="Interrupt").click()
     page.wait_for_function("document.getElementById('state').textContent === 'idle'")
@@ -180,6 +196,24 @@ def test_a_recording_is_stored_as_it_comes_and_what_shows_no_face_is_one_sentenc
     said = page.inner_text("#jobs") + page.inner_text("#problem")
     assert re.search("No .* in the video|frames a second came", said), said
     assert page.get_by_role("button", name="Remove").is_visible()
+
+
+def test_a_killed_renderer_is_one_sentence_and_a_new_conversation_works(server, browser):
+    page = browser.new_page(bypass_csp=True)
+    page.set_default_timeout(WAIT_MS)
+    page.goto(server[1])
+    page.get_by_role("button", name="Talk with Drawn").click()
+    page.wait_for_selector("#waiting", state="hidden")
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(server[0].pid)], capture_output=True, text=True)
+    for line in listed.stdout.splitlines():
+        if "spawn_main" in line:
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+    page.wait_for_selector("#problem", state="visible")
+    assert page.inner_text("#problem") == "The renderer has stopped. Begin another conversation."
+    page.get_by_role("button", name="Talk with Drawn").click()
+    page.wait_for_selector("#waiting", state="hidden")
+    assert page.locator("#problem").is_hidden()
+    page.close()
 
 
 @pytest.mark.parametrize("error, words", [("NotAllowedError", "may not be used"), ("NotFoundError", "was found")])

@@ -9,6 +9,7 @@ import contextlib
 import hmac
 import json
 import math
+import os
 import secrets
 import socket
 import sys
@@ -439,6 +440,7 @@ def serve(folder: Path, config: ServeConfig, announce: Callable[[str], None] = p
 
     from hicode.serve.webrtc import prefer_local_rates, use_loopback_without_network
 
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime, below the voice, keeps a device's identity
     if sys.platform == "win32":
         raise InputError("hicode serve does not run on Windows yet. Use Linux, macOS or WSL.")
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET

@@ -162,6 +162,7 @@ def _end(process) -> None:
     if process.is_alive():
         process.kill()
         process.join()
+    process.close()  # its pipe; else it stays until garbage is collected
 
 
 class LiveSession:
