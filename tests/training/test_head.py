@@ -12,7 +12,7 @@ from hicode.errors import TrainingError
 from hicode.tracking.head_model import HeadModel
 from hicode.training import head as training
 from hicode.training.checkpoint import HeadState
-from hicode.training.frames import TrainingFrames
+from hicode.training.frames import TrainingFrames, TrainingView
 from hicode.training.head import frame_at, train_head
 from hicode.training.stages import ABLATIONS, LearningRates
 
@@ -70,8 +70,8 @@ def test_every_training_frame_is_used_once_an_epoch(clip):
 
 
 def test_a_nan_in_a_loss_term_stops_the_run_and_names_step_and_term(clip, model, monkeypatch):
-    target = TrainingFrames.target
-    monkeypatch.setattr(TrainingFrames, "target", lambda *args: target(*args) * float("nan"))
+    target = TrainingView.target
+    monkeypatch.setattr(TrainingView, "target", lambda *args: target(*args) * float("nan"))
     with pytest.raises(TrainingError, match=r"Step 0: loss term 'l1' is nan"):
         train_head(clip, model, a_config(), stop_at=2)
 

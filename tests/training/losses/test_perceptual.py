@@ -37,12 +37,13 @@ def test_perceptual_loss_pulls_the_rendering_towards_the_target(cheap_vgg):
     "flags, expected",
     [
         ("avx512f amx_bf16 amx_tile", torch.bfloat16),
-        ("avx512f avx512_bf16", torch.bfloat16),
+        ("avx512f avx512_bf16\nvendor_id : AuthenticAMD", torch.bfloat16),
+        ("avx512f avx512_bf16\nvendor_id : GenuineIntel", torch.float32),
         ("avx2 avx512f", torch.float32),
         (None, torch.float32),
     ],
 )
-def test_bfloat16_is_for_processors_that_multiply_it(flags, expected, monkeypatch):
+def test_bfloat16_is_for_processors_that_multiply_it_faster(flags, expected, monkeypatch):
     def cpuinfo(path):
         if flags is None:
             raise FileNotFoundError(path)  # no Linux
