@@ -55,9 +55,14 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("number, status", [("SIGTERM", 143), ("SIGHUP", 143), ("SIGINT", 130)])
-def test_a_signal_cleans_up_and_says_what_is_kept(tmp_path, monkeypatch, capfd, number, status):
+def test_a_signal_cleans_up_and_says_what_is_kept(tmp_path, monkeypatch, capfd, request, number, status):
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("this runner runs tests beside the main thread, where Python sets no signal handlers")
+
+    # Background jobs of a shell begin with some of them ignored, and those stay so.
+    usual = signal.default_int_handler if number == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(getattr(signal, number), usual)
+    request.addfinalizer(lambda: signal.signal(getattr(signal, number), before))
 
     def stopped() -> None:
         with atomic_path(tmp_path / "out.mp4"):

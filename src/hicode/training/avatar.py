@@ -196,7 +196,7 @@ def _first_look(
     clip: Clip, model: HeadModel, speech: SpeechModels, out: Path, info: dict, config: TrainConfig, state: HeadState
 ) -> None:
     """Write the head as it is, without refiner and film grain."""
-    avatar = assemble(clip, model, TrainedHead.of(state, clip), speech)
+    avatar = assemble(clip, model, TrainedHead.of(state, clip, goes_on=True), speech)
     avatar.info = info | {"iterations": state.iteration, "provenance": provenance(seed=config.seed, assets=PARTS)}
     avatar.save(out)
     if config.progress:

@@ -49,11 +49,12 @@ class TrainedHead:
     motion: Motion
 
     @staticmethod
-    def of(state: HeadState, clip: Clip) -> "TrainedHead":
-        """The head as it is at an iteration; training may go on."""
+    def of(state: HeadState, clip: Clip, goes_on: bool = False) -> "TrainedHead":
+        """The head as it is at an iteration. Where training goes on, the deformation is a copy."""
         poses = [state.pose.apply(k, clip.track.motion.T_camera_head[t]) for k, t in enumerate(clip.train)]
         motion = replace(clip.track.motion[clip.train[0] : clip.train[-1] + 1], T_camera_head=torch.stack(poses))
-        deformation = copy.deepcopy(state.deformation).requires_grad_(False)
+        deformation = copy.deepcopy(state.deformation) if goes_on else state.deformation
+        deformation.requires_grad_(False)
         return TrainedHead(state.gaussians().map(lambda v: v.detach().clone()), deformation, motion)
 
 
