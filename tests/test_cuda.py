@@ -88,8 +88,8 @@ def on_device(raw: torch.Tensor) -> torch.Tensor:
         out = torch._C._acc.create_empty_tensor(tuple(raw.shape), raw.dtype)
     _memory[out.untyped_storage()._cdata] = StorageWeakRef(out.untyped_storage()), raw
     if len(_memory) > _swept[0] + 2000:
-        for address in [a for a, (storage, _) in _memory.items() if storage.expired()]:
-            del _memory[address]
+        for address in [a for a, (storage, _) in list(_memory.items()) if storage.expired()]:
+            _memory.pop(address, None)  # another thread may sweep too
         _swept[0] = len(_memory)
     return out
 

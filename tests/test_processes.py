@@ -72,7 +72,7 @@ def test_a_signal_cleans_up_and_says_what_is_kept(tmp_path, monkeypatch, capfd, 
     assert list(tmp_path.iterdir()) == [] and "Nothing is kept" in capfd.readouterr().err
     assert run_command(monkeypatch, stopped, "train") == status
     assert "The avatar so far and the last checkpoint are kept; to go on: hicode train" in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(getattr(signal, number)) == usual
 
 
 def test_a_name_that_the_console_cannot_print_fails_nothing(monkeypatch):

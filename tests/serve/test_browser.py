@@ -203,11 +203,13 @@ def test_a_killed_renderer_is_one_sentence_and_a_new_conversation_works(server, 
     page.set_default_timeout(WAIT_MS)
     page.goto(server[1])
     page.get_by_role("button", name="Talk with Drawn").click()
+    page.wait_for_function("document.getElementById('state').textContent === 'idle'")
     page.wait_for_selector("#waiting", state="hidden")
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(server[0].pid)], capture_output=True, text=True)
-    for line in listed.stdout.splitlines():
-        if "spawn_main" in line:
-            os.kill(int(line.split()[0]), signal.SIGKILL)
+    renderers = [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
+    assert renderers
+    for renderer in renderers:
+        os.kill(renderer, signal.SIGKILL)
     page.wait_for_selector("#problem", state="visible")
     assert page.inner_text("#problem") == "The renderer has stopped. Begin another conversation."
     page.get_by_role("button", name="Talk with Drawn").click()

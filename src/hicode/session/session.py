@@ -28,6 +28,7 @@ from hicode.motion import Motion
 from hicode.session.config import SpeakConfig
 from hicode.session.idle_frames import IdleFrames
 from hicode.session.motion_source import PIECE, Animation, Base, DrivingTrack, Loudness, MotionSource, Mouth
+from hicode.session.picture_rate import PictureRate
 from hicode.session.rendering import FrameRenderer
 from hicode.session.timings import Timings
 from hicode.speech.encoders import AudioEncoder
@@ -158,6 +159,7 @@ class Session:
         self._shown_mouth: Mouth | None = None  # likewise of the frame handed out last
         self._overdue: deque[Future] = deque(maxlen=8)  # pictures that were not ready in time
         self._image: np.ndarray | None = None  # handed out last
+        self._rate = PictureRate()
 
     # ---------------------------------------------------------------------------------------------------- the writer
 
@@ -258,8 +260,9 @@ class Session:
     def frame_within(self, wait_s: float) -> Frame | None:
         """The next frame, for a reader with a clock: its picture is waited for `wait_s` at most; None: closed.
 
-        A frame of an utterance that is late comes with the newest picture that is ready, so its sound is in time. An
-        idle frame that is late is asked for again the next time. The first picture of all is always waited for.
+        A frame of an utterance that is late comes with the newest picture that is ready, so its sound is in time. Where
+        many are late, only every second or third frame is rendered. An idle frame that is late is asked for again the
+        next time. The first picture of all is always waited for.
         """
         return self._next(idle=True, wait_s=wait_s)
 
@@ -287,6 +290,8 @@ class Session:
                         return None
                     frame = self._hand_out_late(planned)
                 if frame is not None:
+                    if wait_s is not None and frame.speaking:
+                        self._rate.shown(frame.late)
                     return frame
             return None
         finally:
@@ -358,7 +363,11 @@ class Session:
             base = self._animation.next()
             if base.idle is not None:
                 base.idle.cancel()
-            planned = self._render(base, spoken)
+            if self._rate.own_picture() or not self._planned:
+                planned = self._render(base, spoken)
+            else:
+                motion = self._animation.merge(base, spoken.mouth)
+                planned = _Planned(base, motion, spoken, self._planned[-1].image)
             with self._lock:
                 self._planned.append(planned)
             self._moving = spoken.mouth
