@@ -205,7 +205,9 @@ def test_a_killed_renderer_is_one_sentence_and_a_new_conversation_works(server, 
     page.get_by_role("button", name="Talk with Drawn").click()
     page.wait_for_function("document.getElementById('state').textContent === 'idle'")
     page.wait_for_selector("#waiting", state="hidden")
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(server[0].pid)], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(server[0].pid)], capture_output=True, text=True
+    )
     renderers = [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
     assert renderers
     for renderer in renderers:
