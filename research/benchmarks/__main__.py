@@ -159,10 +159,7 @@ def composition() -> Timed:
     def with_generator(generator: Compositor | None):
         return lambda: _none(compose(rendering.rgb, rendering.alpha, frame, mask, avatar.background_plate, generator))
 
-    return {
-        "composition plain": with_generator(None),
-        "composition generator": with_generator(avatar.compositor),
-    }
+    return {"composition plain": with_generator(None), "composition generator": with_generator(avatar.compositor)}
 
 
 def prepare() -> Timed:

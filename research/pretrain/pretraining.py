@@ -103,13 +103,7 @@ class _Pretraining:
     """One run: what it reads, where it writes, what its steps took."""
 
     def __init__(
-        self,
-        sources: Sources,
-        out: Path,
-        cache: Path,
-        config: PretrainConfig,
-        corpus: BuildConfig,
-        parts: BuildParts,
+        self, sources: Sources, out: Path, cache: Path, config: PretrainConfig, corpus: BuildConfig, parts: BuildParts
     ):
         assert parts.encoder is not None
         self.sources, self.out, self.cache, self.config = sources, out, cache, config
@@ -179,10 +173,7 @@ class _Pretraining:
         started = time.perf_counter()
         with progress_bar("Learning", self.visible) as show:
             models = pretrain(
-                examples,
-                self.encoder.spec,
-                self._training,
-                progress=lambda done: show(round(100 * done), 100),
+                examples, self.encoder.spec, self._training, progress=lambda done: show(round(100 * done), 100)
             )
         self.steps["learn"] = Step(round(time.perf_counter() - started, 1), 2, 0)
         return models

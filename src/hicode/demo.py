@@ -43,11 +43,7 @@ class MakeConfig:
 
 
 def make(
-    video: Path | str,
-    audio: Path | str,
-    out: Path | str,
-    config: MakeConfig = MakeConfig(),
-    progress: bool = True,
+    video: Path | str, audio: Path | str, out: Path | str, config: MakeConfig = MakeConfig(), progress: bool = True
 ) -> Path:
     """Prepare, train and speak. A stopped or repeated call does only what is missing.
 

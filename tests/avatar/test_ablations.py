@@ -16,11 +16,7 @@ SPEECH = torch.randn(12, generator=G(20))
 OURS = ("rig", "hfec", "learned-attention", "mesh")  # rows that are not the paper's
 
 # What each row may know of a frame: (3DMM vector, landmarks, speech features).
-KNOWS = {
-    "without-3dmm": (False, True, False),
-    "without-landmarks": (True, False, False),
-    "none": (False, False, True),
-}
+KNOWS = {"without-3dmm": (False, True, False), "without-landmarks": (True, False, False), "none": (False, False, True)}
 
 
 def an_ablation(name: str) -> Deformation:

@@ -7,13 +7,7 @@ from hicode.camera import Camera
 from hicode.files import save_tensors, write_json
 from hicode.media.audio import write_audio
 from hicode.motion import FaceTrack, Motion
-from hicode.preparation.clip import (
-    SCHEMA,
-    VERSION,
-    save_track,
-    split,
-    write_png,
-)
+from hicode.preparation.clip import SCHEMA, VERSION, save_track, split, write_png
 from hicode.speech.encoders import default_spec
 
 SIZE = 32

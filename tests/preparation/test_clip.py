@@ -12,16 +12,7 @@ import torch
 from helpers.clips import SIZE, some_track, write_clip
 from hicode.errors import FileFormatError
 from hicode.files import write_json
-from hicode.preparation.clip import (
-    CACHE_BYTES,
-    SCHEMA,
-    VERSION,
-    Clip,
-    load_track,
-    save_track,
-    shift_audio,
-    split,
-)
+from hicode.preparation.clip import CACHE_BYTES, SCHEMA, VERSION, Clip, load_track, save_track, shift_audio, split
 
 
 @pytest.mark.parametrize("t, test", [(50, 25), (200, 25), (275, 25), (500, 46), (1500, 137), (10, 10)])

@@ -14,13 +14,7 @@ from hicode.errors import AssetError, InputError
 from hicode.motion import LEFT_EYE_OUTER, LOWER_LIP_INNER, RIGHT_EYE_OUTER, UPPER_LIP_INNER
 from hicode.tracking import face_tracker
 from hicode.tracking.face_tracker import LandmarkConfig, track_faces
-from hicode.tracking.landmarks import (
-    FaceBox,
-    FaceLandmarker,
-    crop_face,
-    crop_faces,
-    rois_from_landmarks,
-)
+from hicode.tracking.landmarks import FaceBox, FaceLandmarker, crop_face, crop_faces, rois_from_landmarks
 from hicode.tracking.tflite import TfliteGraph, _depth_to_space, _same
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "mediapipe_landmarks.npz")

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tracked_head import (
-    FRAMES,
-    TRAIN,
-    drawn_head,
-    landmarks,
-    tracked,
-    true_poses,
-)
+from helpers.tracked_head import FRAMES, TRAIN, drawn_head, landmarks, tracked, true_poses
 from hicode.camera import Camera
 from hicode.geometry import axis_angle_from_rotation, rigid, rotation_from_axis_angle
 from hicode.motion import FaceTrack, Motion
@@ -23,13 +16,7 @@ from hicode.tracking import keyframes, rigid_pose
 from hicode.tracking.bundle import BundleConfig
 from hicode.tracking.head_model import HeadModel
 from hicode.tracking.keyframes import choose_keyframes
-from hicode.tracking.rigid_pose import (
-    RigidPoints,
-    RigidPoseConfig,
-    corrected_depth,
-    face_origin,
-    refine_rigid_pose,
-)
+from hicode.tracking.rigid_pose import RigidPoints, RigidPoseConfig, corrected_depth, face_origin, refine_rigid_pose
 
 CONFIG = RigidPoseConfig(points=150, keyframes=6, structure_frames=12)
 

@@ -200,10 +200,7 @@ class TestPart:
             assert made is not None, f"{self.clip.path} has sound and no features"
             return made[2 * first : 2 * end]
 
-        return Sound(
-            samples[first * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME],
-            features,
-        )
+        return Sound(samples[first * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME], features)
 
     @property
     def speak_config(self) -> SpeakConfig:

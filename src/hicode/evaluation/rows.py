@@ -88,7 +88,7 @@ DEFINITIONS = {
     "closed_elsewhere": "share of the other frames in which it does: a mouth that never opens has 1 of both",
 }
 AVCONF_DEFINITION = {
-    "avconf": "SyncNet with the weights given, face boxes from the truth's landmarks: LSE-C, LSE-D, offset",
+    "avconf": "SyncNet with the weights given, face boxes from the truth's landmarks: LSE-C, LSE-D, offset"
 }
 
 

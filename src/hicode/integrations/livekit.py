@@ -20,13 +20,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 from livekit import rtc
-from livekit.agents.voice.avatar import (
-    AudioReceiver,
-    AudioSegmentEnd,
-    AvatarOptions,
-    AvatarRunner,
-    VideoGenerator,
-)
+from livekit.agents.voice.avatar import AudioReceiver, AudioSegmentEnd, AvatarOptions, AvatarRunner, VideoGenerator
 
 from hicode.audio import FPS
 from hicode.avatar.avatar import Avatar

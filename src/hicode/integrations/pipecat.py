@@ -66,10 +66,7 @@ class HicodeAvatar(FrameProcessor):
     """An avatar that speaks what the synthesis before it says. Sound goes out at `config.output_rate_hz`."""
 
     def __init__(
-        self,
-        avatar: Avatar | Path | str,
-        config: SpeakConfig = SpeakConfig(output_rate_hz=OUTPUT_RATE_HZ),
-        **options,
+        self, avatar: Avatar | Path | str, config: SpeakConfig = SpeakConfig(output_rate_hz=OUTPUT_RATE_HZ), **options
     ):
         super().__init__(**options)
         self._live = LiveAvatar(avatar, config)

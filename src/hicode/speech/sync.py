@@ -224,10 +224,7 @@ def _inner(window: int) -> slice:
 
 
 def windowed_offsets(
-    features: Float[Tensor, "s d"],
-    landmarks: Float[Tensor, "t 478 3"],
-    model: SyncModel | None = None,
-    step: int = 10,
+    features: Float[Tensor, "s d"], landmarks: Float[Tensor, "t 478 3"], model: SyncModel | None = None, step: int = 10
 ) -> list[tuple[int, SyncResult]]:
     """First frame and offset of each window of two seconds: drift, a cut, a stretch of another voice show here.
 

@@ -460,10 +460,7 @@ def _decoded(picture: Float[np.ndarray, "h w"], alignment: Alignment, compared: 
     sync = np.real(phases[key.sync] * key.sync_phasors.conj())
     sums = np.real(key.codebook.conj() @ phases[key.data][..., None])[..., 0]  # symbols x codewords
     total, count = float(sync.sum() + sums.max(-1).sum()), len(key.v)
-    log_rates = (
-        -(float(sync.sum()) ** 2) / len(sync),
-        -(total**2) / count + SYMBOLS * SYMBOL_BITS * math.log(2),
-    )
+    log_rates = (-(float(sync.sum()) ** 2) / len(sync), -(total**2) / count + SYMBOLS * SYMBOL_BITS * math.log(2))
     rate = math.exp(min(0.0, math.log(2 * compared) + min(log_rates)))  # twice: two tests
     # Given the mark, a wave's phase error has von Mises' distribution; its concentration comes from the known waves.
     mean = min(max(float(sync.mean()), 0.0), 0.999)

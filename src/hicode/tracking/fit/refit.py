@@ -10,16 +10,7 @@ from torch import Tensor
 
 from hicode.geometry import axis_angle_from_rotation, smoothstep
 from hicode.motion import FACE_OVAL, FaceTrack
-from hicode.tracking.fit.problem import (
-    FLIP,
-    POSE_DIM,
-    FitConfig,
-    Observations,
-    Problem,
-    State,
-    initial_state,
-    track_of,
-)
+from hicode.tracking.fit.problem import FLIP, POSE_DIM, FitConfig, Observations, Problem, State, initial_state, track_of
 from hicode.tracking.fit.solver import fit_frames
 from hicode.tracking.head_model import HeadModel
 

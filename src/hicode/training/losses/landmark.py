@@ -37,10 +37,7 @@ class WingLandmarks:
         self.landmarker = landmarker
 
     def __call__(
-        self,
-        rendered: Float[Tensor, "h w 3"],
-        target: Float[Tensor, "h w 3"],
-        landmarks_px: Float[Tensor, "478 2"],
+        self, rendered: Float[Tensor, "h w 3"], target: Float[Tensor, "h w 3"], landmarks_px: Float[Tensor, "478 2"]
     ) -> Float[Tensor, ""]:
         """Mean over the landmarks of wing(x) + wing(y). `landmarks_px`, tracked in the target, set the region only."""
         from hicode.tracking.landmarks import rois_from_landmarks
