@@ -121,19 +121,54 @@ def test_dropped_transparency_is_said(tmp_path):
 # ---- clocks ----
 
 
-def test_joined_transport_streams_give_all_of_picture_and_sound(tmp_path):
-    data = b""
-    for at_s in (0.5, 1.0):
-        flash = [200 if i / 25 >= at_s else 40 for i in range(50)]
-        piece = write_tracks(tmp_path / "a.ts", flash, [click(2.0, at_s, 48_000)], file_format="mpegts")
+@pytest.mark.parametrize("piece_s, pieces", [(2.0, 2), (1.0, 4)])
+def test_joined_transport_streams_give_all_of_picture_and_sound(tmp_path, piece_s, pieces):
+    data, count = b"", round(25 * piece_s)
+    for k in range(pieces):
+        at_s = (0.4 if k == 0 else 0.6) * piece_s
+        flash = [200 if i / 25 >= at_s else 40 for i in range(count)]
+        piece = write_tracks(tmp_path / "a.ts", flash, [click(piece_s, at_s, 48_000)], file_format="mpegts")
         data += piece.read_bytes()
-    (tmp_path / "joined.ts").write_bytes(data)
-    pictures, sound = levels(tmp_path / "joined.ts"), read_audio(tmp_path / "joined.ts")
-    assert len(pictures) == pytest.approx(100, abs=2) and len(sound) == pytest.approx(64_000, abs=1600)
-    second = 60 + int(np.argmax(pictures[60:] > 120))
-    assert second / 25 == pytest.approx(3.0, abs=0.05)
-    assert 2.5 + onset_s(sound[40_000:]) == pytest.approx(second / 25, abs=0.05)
-    assert any("clock jumps" in note for note in probe(tmp_path / "joined.ts").notes)
+    path, whole_s = tmp_path / "joined.ts", pieces * piece_s
+    path.write_bytes(data)
+    pictures, sound = levels(path), read_audio(path)
+    assert len(pictures) == pytest.approx(25 * whole_s, abs=2) and len(sound) == pytest.approx(
+        16_000 * whole_s, abs=2400
+    )
+    for k in range(1, pieces):
+        first = k * count + 5
+        flash_s = (first + int(np.argmax(pictures[first:] > 120))) / 25
+        assert flash_s == pytest.approx((k + 0.6) * piece_s, abs=0.05)
+        assert first / 25 + onset_s(sound[640 * first :]) == pytest.approx(flash_s, abs=0.1)
+    info = probe(path)
+    assert sum("clock jumps" in note for note in info.notes) == pieces - 1
+    assert info.duration_s == pytest.approx(whole_s, abs=0.15)
+
+
+@pytest.mark.parametrize("stamp", ["pts", "dts"])
+def test_one_damaged_time_stamp_moves_nothing(tmp_path, stamp):
+    path = tmp_path / "a.ts"
+    with av.open(str(path), "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(grey(int(level)), format="rgb24") for level in RISING]
+        for i, packet in enumerate([p for frame in [*frames, None] for p in stream.encode(frame)]):
+            container.mux(packet)
+    data = bytearray(path.read_bytes())
+    at = [i for i in range(0, len(data), 188) if data[i + 1] & 0x40 and data.find(b"\0\0\1\xe0", i, i + 188) > 0][20]
+    at = data.find(b"\0\0\1\xe0", at)
+    assert data[at + 7] == 0xC0, "both stamps are there"
+    data[at + (10 if stamp == "pts" else 15)] ^= 0x10  # 2^26 / 90000 s
+    path.write_bytes(data)
+    got, info = levels(path), probe(path)
+    assert len(got) == 50 and np.abs(got - RISING).max() < 8
+    assert info.duration_s == pytest.approx(2, abs=0.05) and not info.notes
+
+
+def test_pictures_without_any_time_stamp_have_a_length(tmp_path):
+    path = tmp_path / "a.h264"
+    write_tracks(path, RISING, file_format="h264")
+    assert probe(path).duration_s == pytest.approx(2, abs=0.05) and len(levels(path)) == 50
 
 
 def test_a_clock_that_jumps_by_hours_is_continuous(tmp_path):

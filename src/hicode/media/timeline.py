@@ -7,6 +7,7 @@ so that picture and sound stay together.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import av
 import av.container
@@ -17,8 +18,10 @@ import av.packet
 _BACK_S = 0.5
 # A step ahead by more, of a track that leads all others, is a jump: pauses of variable frame rate are shorter.
 _AHEAD_S = 10.0
-# A track follows another into its segment if it then continues so exactly.
+# A track follows another into its newer segment if it then continues so exactly.
 _JOIN_S = 2.0
+# Pictures are decoded before they show by no more. Else one of the two stamps is damaged.
+_REORDERED_S, _REORDERED_FRAMES = 1.0, 20
 
 
 @dataclass
@@ -55,6 +58,11 @@ class Timeline:
         self._head_s = max(self._head_s, state.expected_s)
         return shift
 
+    def off_s(self, track: int, time_s: float) -> float:
+        """How far a time stamp of the file is from what the track's last packet lets expect."""
+        state = self._tracks.get(track)
+        return 0.0 if state is None else abs(time_s + self.shifts_s[state.segment] - state.expected_s)
+
     def _first_segment(self, time_s: float) -> int:
         later = range(len(self.shifts_s) - 1, 0, -1)
         return next((k for k in later if abs(time_s + self.shifts_s[k] - self._head_s) <= _JOIN_S), 0)
@@ -64,9 +72,13 @@ class Timeline:
         return ahead_s >= -_BACK_S and (ahead_s <= _AHEAD_S or time_s <= self._head_s + _AHEAD_S)
 
     def _change(self, state: _Track, time_s: float) -> None:
-        offsets = [abs(time_s + shift - state.expected_s) for shift in self.shifts_s]
-        nearest = min(range(len(offsets)), key=offsets.__getitem__)
-        if offsets[nearest] > _JOIN_S:
+        others = [k for k in range(len(self.shifts_s)) if k != state.segment]
+        off_s = {k: abs(time_s + self.shifts_s[k] - state.expected_s) for k in others}
+        # Back into an older segment goes only who left it for a moment, by a damaged stamp.
+        near = [k for k in others if off_s[k] <= (_JOIN_S if k > state.segment else _BACK_S)]
+        if near:
+            nearest = min(near, key=off_s.__getitem__)
+        else:
             self.jumps.append((state.expected_s, time_s + self.shifts_s[state.segment] - state.expected_s))
             self.shifts_s.append(state.expected_s - time_s)
             nearest = len(self.shifts_s) - 1
@@ -78,7 +90,7 @@ def packets(container: av.container.InputContainer, timeline: Timeline | None = 
 
     Packets that FFmpeg cannot read end the file: what is missing shows in its length.
     """
-    timeline = timeline or Timeline()
+    timeline, leads_s = timeline or Timeline(), {}
     source = container.demux(*container.streams.video, *container.streams.audio)
     while True:
         try:
@@ -87,6 +99,7 @@ def packets(container: av.container.InputContainer, timeline: Timeline | None = 
             return
         if packet is None:
             return
+        _mend_stamps(packet, timeline, leads_s)
         stamp = packet.dts if packet.dts is not None else packet.pts
         if stamp is not None and packet.time_base:
             base = packet.time_base
@@ -96,6 +109,21 @@ def packets(container: av.container.InputContainer, timeline: Timeline | None = 
                 packet.pts = None if packet.pts is None else packet.pts + ticks
                 packet.dts = None if packet.dts is None else packet.dts + ticks
         yield packet
+
+
+def _mend_stamps(packet: av.packet.Packet, timeline: Timeline, leads_s: dict[int, Fraction]) -> None:
+    """Where decoding and presentation time disagree as never before, keep the one that continues the track."""
+    base, dts, pts = packet.time_base, packet.dts, packet.pts
+    if dts is None or pts is None or not base:
+        return
+    track, usual_s = packet.stream.index, leads_s.setdefault(packet.stream.index, (pts - dts) * base)
+    if abs((pts - dts) * base - usual_s) <= max(_REORDERED_S, _REORDERED_FRAMES * (packet.duration or 0) * base):
+        return
+    lead = round(usual_s / base)
+    if timeline.off_s(track, float(dts * base)) <= timeline.off_s(track, float((pts - lead) * base)):
+        packet.pts = dts + lead
+    else:
+        packet.dts = pts - lead
 
 
 @dataclass(frozen=True)
@@ -110,7 +138,7 @@ class Span:
 class Extent:
     """What a pass over a file's packets shows, nothing decoded.
 
-    spans      of each track with time stamps, by its index in the file
+    spans      of each track, by its index in the file; without time stamps its packets follow one another from 0
     jumps      (time s, size s) of the clock
     """
 
@@ -122,10 +150,12 @@ def extent(container: av.container.InputContainer) -> Extent:
     """Read all packets of an opened container."""
     timeline, spans = Timeline(), {}
     for packet in packets(container, timeline):
-        if packet.pts is None or not packet.time_base or packet.size == 0:
+        known = spans.get(packet.stream.index)
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if not packet.time_base or packet.size == 0:
             continue
-        begin = float(packet.pts * packet.time_base)
+        begin = float(stamp * packet.time_base) if stamp is not None else known.end_s if known else 0.0
         end = begin + float((packet.duration or 0) * packet.time_base)
-        known = spans.get(packet.stream.index, Span(begin, end))
+        known = known or Span(begin, end)
         spans[packet.stream.index] = Span(min(begin, known.begin_s), max(end, known.end_s))
     return Extent(spans, timeline.jumps)
