@@ -23,9 +23,7 @@ def work(monkeypatch, tmp_path):
         return cost["unit"]
 
     monkeypatch.setattr(main.Unit, "run", even_unit)
-    monkeypatch.setattr(
-        main, "CASES", {"busy": lambda: {"busy": lambda: {"busy loop": cost["ms"]}}, "absent": _absent}
-    )
+    monkeypatch.setattr(main, "CASES", {"busy": lambda: {"busy": lambda: {"busy loop": cost["ms"]}}, "absent": _absent})
     monkeypatch.setattr(main, "BASELINE", tmp_path / "baseline.json")
     return cost
 

@@ -152,7 +152,7 @@ def test_one_damaged_time_stamp_moves_nothing(tmp_path, stamp):
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         frames = [av.VideoFrame.from_ndarray(grey(int(level)), format="rgb24") for level in RISING]
-        for i, packet in enumerate([p for frame in [*frames, None] for p in stream.encode(frame)]):
+        for packet in (p for frame in [*frames, None] for p in stream.encode(frame)):
             container.mux(packet)
     data = bytearray(path.read_bytes())
     at = [i for i in range(0, len(data), 188) if data[i + 1] & 0x40 and data.find(b"\0\0\1\xe0", i, i + 188) > 0][20]
