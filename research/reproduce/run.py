@@ -18,7 +18,8 @@ from hicode.progress import progress_bar
 from hicode.provenance import plain, provenance
 from hicode.sweep import SweepConfig, Task, execute
 from hicode.training.avatar import PARTS
-from hicode.training.stages import ABLATIONS, Preset, head_preset
+from hicode.training.stages import Preset, head_preset
+from research.reproduce.ablations import ABLATIONS
 from research.reproduce.cells import Cell, Preparation, run_cell, run_preparation
 from research.reproduce.rescore import Difference, check_cell
 from research.reproduce.show import latex, markdown, plot

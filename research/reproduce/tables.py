@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from hicode.training.stages import ABLATIONS
+from research.reproduce.ablations import ABLATIONS
 from research.reproduce.paper import COLUMNS, PAPER, PAPER_SPEED, PAPER_TABLE1, PAPER_TABLE2
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from research.reproduce.ablations import ABLATIONS
 from research.reproduce.docs import fill, load_grid, main, save_results
 from research.reproduce.run import SCHEMA, VERSION
 from research.reproduce.tables import table1, table2
@@ -11,7 +12,6 @@ from research.tests.cells import a_cell
 from hicode.errors import FileFormatError
 from hicode.files import write_json
 from hicode.provenance import plain
-from hicode.training.stages import ABLATIONS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = "# Results\n\n<!-- table: speed -->\n<!-- end -->\n\nText.\n\n<!-- table: other -->\n| a |\n<!-- end -->\n"

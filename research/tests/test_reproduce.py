@@ -16,6 +16,7 @@ import torch
 from research.reproduce import cells as cells_module
 from research.reproduce import run as run_module
 from research.reproduce import sources as sources_module
+from research.reproduce.ablations import ABLATIONS
 from research.reproduce.paper import PAPER_TABLE1, PAPER_TABLE2
 from research.reproduce.rescore import check_cell
 from research.reproduce.run import ReproduceConfig, check, plan, reproduce
@@ -35,7 +36,6 @@ from hicode.preparation.clip import SCHEMA, VERSION, save_track, write_png
 from hicode.speech.encoders import default_spec
 from hicode.sweep import SweepConfig, Task, execute
 from hicode.tracking.head_model import HeadModel
-from hicode.training.stages import ABLATIONS
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from hicode.errors import FileFormatError, OutputError
 
 CHECKSUM = "checksum"  # SHA-256, in the header of a safetensors file and in a sealed JSON file
 _NO_CHECKSUM = 64 * "0"
-_TEMPORARY = ".hicode-tmp-"
+TEMPORARY = ".hicode-tmp-"  # how the names of temporary folders begin
 
 try:
     import fcntl
@@ -88,7 +88,7 @@ def temporary_folder(parent: Path | str | None = None) -> Iterator[Path]:
 def _new_folder(place: Path) -> tuple[Path, int | None]:
     """A new temporary folder, and the open descriptor that holds its lock, where there are locks."""
     while True:
-        folder = place / f"{_TEMPORARY}{secrets.token_hex(6)}"
+        folder = place / f"{TEMPORARY}{secrets.token_hex(6)}"
         folder.mkdir(0o700)
         if fcntl is None:
             return folder, None
@@ -103,7 +103,7 @@ def remove_leftovers(place: Path) -> None:
     """Remove temporary folders whose process was killed: nobody holds their locks."""
     if fcntl is None:
         return
-    for old in place.glob(f"{_TEMPORARY}{12 * '[0-9a-f]'}"):
+    for old in place.glob(f"{TEMPORARY}{12 * '[0-9a-f]'}"):
         with suppress(OSError):
             descriptor = os.open(old, os.O_RDONLY)
             try:

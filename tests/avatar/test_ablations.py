@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from research.reproduce.ablations import ABLATIONS
 
 from helpers.deformations import G, a_deformation, a_frame, a_head, a_motion
 from hicode.avatar.ablations import CONTROLS, CrossAttention
 from hicode.avatar.deformation import Deformation
 from hicode.avatar.rig import bind
 from hicode.errors import InputError
-from hicode.training.stages import ABLATIONS, head_preset
+from hicode.training.stages import head_preset
 
 SPEECH = torch.randn(12, generator=G(20))
 OURS = ("rig", "hfec", "learned-attention", "mesh")  # rows that are not the paper's

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from research.reproduce.ablations import ABLATIONS
 
 from helpers.drawn_head import FRAMES, a_config, draw_clip, drawn_avatar, psnr
 from hicode.avatar.avatar import Avatar
@@ -14,7 +15,7 @@ from hicode.training import head as training
 from hicode.training.checkpoint import HeadState
 from hicode.training.frames import TrainingFrames, TrainingView
 from hicode.training.head import frame_at, train_head
-from hicode.training.stages import ABLATIONS, LearningRates
+from hicode.training.stages import LearningRates
 
 
 @pytest.fixture(scope="module")

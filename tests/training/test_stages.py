@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from research.reproduce.ablations import ABLATIONS
 
-from hicode.training.stages import ABLATIONS, HeadConfig, head_preset
+from hicode.training.stages import HeadConfig, head_preset
 
 
 @pytest.mark.parametrize("preset", ["draft", "standard", "paper"])

@@ -9,7 +9,7 @@ motion, lip stability in silence, lip-to-loudness. Each describes one video; the
 `score` = 1 - |x - truth| / truth.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -57,10 +57,6 @@ class MotionStatistics:
     silent_lip_stability: float | None
     lip_loudness: float | None
     scores: dict[str, float | None]
-
-    def as_dict(self) -> dict:
-        """For JSON."""
-        return asdict(self)
 
 
 SCORED = ("lip_dynamics", "lip_speed", "brow_dynamics", "head_motion", "silent_lip_stability", "lip_loudness")
@@ -235,6 +231,3 @@ def loudness_distance(gap: Float[np.ndarray, "t"], rms: Float[np.ndarray, "t"]) 
     if len(gap) < LEAST_FRAMES or np.ptp(gap) < 1e-9 or np.ptp(rms) < 1e-9:
         return None
     return float(np.abs((gap - gap.min()) / np.ptp(gap) - (rms - rms.min()) / np.ptp(rms)).mean())
-
-
-NAMES = tuple(f.name for f in fields(MotionStatistics) if f.name != "scores")

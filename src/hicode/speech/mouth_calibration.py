@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hicode.motion import EXPRESSION_DIM, MOUTH_CORNERS_INNER, N_LANDMARKS
 
-LENGTHS = ("opening", "width", "jaw")
 # Pairs of inner-lip landmarks, upper and lower, whose mean height is the opening.
 _UPPER, _LOWER = (13, 82, 312), (14, 87, 317)
 _NOSE_TIP, _CHIN = 1, 152
