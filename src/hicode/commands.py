@@ -256,20 +256,23 @@ def _assets(argv: list[str]) -> Command:
 
         Args:
             action: list or pull.
-            names: The parts to pull; all of them if none is named.
+            names: The parts to pull; if none is named, all but the optional ones.
         """
         if action == "list":
             if names:
                 raise InputError(f"assets list takes no names ({names[0]!r} given). Leave them out.")
             for name, asset in assets.ASSETS.items():
-                package, note = asset.package, "" if assets.is_cached(name) else " (not fetched yet)"
-                print(f"{name:<15} {asset.what}{note}")
+                package, note = (
+                    asset.package,
+                    "" if assets.is_cached(name) else f" ({'optional, ' * asset.optional}not fetched yet)",
+                )
+                print(f"{name:<23} {asset.what}{note}")
                 print(
-                    f"{'':<15} {package.registry} {package.name} {package.version}: {package.source}. {package.licence}"
+                    f"{'':<23} {package.registry} {package.name} {package.version}: {package.source}. {package.licence}"
                 )
             print(f"Cache: {assets.cache_dir()}")
             return
-        parts = names or tuple(assets.ASSETS)
+        parts = names or assets.usual()
         with progress_bar("Fetching") as report:
             for i, name in enumerate(parts):
                 assets.pull([name])

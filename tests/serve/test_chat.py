@@ -69,7 +69,7 @@ def test_an_answer_of_another_kind_is_one_sentence(service, pieces):
 
 def test_a_refusal_and_a_missing_service_are_one_sentence(service):
     service.status = 401
-    with pytest.raises(ResourceError, match=r"refused the question \(401\)"):
+    with pytest.raises(ResourceError, match=r"refused the request \(401\)"):
         list(chat(service)(HELLO))
     with pytest.raises(ResourceError, match="does not answer"):
         list(Chat("http://127.0.0.1:9/v1", "small")(HELLO))

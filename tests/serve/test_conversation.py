@@ -66,7 +66,12 @@ def talk(story, tmp_path: Path, reply=None) -> tuple[list[str], list[dict]]:
 
     async def whole():
         more = () if reply is None else (reply,)
-        conversation = Conversation(cast("Any", session), Parts(Voice, Ear), tmp_path, *more)
+        conversation = Conversation(
+            cast("Any", session),
+            Parts(lambda _: Voice(), lambda _: Ear(), {"en": "English", "de": "German"}),
+            tmp_path,
+            *more,
+        )
         conversation.recorder = cast("Any", Tape())
         conversation.connect(told.append)
         await story(conversation, session)
@@ -90,7 +95,7 @@ def test_a_text_is_said_with_a_caption(tmp_path):
 
     did, told = talk(story, tmp_path)
     assert did == ["push 12 at 24000", "end", "close"]
-    assert told[0] == {"type": "ready", "chat": False} and told[1] == {"type": "state", "state": "idle"}
+    assert told[0]["type"] == "ready" and told[0]["chat"] is False and told[1] == {"type": "state", "state": "idle"}
     assert told[2] == {"type": "caption", "who": "avatar", "text": "Hello there."}
 
 
@@ -110,7 +115,7 @@ def test_a_question_is_answered_by_sentences_and_remembered(tmp_path):
     did, told = talk(story, tmp_path, reply)
     assert asked == [["First?"], ["First?", "One. Two!", "Second?"]]
     assert did == 2 * ["clear", "push 4 at 24000", "push 4 at 24000", "end"] + ["close"]
-    assert told[0] == {"type": "ready", "chat": True}
+    assert told[0]["type"] == "ready" and told[0]["chat"] is True
 
 
 def test_an_interruption_ends_an_answer_and_the_state_is_told_anew(tmp_path):
@@ -185,3 +190,27 @@ def test_a_machine_without_room_says_so_and_the_conversation_goes_on(tmp_path):
 
     did, told = talk(story, tmp_path)
     assert {"type": "error", "message": "Somebody else speaks."} in told and did[-2:] == ["end", "close"]
+
+
+def test_a_language_is_chosen_among_those_that_can_be_spoken(tmp_path):
+    chosen = []
+
+    class Speaker(Voice):
+        def __init__(self, language):
+            chosen.append(language)
+
+    async def story(conversation, session):
+        conversation._parts = Parts(Speaker, lambda _: Ear(), {"en": "English", "de": "German"})
+        conversation.receive({"type": "language", "language": "de"})
+        conversation.receive({"type": "language", "language": ["de"]})
+        conversation.receive({"type": "say", "text": "Guten Tag"})
+
+    did, told = talk(story, tmp_path)
+    assert chosen == ["de"] and "push 9 at 24000" in did
+    assert [m["message"] for m in told if m["type"] == "error"] == [
+        "This language cannot be spoken here. Choose another."
+    ]
+    assert told[0]["languages"] == [["en", "English"], ["de", "German"]] or told[0]["languages"] == [
+        ("en", "English"),
+        ("de", "German"),
+    ]

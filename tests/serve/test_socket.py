@@ -49,7 +49,7 @@ def client(tmp_path, monkeypatch):
     monkeypatch.setattr("hicode.serve.conversation.Recorder", Tape)
     monkeypatch.setattr(server, "Machine", functools.partial(Machine, renderer=scripted_renderer))
     (tmp_path / "Any.hicode").write_text("the script reads nothing")
-    app = create_app(tmp_path, ServeConfig(), Parts(Voice, lambda: None), token=TOKEN)  # type: ignore[arg-type]
+    app = create_app(tmp_path, ServeConfig(), Parts(lambda language: Voice(), lambda language: None), token=TOKEN)  # type: ignore[arg-type]
     with TestClient(app, base_url=ORIGIN) as client:
         client.get(f"/?token={TOKEN}")
         yield client

@@ -38,11 +38,12 @@ from hicode.files import temporary_folder
 from hicode.serve.chat import Chat, Reply, echo
 from hicode.serve.conversation import Conversation, Parts
 from hicode.serve.guide import Guide
-from hicode.serve.hearing import EmbeddedHearing
+from hicode.serve.hearing import EmbeddedHearing, ServiceHearing
 from hicode.serve.jobs import CHUNK, Jobs
 from hicode.serve.library import Library
 from hicode.serve.live import LiveSession, Machine
-from hicode.serve.voice import EmbeddedVoice
+from hicode.serve.service import Service
+from hicode.serve.voice import EmbeddedVoice, EspeakVoice, ServiceVoice, languages
 
 WEB = Path(__file__).parent / "web"
 MAX_JSON, MAX_SOUND, MAX_PICTURE = 300_000, 20_000_000, 2_000_000
@@ -75,6 +76,13 @@ class ServeConfig:
     avatar says what it hears."""
     chat_model: str = "default"
     """Model of that service."""
+    language: str = "en"
+    """Language that is typed and spoken at first: en, or one of `espeak-ng --voices` where espeak-ng is installed."""
+    speech_url: str | None = None
+    """An OpenAI-like service for voice and hearing, as http://localhost:8880/v1; its key: HICODE_SPEECH_KEY. Default:
+    both run here."""
+    speech_models: tuple[str, str, str] = ("tts-1", "alloy", "whisper-1")
+    """Of that service: the model of the voice, the voice's name, the model of hearing."""
     ice_servers: tuple[str, ...] = ()
     """STUN or TURN servers for other networks (stun:HOST, turn:HOST). None is asked unless named here."""
     open_browser: bool = True
@@ -391,12 +399,27 @@ def _machine(config: ServeConfig) -> Machine:
     return Machine(config.max_sessions, max_s=max_s, max_mb=max_mb)
 
 
+def _parts(config: ServeConfig) -> Parts:
+    """Voice and hearing as the settings name them. InputError where a language has no voice."""
+    if config.speech_url:
+        service = Service(config.speech_url, "speech", "--speech-url", "HICODE_SPEECH_KEY")
+        voice_model, name, hearing_model = config.speech_models
+        return Parts(
+            lambda language: ServiceVoice(service, voice_model, name),
+            lambda language: ServiceHearing(service, hearing_model),
+        )
+    voice = lambda language: EmbeddedVoice() if language == "en" else EspeakVoice(language)
+    if config.language != "en":
+        voice(config.language)
+    return Parts(voice, EmbeddedHearing, languages(), config.language)
+
+
 def create_app(folder: Path, config: ServeConfig, parts: Parts | None = None, token: str | None = None) -> Starlette:
     """The application over a folder of avatars. Its `state.server` holds what the routes share."""
     library = Library(folder)
     server = Server(
         config, library, _machine(config), Jobs(library),
-        parts or Parts(EmbeddedVoice, EmbeddedHearing), token or secrets.token_urlsafe(24),
+        parts or _parts(config), token or secrets.token_urlsafe(24),
         Chat(config.chat_url, config.chat_model) if config.chat_url else echo,
     )  # fmt: skip
 

@@ -1,26 +1,21 @@
-"""Chat: what the avatar answers, from any service with OpenAI's chat completions; without one it says the words again.
+"""Chat: what the avatar answers, from any service with OpenAI's chat completions; without one, the words again."""
 
-The key comes from the environment variable HICODE_CHAT_KEY, so that it is in no process list and never in the page.
-"""
-
-import http.client
 import json
-import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 
-from hicode.errors import InputError, ResourceError
+from hicode.serve.service import Service
 
 Message = dict[str, str]
 Reply = Callable[[list[Message]], Iterator[str]]
 """The answer to a conversation, in pieces that can be spoken; runs on a thread of its own."""
 KEY = "HICODE_CHAT_KEY"
 REMEMBERED = 20  # messages
-TIMEOUT_S = 30.0
 MAX_ANSWER = 4_000  # characters
-INSTRUCTION = "You are a talking head. Answer in one to three short spoken sentences, without lists, marks or emoji."
+INSTRUCTION = (
+    "You are a talking head. Answer in the language you are spoken to, in one to three short spoken sentences, without "
+    "lists, marks or emoji."
+)
 _SENTENCE = re.compile(r"(.+?[.!?…][\"')\]]*)\s+", re.DOTALL)
 
 
@@ -33,9 +28,7 @@ class Chat:
     """A chat service. `url`: its base, as "http://localhost:11434/v1"; `model`: as the service names it."""
 
     def __init__(self, url: str, model: str):
-        if not re.match(r"https?://[^/]", url):
-            raise InputError(f"{url!r} is no address of a chat service. Give one like http://localhost:11434/v1.")
-        self._url, self._model = url.rstrip("/") + "/chat/completions", model
+        self._service, self._model = Service(url, "chat", "--chat-url", KEY), model
 
     def __call__(self, messages: list[Message]) -> Iterator[str]:
         """The answer, a sentence at a time, as it comes. ResourceError where the service fails."""
@@ -52,25 +45,9 @@ class Chat:
 
     def _pieces(self, messages: list[Message]) -> Iterator[str]:
         history = [{"role": "system", "content": INSTRUCTION}, *messages[-REMEMBERED:]]
-        body = json.dumps({"model": self._model, "messages": history, "stream": True}).encode()
-        headers = {"content-type": "application/json", "accept": "text/event-stream"}
-        if key := os.environ.get(KEY):
-            headers["authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._url, body, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                for line in answer:
-                    if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
-                        choice = json.loads(data)["choices"][:1]
-                        yield from (c["delta"].get("content") or "" for c in choice)
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise ResourceError(
-                f"The chat service refused the question ({error.code}). Check --chat-url, --chat-model and {KEY}."
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise ResourceError("The chat service does not answer. Check --chat-url, or start the service.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ResourceError(
-                "The chat service's answer cannot be read. Is --chat-url an OpenAI-like one?"
-            ) from error
+        body = {"model": self._model, "messages": history, "stream": True}
+        with self._service.ask("/chat/completions", body) as answer:
+            for line in answer:
+                if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
+                    choice = json.loads(data)["choices"][:1]
+                    yield from (c["delta"].get("content") or "" for c in choice)

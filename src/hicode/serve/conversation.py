@@ -1,8 +1,8 @@
 """What is said in one live session: text and sound to the avatar, the microphone to text, interruptions, captions.
 
 Messages are dictionaries, the same over each transport. From the page: say(text, ask), interrupt, listen(on),
-talk(down), stats. To the page: ready(chat), state(state), caption(who, text), error(message), interrupted,
-stats(...), clip(ready).
+talk(down), language(language), stats. To the page: ready(chat, languages, language), state(state), caption(who, text),
+error(message), interrupted, stats(...), clip(ready).
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,23 +27,29 @@ MAX_SOUND_S = 120.0
 
 
 class Parts:
-    """Voice and hearing, loaded at first use and shared by all sessions; each serves one call at a time."""
+    """Voices and hearings by language, loaded at first use and shared by all sessions; each serves one call at a time.
 
-    def __init__(self, voice: Callable[[], Voice], hearing: Callable[[], Hearing]):
-        self._make_voice, self._make_hearing = voice, hearing
-        self._voice: Voice | None = None
-        self._hearing: Hearing | None = None
+    languages: names by code, for the page to choose from; empty where a service finds the language by itself.
+    """
+
+    def __init__(
+        self,
+        voice: Callable[[str], Voice],
+        hearing: Callable[[str], Hearing],
+        languages: dict[str, str] | None = None,
+        language: str = "en",
+    ):
+        self._voice, self._hearing = cache(voice), cache(hearing)
+        self.languages, self.language = languages or {}, language
         self.voice_lock, self.hearing_lock = threading.Lock(), threading.Lock()
 
-    def voice(self) -> Voice:
+    def voice(self, language: str) -> Voice:
         """Call with `voice_lock` held."""
-        self._voice = self._voice or self._make_voice()
-        return self._voice
+        return self._voice(language)
 
-    def hearing(self) -> Hearing:
+    def hearing(self, language: str) -> Hearing:
         """Call with `hearing_lock` held."""
-        self._hearing = self._hearing or self._make_hearing()
-        return self._hearing
+        return self._hearing(language)
 
 
 class Conversation:
@@ -54,7 +61,7 @@ class Conversation:
         self._send: Callable[[dict], None] = lambda message: None
         self._turns = Turns()
         self._hands_free = False
-        self._state = "idle"
+        self._state, self._language = "idle", parts.language
         self._turn = 0  # grows with every interruption: what belongs to an earlier one is dropped
         self._tasks: set[asyncio.Task] = set()
         self._asked_s: float | None = None
@@ -66,7 +73,8 @@ class Conversation:
     def connect(self, send: Callable[[dict], None]) -> None:
         """Where messages to the page go."""
         self._send = send
-        send({"type": "ready", "chat": self._reply is not echo})
+        languages = list(self._parts.languages.items())
+        send({"type": "ready", "chat": self._reply is not echo, "languages": languages, "language": self._language})
         send({"type": "state", "state": self._state})
 
     # ---- from the page ----
@@ -94,6 +102,11 @@ class Conversation:
             self._hands_free = message.get("on") is True
         elif kind == "talk":
             self._talk(message.get("down") is True)
+        elif kind == "language":
+            language = str(message.get("language"))
+            if language not in self._parts.languages:
+                raise InputError("This language cannot be spoken here. Choose another.")
+            self._language = language
         elif kind == "stats":
             self._send({"type": "stats", **self.stats()})
         else:
@@ -161,7 +174,7 @@ class Conversation:
     def _speak(self, text: str, turn: int) -> None:
         """On a thread: the voice's pieces, each pushed as it comes."""
         with self._parts.voice_lock:
-            voice = self._parts.voice()
+            voice = self._parts.voice(self._language)
             for samples in voice.speak(text):
                 if turn != self._turn:
                     return
@@ -175,7 +188,7 @@ class Conversation:
     async def _heard(self, samples: np.ndarray, turn: int) -> None:
         def transcribe() -> str:
             with self._parts.hearing_lock:
-                return self._parts.hearing().transcribe(samples)
+                return self._parts.hearing(self._language).transcribe(samples)
 
         text = await asyncio.to_thread(transcribe)
         if text and turn == self._turn:

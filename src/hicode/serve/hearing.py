@@ -1,16 +1,23 @@
 """Hearing: sound to text, and when somebody speaks into the microphone.
 
-`Hearing` is the protocol; `EmbeddedHearing` is Whisper tiny.en (MIT) run by faster-whisper. Its weights are an asset.
+`Hearing` is the protocol. `EmbeddedHearing` is Whisper (MIT) run by faster-whisper: tiny.en for English, base for other
+languages. Its weights are assets. `ServiceHearing` asks a service with OpenAI's `/audio/transcriptions`.
 """
 
+import io
+import json
+import secrets
+import wave
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
+from hicode.assets import folder
 from hicode.audio import SAMPLE_RATE_HZ
 from hicode.errors import ResourceError
+from hicode.serve.service import Service
 
 FRAME = 320  # samples of 20 ms
 MARGIN_DB = 12.0
@@ -29,22 +36,55 @@ class Hearing(Protocol):
 
 
 class EmbeddedHearing:
-    """English. 2 s of speech take half a second of one core."""
+    """One language. 2 s of speech take half a second of one core in English, and a second in others."""
 
-    def __init__(self):
+    def __init__(self, language: str = "en"):
         if find_spec("faster_whisper") is None:
             raise ResourceError("The embedded recogniser is not installed. Run: pip install 'hicode[serve]'")
         from faster_whisper import WhisperModel  # pyright: ignore[reportMissingImports] - an extra
 
-        from hicode.assets import folder
-
-        weights = folder("speech_recogniser")
-        self._model = WhisperModel(str(weights), device="cpu", compute_type="int8", cpu_threads=1)
+        language = language.split("-")[0]
+        self._language = {"cmn": "zh", "nb": "no"}.get(language, language)  # espeak-ng's codes, Whisper's
+        options = {"device": "cpu", "compute_type": "int8", "cpu_threads": 1}
+        if self._language == "en":
+            self._model = WhisperModel(str(folder("speech_recogniser")), **options)
+            return
+        parts = [folder(f"speech_recogniser_any_{half}") for half in (1, 2)]
+        files = {path.name: path.read_bytes() for path in parts[0].glob("*.*") if path.suffix in (".json", ".txt")}
+        files["model.bin"] = b"".join((part / "model.bin").read_bytes() for part in parts)
+        self._model = WhisperModel("base", files=files, **options)
+        if self._language not in self._model.supported_languages:
+            raise ResourceError(f"The recogniser does not know the language {language!r}. Type instead.")
 
     def transcribe(self, samples: Float32[np.ndarray, "n"]) -> str:
         """The words."""
-        segments, _ = self._model.transcribe(samples, beam_size=1, language="en", condition_on_previous_text=False)
+        segments, _ = self._model.transcribe(
+            samples, beam_size=1, language=self._language, condition_on_previous_text=False, temperature=0.0,
+            no_repeat_ngram_size=3, max_new_tokens=round(8 * len(samples) / SAMPLE_RATE_HZ) + 16,
+        )  # fmt: skip
         return " ".join(segment.text.strip() for segment in segments).strip()
+
+
+class ServiceHearing:
+    """Any language, by a service with OpenAI's `/audio/transcriptions`."""
+
+    def __init__(self, service: Service, model: str, language: str | None = None):
+        self._service = service
+        self._fields = {"model": model} | ({"language": language.split("-")[0]} if language else {})
+
+    def transcribe(self, samples: Float32[np.ndarray, "n"]) -> str:
+        """The words. ResourceError where the service fails."""
+        sound = io.BytesIO()
+        with wave.open(sound, "wb") as file:
+            file.setparams((1, 2, SAMPLE_RATE_HZ, 0, "NONE", ""))
+            file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+        border = secrets.token_hex(16)
+        head = 'Content-Disposition: form-data; name="'
+        parts = [f'--{border}\r\n{head}{name}"\r\n\r\n{value}\r\n' for name, value in self._fields.items()]
+        parts.append(f'--{border}\r\n{head}file"; filename="sound.wav"\r\nContent-Type: audio/wav\r\n\r\n')
+        body = "".join(parts).encode() + sound.getvalue() + f"\r\n--{border}--\r\n".encode()
+        with self._service.ask("/audio/transcriptions", body, f"multipart/form-data; boundary={border}") as answer:
+            return str(json.loads(answer.read())["text"]).strip()
 
 
 class Turns:

@@ -74,7 +74,7 @@ function ended(message) {
 function receive(message) {
   if (message.type === "interrupted") call.mute(true);
   if (message.type === "state") state(message.state);
-  if (message.type === "ready") $("echo").hidden = !($("ask-row").hidden = !message.chat);
+  if (message.type === "ready") ready(message);
   if (message.type === "error") problem(message.message);
   if (message.type === "caption") caption(message);
   if (message.type === "stats") stats(message);
@@ -83,6 +83,13 @@ function receive(message) {
     $("download").setAttribute("download", "avatar.mp4");
     $("download").hidden = false;
   }
+}
+
+function ready({ chat, languages, language }) {
+  $("echo").hidden = !($("ask-row").hidden = !chat);
+  $("language-row").hidden = languages.length < 2;
+  $("language").replaceChildren(...languages.map(([code, name]) => element("option", name, { value: code })));
+  $("language").value = language;
 }
 
 function state(name) {
@@ -137,6 +144,7 @@ export function setUpTalk() {
       $("say").requestSubmit();
     }
   });
+  $("language").addEventListener("change", () => attempt(() => call.send({ type: "language", language: $("language").value })));
   $("interrupt").addEventListener("click", () => attempt(() => call.send({ type: "interrupt" })));
   addEventListener("keydown", (event) => {
     if (event.key === "Escape" && call && !$("ask").open) attempt(() => call.send({ type: "interrupt" }));
