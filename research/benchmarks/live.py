@@ -52,6 +52,21 @@ def children(pid: int) -> list[int]:
     return [int(line.split()[0]) for line in out.splitlines() if "spawn_main" in line]
 
 
+def browser_cpu_s(server: int) -> float:
+    """User and system time of this program's other children and theirs, s: the browser and what drives it."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    total, family = 0.0, {os.getpid()}
+    for pid in sorted(parents):  # children have larger numbers than their parents
+        if parents[pid] in family and pid != server:
+            family.add(pid)
+            with contextlib.suppress(OSError):
+                total += cpu_s(pid)
+    return total
+
+
 def memory_mb(pid: int) -> float:
     """Resident memory."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
@@ -204,7 +219,7 @@ def talk(page: Page, link: str, pid: int, minutes: float) -> Rows:
     """Talk without a pause."""
     sent = counters(link)
     start, (renderer, *_) = page.page.evaluate("performance.now()"), children_of_session(pid)
-    cpu, began = (cpu_s(pid), cpu_s(renderer)), time.monotonic()
+    cpu, began = (cpu_s(pid), cpu_s(renderer), browser_cpu_s(pid)), time.monotonic()
     before = page.page.evaluate("live.stats()")
     memory: list[float] = []
     while time.monotonic() - began < 60 * minutes:
@@ -235,6 +250,7 @@ def talk(page: Page, link: str, pid: int, minutes: float) -> Rows:
         ("server and renderer, MB: after a tenth / at the end", f"{memory[0]:.0f} / {memory[-1]:.0f}"),
         ("server, share of a core", f"{(cpu_s(pid) - cpu[0]) / took:.2f}"),
         ("renderer, share of a core", f"{(cpu_s(renderer) - cpu[1]) / took:.2f}"),
+        ("browser, share of a core", f"{(browser_cpu_s(pid) - cpu[2]) / took:.2f}"),
         ("renderer, ms of a core a new picture", f"{1e3 * (cpu_s(renderer) - cpu[1]) / max(pictures, 1):.0f}"),
     ]
 

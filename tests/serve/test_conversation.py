@@ -19,7 +19,7 @@ class Session:
 
     def __init__(self):
         self.did: list[str] = []
-        self.speaking, self.notice, self.hello, self.full = False, None, None, False
+        self.speaking, self.notice, self.hello, self.full, self.waiting_s = False, None, None, False, 0.0
 
     def admit_speaker(self):
         if self.full:

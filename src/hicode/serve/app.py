@@ -427,8 +427,10 @@ def create_app(folder: Path, config: ServeConfig, parts: Parts | None = None, to
     async def lifespan(app: Starlette):
         with temporary_folder() as server.recordings:
             server.machine.prepare()
+            voice = asyncio.create_task(asyncio.to_thread(server.parts.prepare))
             yield
             server.stopping = True
+            await voice
             for connection in list(server.connections.values()):
                 await connection.close()
             await server.machine.close()
@@ -461,7 +463,7 @@ def serve(folder: Path, config: ServeConfig, announce: Callable[[str], None] = p
     """Run the server until it is stopped. InputError where the address cannot be used."""
     import uvicorn
 
-    from hicode.serve.webrtc import prefer_local_rates, use_loopback_without_network
+    from hicode.serve.webrtc import prefer_local_rates, use_fast_vp8, use_loopback_without_network
 
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime, below the voice, keeps a device's identity
     if sys.platform == "win32":
@@ -479,6 +481,7 @@ def serve(folder: Path, config: ServeConfig, announce: Callable[[str], None] = p
     config = replace(config, port=listener.getsockname()[1])
     if not config.ice_servers:
         prefer_local_rates()
+    use_fast_vp8()
     use_loopback_without_network()
     app = create_app(folder, config)
     link = f"http://{'localhost' if config.host == '127.0.0.1' else config.host}:{config.port}/"

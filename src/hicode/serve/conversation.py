@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from hicode.serve.chat import REMEMBERED, Message, Reply, echo
 from hicode.serve.hearing import Hearing, Turns
 from hicode.serve.live import LiveSession, LiveTick
 from hicode.serve.recording import Recorder
-from hicode.serve.voice import Voice, checked_text
+from hicode.serve.voice import EmbeddedVoice, Voice, checked_text
 
 MAX_SOUND_S = 120.0
+AHEAD_S = 6.0
+"""Speech that waits to be said before the voice goes on: a long text at once would hold the event loop up."""
 
 
 class Parts:
@@ -42,6 +44,14 @@ class Parts:
         self._voice, self._hearing = cache(voice), cache(hearing)
         self.languages, self.language = languages or {}, language
         self.voice_lock, self.hearing_lock = threading.Lock(), threading.Lock()
+
+    def prepare(self) -> None:
+        """Load the embedded voice, which takes a second, before anybody speaks. Where it is missing, the first text
+        says so."""
+        with self.voice_lock, contextlib.suppress(HicodeError):
+            if isinstance(voice := self.voice(self.language), EmbeddedVoice):
+                for _ in voice.speak("Hello."):
+                    pass
 
     def voice(self, language: str) -> Voice:
         """Call with `voice_lock` held."""
@@ -172,14 +182,20 @@ class Conversation:
                 self.session.end_utterance()
 
     def _speak(self, text: str, turn: int) -> None:
-        """On a thread: the voice's pieces, each pushed as it comes."""
-        with self._parts.voice_lock:
-            voice = self._parts.voice(self._language)
-            for samples in voice.speak(text):
-                if turn != self._turn:
-                    return
-                done = asyncio.run_coroutine_threadsafe(self._push(samples, voice.rate_hz, turn), self._loop)
-                done.result(30)
+        """On a thread: the voice's pieces, each pushed as it comes, and none made long before it is heard."""
+        pieces: Iterator[np.ndarray] | None = None
+        while turn == self._turn:
+            if self.session.waiting_s > AHEAD_S:
+                time.sleep(0.1)
+                continue
+            with self._parts.voice_lock:
+                voice = self._parts.voice(self._language)
+                pieces = pieces or voice.speak(text)
+                samples = next(pieces, None)
+            if samples is None:
+                return
+            done = asyncio.run_coroutine_threadsafe(self._push(samples, voice.rate_hz, turn), self._loop)
+            done.result(30)
 
     async def _push(self, samples: np.ndarray, rate_hz: int, turn: int) -> None:
         if turn == self._turn:

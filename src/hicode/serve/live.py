@@ -227,6 +227,11 @@ class LiveSession:
         """Whether it says something, or is about to."""
         return not self.closed and (self._speaks or time.monotonic() < self._until_s)
 
+    @property
+    def waiting_s(self) -> float:
+        """Speech that was pushed and not yet said, about, s."""
+        return max(0.0, self._until_s - time.monotonic())
+
     def admit_speaker(self) -> None:
         """ResourceError where the machine has no room for one more speaker; InputError where the session is over."""
         if self.closed or self.error:

@@ -11,6 +11,7 @@ same. The writer converts and queues sound and never waits for rendering. The re
 frames from the render pool, which all sessions of the process share. `close` may be called by either.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -28,7 +29,6 @@ from hicode.motion import Motion
 from hicode.session.config import SpeakConfig
 from hicode.session.idle_frames import IdleFrames
 from hicode.session.motion_source import PIECE, Animation, Base, DrivingTrack, Loudness, MotionSource, Mouth
-from hicode.session.picture_rate import PictureRate
 from hicode.session.rendering import FrameRenderer
 from hicode.session.timings import Timings
 from hicode.speech.encoders import AudioEncoder
@@ -64,6 +64,9 @@ class _Sound:
     samples: np.ndarray
     output: np.ndarray
 
+
+PIECES_A_TICK = 2
+"""Pieces of sound that a reader with a clock listens to before it hands out a frame: one takes a third of a tick."""
 
 END = _Sound(np.zeros(0, np.float32), np.zeros(0, np.float32))  # of an utterance
 
@@ -130,7 +133,8 @@ class Session:
         self._renderer = FrameRenderer(avatar, driving, region, config.film_grain)
         self._idle_frames = IdleFrames(driving)
         self._pool = frame_pool()
-        self.ahead = 2 * torch.get_num_threads()
+        self._threads = torch.get_num_threads()
+        self.ahead = 2 * self._threads
         """Frames in rendering at once, or before they are asked for."""
         self._loudness = Loudness()
         self._source = self._new_source()
@@ -159,7 +163,6 @@ class Session:
         self._shown_mouth: Mouth | None = None  # likewise of the frame handed out last
         self._overdue: deque[Future] = deque(maxlen=8)  # pictures that were not ready in time
         self._image: np.ndarray | None = None  # handed out last
-        self._rate = PictureRate()
 
     # ---------------------------------------------------------------------------------------------------- the writer
 
@@ -209,6 +212,13 @@ class Session:
     def waiting_s(self) -> float:
         """Sound that is queued and not yet turned into motion, s."""
         return self._waiting_samples / SAMPLE_RATE_HZ
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Load and compile what the first sound would wait for."""
+        source = MotionSource(self._speech, self._encoder, self._rest, self.config, self._activity)
+        source.push(np.random.default_rng(0).normal(0, 0.05, SAMPLE_RATE_HZ).astype(np.float32), self.timings)
+        source.finish(self.timings)
 
     def close(self) -> None:
         """End the session. Its frames in rendering are dropped, `frames` ends, sound is refused."""
@@ -261,8 +271,8 @@ class Session:
         """The next frame, for a reader with a clock: its picture is waited for `wait_s` at most; None: closed.
 
         A frame of an utterance that is late comes with the newest picture that is ready, so its sound is in time. Where
-        many are late, only every second or third frame is rendered. An idle frame that is late is asked for again the
-        next time. The first picture of all is always waited for.
+        the render pool is behind, a frame keeps the picture of the one before. An idle frame that is late is asked for
+        again the next time. The first picture of all is always waited for.
         """
         return self._next(idle=True, wait_s=wait_s)
 
@@ -272,8 +282,8 @@ class Session:
         try:
             while not self._closed:
                 self._catch_up()
-                self._listen()
-                self._plan()
+                self._listen(math.inf if wait_s is None else PIECES_A_TICK)
+                self._plan(clocked=wait_s is not None)
                 if idle:
                     self._prepare_idling()
                 if len(self._planned) + len(self._mouths) > keep:
@@ -290,8 +300,6 @@ class Session:
                         return None
                     frame = self._hand_out_late(planned)
                 if frame is not None:
-                    if wait_s is not None and frame.speaking:
-                        self._rate.shown(frame.late)
                     return frame
             return None
         finally:
@@ -322,12 +330,13 @@ class Session:
         return MotionSource(self._speech, self._encoder, self._rest, self.config, self._activity, self._loudness)
 
     @torch.inference_mode()
-    def _listen(self) -> None:
-        """Sound to mouths, until there are enough to keep the pool busy."""
-        while len(self._mouths) + len(self._planned) <= self.ahead:
+    def _listen(self, pieces: float) -> None:
+        """Sound to mouths, until there are enough to keep the pool busy, or so many pieces are heard."""
+        while len(self._mouths) + len(self._planned) <= self.ahead and pieces > 0:
             sound = self._take()
             if sound is None:
                 return
+            pieces -= 1
             self._between = False
             self._audio = np.concatenate([self._audio, sound.output])
             ended = sound is END
@@ -356,14 +365,16 @@ class Session:
         scaled = np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
         return np.pad(scaled, (0, count - len(scaled)))
 
-    def _plan(self) -> None:
-        """Begin to render frames whose mouth is known."""
+    def _plan(self, clocked: bool) -> None:
+        """Begin to render frames whose mouth is known. `clocked`: only as many as the pool is in time with."""
         while self._mouths and len(self._planned) < self.ahead:
             spoken = self._mouths.popleft()
             base = self._animation.next()
             if base.idle is not None:
                 base.idle.cancel()
-            if self._rate.own_picture() or not self._planned:
+            begun = {*self._overdue, *(planned.image for planned in self._planned)}
+            in_time = sum(not image.done() for image in begun) <= self._threads
+            if in_time or not clocked or not self._planned:
                 planned = self._render(base, spoken)
             else:
                 motion = self._animation.merge(base, spoken.mouth)
@@ -409,11 +420,7 @@ class Session:
             overdue = self._overdue.popleft()
             image = image if overdue.cancelled() else overdue.result()
         if planned.spoken.utterance is not None:
-            if not planned.image.cancel():
-                self._overdue.append(planned.image)
-            # Frames that wait for a thread would be late too: those with the most time left are rendered instead.
-            for other in list(self._planned)[1:-2]:
-                other.image.cancel()
+            self._overdue.append(planned.image)
         elif planned.image is not planned.base.idle:  # half-way to rest: it is not asked for again
             planned.image.cancel()
         return self._hand_out(planned, image, late=True)
@@ -425,9 +432,10 @@ class Session:
             if self._seen != self._generation:
                 return None
             self._image = image
+            if not late:
+                self._overdue.clear()
             if spoken.utterance is None:
                 if not late or self._moving is not None:
-                    self._overdue.clear()
                     self._animation.next()
                     self._moving = None
             else:
