@@ -5,10 +5,12 @@
 
 `marked` marks the first 100 frames of each clip, changes them, and looks for the mark. `unmarked` looks for the mark in
 windows of clips that do not carry it: position, size, scale and time are drawn at random. It stops at either limit and
-says how many windows it saw.
+says how many windows it saw. Each round through the clips is a line in the file of `--work`; a run that was stopped
+goes on there.
 """
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -110,39 +112,43 @@ def marked_table(measured: dict) -> list[list[str]]:
     return out
 
 
-def unmarked(clips: list[Path], windows: int, minutes: float, seed: int = 0) -> dict:
+def unmarked(clips: list[Path], windows: int, minutes: float, work: Path) -> dict:
     """How many of the windows have a mark reported, and the lowest of their false-alarm rates."""
-    rng, started = np.random.default_rng(seed), time.monotonic()
-    seen, alarms, lowest, highest = 0, 0, 1.0, 0.0
-    looked_at: set[Path] = set()
-    order = [clips[i] for i in rng.permutation(len(clips))]
-    over = lambda: seen >= windows or time.monotonic() - started >= 60 * minutes
-    while not over():
-        for path in order:
-            if over():
-                break
-            frames = list(islice(read_video(path, max_size=512), 25))
-            looked_at.add(path)
-            for _ in range(5):
-                side = int(rng.integers(128, 257))
-                height, width = frames[0].shape[:2]
-                if side > min(height, width) or over():
-                    break
-                y, x = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-                first, scale = int(rng.integers(len(frames))), float(rng.uniform(0.75, 1.3))
-                shown = [f[y : y + side, x : x + side] for f in frames[first : first + 3]]
-                found = detect(resized(shown, scale))
-                seen, alarms = seen + 1, alarms + found.present
-                lowest, highest = min(lowest, found.false_alarm_rate), max(highest, found.score)
-            print(f"{len(looked_at)} clips, {seen} windows, {alarms} alarms, {lowest:.1e}, {highest:.2f}", flush=True)
+    rounds = [json.loads(line) for line in work.read_text().splitlines()] if work.exists() else []
+    started = time.monotonic()
+    while sum(r["windows"] for r in rounds) < windows and time.monotonic() - started < 60 * minutes:
+        rounds.append(_unmarked_round(clips, len(rounds)))
+        with work.open("a") as f:
+            f.write(json.dumps(rounds[-1]) + "\n")
+        print(rounds[-1], sum(r["windows"] for r in rounds), flush=True)
     return {
-        "clips": len(looked_at),
-        "windows": seen,
-        "alarms": alarms,
+        "clips": max(r["clips"] for r in rounds),
+        "windows": sum(r["windows"] for r in rounds),
+        "alarms": sum(r["alarms"] for r in rounds),
         "threshold": FALSE_ALARM_RATE,
-        "lowest rate": lowest,
-        "highest score": highest,
+        "lowest rate": min(r["lowest"] for r in rounds),
+        "highest score": max(r["highest"] for r in rounds),
     }
+
+
+def _unmarked_round(clips: list[Path], number: int) -> dict:
+    """Five windows of each clip."""
+    rng = np.random.default_rng(number)
+    found = {"round": number, "clips": len(clips), "windows": 0, "alarms": 0, "lowest": 1.0, "highest": 0.0}
+    for path in clips:
+        frames = list(islice(read_video(path, max_size=512), 25))
+        height, width = frames[0].shape[:2]
+        for _ in range(5):
+            side = min(int(rng.integers(128, 257)), height, width)
+            y, x = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+            first, scale = int(rng.integers(len(frames))), float(rng.uniform(0.75, 1.3))
+            shown = [f[y : y + side, x : x + side] for f in frames[first : first + 3]]
+            detection = detect(resized(shown, scale))
+            found["windows"] += 1
+            found["alarms"] += detection.present
+            found["lowest"] = min(found["lowest"], detection.false_alarm_rate)
+            found["highest"] = max(found["highest"], detection.score)
+    return found
 
 
 def _text(value: float) -> str:
@@ -155,6 +161,7 @@ def main() -> None:
     parser.add_argument("part", choices=["marked", "unmarked"])
     parser.add_argument("clips", nargs="+", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="rounds so far; next to the results if not given")
     parser.add_argument("--windows", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=60.0)
     options = parser.parse_args()
@@ -164,7 +171,8 @@ def main() -> None:
         columns = ("change", "wrong bits of 48, each clip", "false-alarm rate, worst clip")
         save_results(options.out, columns, marked_table(marked(options.clips)), command)
     else:
-        found = unmarked(options.clips, options.windows, options.minutes)
+        work = options.work or options.out.with_suffix(".jsonl")
+        found = unmarked(options.clips, options.windows, options.minutes, work)
         save_results(options.out, tuple(found), [[_text(value) for value in found.values()]], command)
 
 

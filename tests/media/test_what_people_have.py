@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from helpers.media_files import click, grey, levels, onset_s, tone, write_tracks
+from helpers.media_files import click, encode, grey, levels, onset_s, tone, write_tracks
 from hicode.errors import InputError
 from hicode.media.audio import level_db, read_audio, read_speech, sound_notes, stream_audio
 from hicode.media.source import as_file, joined_parts
@@ -72,6 +72,19 @@ def test_devices_and_text_files_are_refused_in_one_line(tmp_path):
         read_audio(tmp_path / "pipe")
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nother.mp4\n#EXT-X-ENDLIST\n"),
+     ("a.txt", "ffconcat version 1.0\nfile other.mp4\n"), ("a.ans", "a text that would be drawn\n" * 9)],
+)  # fmt: skip
+def test_a_file_that_names_another_file_does_not_open_it(tmp_path, name, text):
+    write_tracks(tmp_path / "other.mp4", RISING, [tone(2)])
+    (tmp_path / name).write_text(text)
+    for read in (probe, read_audio):
+        with pytest.raises(InputError, match="not a readable"):
+            read(tmp_path / name)
+
+
 # ---- tracks ----
 
 
@@ -95,6 +108,24 @@ def test_of_several_sound_tracks_the_default_one_is_read(tmp_path):
     assert level_db(read_audio(path)) < -30
 
 
+def test_longer_subtitles_do_not_count(tmp_path):
+    (tmp_path / "a.srt").write_text(
+        "1\n00:00:00,000 --> 00:00:01,000\nHello\n\n2\n00:00:20,000 --> 00:00:30,000\nHello\n"
+    )
+    source = write_tracks(tmp_path / "a.mp4", RISING)
+    with (
+        av.open(str(source)) as pictures,
+        av.open(str(tmp_path / "a.srt")) as titles,
+        av.open(str(tmp_path / "b.mkv"), "w") as made,
+    ):
+        inputs = (pictures.streams.video[0], titles.streams.subtitles[0])
+        streams = [made.add_stream_from_template(stream) for stream in inputs]
+        for packet in (p for file in (pictures, titles) for p in file.demux() if p.dts is not None):
+            packet.stream = streams[packet.stream.type == "subtitle"]
+            made.mux(packet)
+    assert len(levels(tmp_path / "b.mkv")) == 50 and probe(tmp_path / "b.mkv").duration_s == pytest.approx(2, abs=0.05)
+
+
 def test_sound_of_an_unknown_kind_is_left_out_and_said(tmp_path):
     path = write_tracks(tmp_path / "a.mp4", RISING, [tone(2)])
     data = bytearray(path.read_bytes())
@@ -115,6 +146,12 @@ def test_dropped_transparency_is_said(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 32, 32, "rgba"
         frame = av.VideoFrame.from_ndarray(np.full((32, 32, 4), 128, np.uint8), format="rgba")
         container.mux([*stream.encode(frame), *stream.encode(None)])
+    with av.open(str(tmp_path / "a.webm"), "w") as container:  # the alpha of VP8 and VP9 lies in a layer of its own
+        stream = container.add_stream("libvpx", rate=25, options={"auto-alt-ref": "0"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuva420p"
+        frame = av.VideoFrame(32, 32, "yuva420p")
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    assert any("Transparency" in note for note in probe(tmp_path / "a.webm").notes)
     assert any("Transparency" in note for note in probe(tmp_path / "a.mov").notes)
 
 
@@ -218,20 +255,32 @@ def test_a_driving_sound_is_whole_where_its_pictures_begin_later(tmp_path):
     assert len(read_audio(path)) == pytest.approx(32_000, abs=800), "the sound of a clip begins with its pictures"
 
 
-@pytest.mark.parametrize("kind", ["wav", "mp4"])
-def test_files_joined_in_one_are_said(tmp_path, kind):
-    if kind == "wav":
-        data = wav_bytes(tone(1, 16_000)) + wav_bytes(tone(2, 24_000), 24_000)
-    else:
-        data = 2 * write_tracks(tmp_path / "a.mp4", RISING).read_bytes()
-    path = tmp_path / f"two.{kind}"
+@pytest.mark.parametrize("kind", ["wav", "streamed wav", "aiff", "caf", "w64", "flac"])
+def test_sounds_joined_in_one_file_are_all_read_and_said(tmp_path, kind):
+    data = b""
+    for seconds, rate_hz in ((1, 16_000), (2, 24_000)):
+        piece = wav_bytes(tone(seconds, rate_hz), rate_hz)
+        if kind == "streamed wav":
+            piece = piece[:4] + b"\xff" * 4 + piece[8:40] + b"\xff" * 4 + piece[44:]
+        elif kind != "wav":
+            soundfile.write(str(tmp_path / f"a.{kind}"), tone(seconds, rate_hz), rate_hz)
+            piece = (tmp_path / f"a.{kind}").read_bytes()
+        data += piece
+    path = tmp_path / "two"
     path.write_bytes(data)
-    assert len(joined_parts(path)) == 2
-    if kind == "wav":
-        assert len(read_audio(path)) == pytest.approx(48_000, abs=2)
-        assert any("2 files are joined" in note for note in sound_notes(path))
-    else:
-        assert any("joined" in note for note in probe(path).notes)
+    assert len(joined_parts(path)) == 2 and len(read_audio(path)) == pytest.approx(48_000, abs=2)
+    assert any("2 files are joined" in note for note in sound_notes(path))
+
+
+@pytest.mark.parametrize("kind", ["mp4", "fragmented mp4", "flv"])
+def test_videos_joined_in_one_file_are_said(tmp_path, kind):
+    options = {"movflags": "frag_keyframe+empty_moov"} if kind == "fragmented mp4" else None
+    data = 2 * write_tracks(tmp_path / f"a.{kind[-3:]}", RISING, options=options).read_bytes()
+    path = tmp_path / "two"
+    path.write_bytes(data)
+    info = probe(path)
+    assert len(joined_parts(path)) == 2 and [note for note in info.notes if "joined" not in note] == []
+    assert len(info.notes) == 1 and len(levels(path)) == pytest.approx(25 * info.duration_s, abs=1.5)
 
 
 @pytest.mark.parametrize("length", [0, 0x7FFFFFFF, 0xFFFFFFFF])
@@ -240,6 +289,30 @@ def test_a_streamed_wav_of_a_wrong_length_is_read_whole(tmp_path, length):
     data[40:44], data[4:8] = struct.pack("<I", length), struct.pack("<I", min(length + 36, 0xFFFFFFFF))
     (tmp_path / "a.wav").write_bytes(data)
     assert len(read_audio(tmp_path / "a.wav")) == 16_000
+
+
+def test_a_wav_that_is_longer_than_it_states_is_said(tmp_path):
+    data = bytearray(wav_bytes(tone(3, 16_000)))
+    data[40:44], data[4:8] = struct.pack("<I", 32_000), struct.pack("<I", 32_036)
+    (tmp_path / "a.wav").write_bytes(data)
+    assert any("64 kB follow" in note for note in sound_notes(tmp_path / "a.wav"))
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "avi"])
+def test_what_is_cut_off_is_said(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "avi":
+        noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3)).astype(np.uint8)
+        encode(path, [noise] * 75, np.arange(75) / 25, "mjpeg", "yuvj420p")
+    else:
+        soundfile.write(str(path), tone(3, 16_000) + 0.1 * np.random.default_rng(0).normal(size=48_000), 16_000)
+    assert not any("cut off" in note for note in sound_notes(path))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if kind == "avi":
+        with pytest.raises(InputError, match="cut off"):
+            levels(path)
+    else:
+        assert any("cut off" in note for note in sound_notes(path))
 
 
 # ---- samples ----

@@ -8,6 +8,7 @@ mixed for speech (`mix_weights`): dead ones are left out, so they do not halve t
 wrong way round is turned, so it does not cancel the others.
 """
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from hicode.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FEATURE, Resampler, full_sc
 from hicode.errors import InputError
 from hicode.files import atomic_path
 from hicode.media.source import joined_parts, open_media
-from hicode.media.timeline import packets
+from hicode.media.timeline import Timeline, cut_off, packets
 
 # Stamps of a continuous track jitter by rounding (a millisecond in Matroska); what is off by more is a real gap or
 # overlap.
@@ -41,6 +42,10 @@ _DEAD_DB = -40.0
 # Correlated with the strongest channel like this or more negatively: the same sound, wired the wrong way round.
 # Speech in a room, recorded by microphones apart, correlates positively or hardly at all.
 _INVERTED = -0.7
+# A WAV's length from here on means that its writer did not know it.
+_STREAMED_BYTES = 0x7FFF0000
+# Kinds of file whose header states the bytes of sound, and what may follow them: names, pictures, marks.
+_WITH_LENGTH, _OTHER_CHUNKS_BYTES = ("wav", "w64", "aiff", "caf"), 16_384
 # Tracks for other purposes than to be heard first.
 _SECONDARY = (
     av.stream.Disposition.comment
@@ -135,10 +140,33 @@ def sound_notes(path: Path | str) -> list[str]:
     parts = joined_parts(path)
     if len(parts) > 1:
         notes.append(f"{len(parts)} files are joined in this one.")
+    else:
+        notes += _length_notes(path)
     mixing = _mixing(path, track, parts[0])
     if mixing.full_scale != 1:
         notes.append(f"Samples go up to {mixing.peak:.3g}, where 1 is full scale: divided by {mixing.full_scale:.4g}.")
     return notes
+
+
+def _length_notes(path: Path) -> list[str]:
+    """What a file lacks at its end, or has after it, by its header. Nothing is decoded."""
+    with open_media(path) as container:
+        clock, read_bytes, kind = Timeline(), 0, container.format.name
+        for packet in packets(container, clock):
+            read_bytes = max(read_bytes, (packet.pos or 0) + packet.size)
+        missing = cut_off(container, clock.reached_s)
+    size = path.stat().st_size
+    if kind == "wav":
+        with path.open("rb") as f:
+            head, riff_bytes = struct.unpack("<4sI", f.read(8))
+        if head == b"RIFF" and size < riff_bytes < _STREAMED_BYTES and size < 0.99 * riff_bytes:
+            missing = clock.reached_s, clock.reached_s * riff_bytes / size
+    if missing:
+        return [f"It is cut off: {missing[0]:.1f} of its {missing[1]:.1f} s of sound are there."]
+    rest = size - read_bytes
+    if kind in _WITH_LENGTH and rest > max(_OTHER_CHUNKS_BYTES, 0.05 * size):
+        return [f"{rest / 1e3:.0f} kB follow after the end that its header states: they are not read."]
+    return []
 
 
 def mix_weights(

@@ -1,12 +1,14 @@
 """Where media comes from: any path, pipe, bytes or file object, as a file that FFmpeg can open."""
 
 import io
+import mmap
 import os
 import shutil
 import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, BinaryIO, Protocol, cast, runtime_checkable
 
@@ -18,6 +20,16 @@ from hicode.errors import InputError, OutputError
 from hicode.files import temporary_folder
 
 _COPY_BYTES = 1 << 20
+# What names other files, devices or servers, and text that FFmpeg would draw or play. A stranger's file may be one.
+_NO_MEDIA = set(
+    "adf alsa bin concat dash fbdev ffmetadata hds hls idf image2 image2pipe kmsgrab lavfi oss rtp rtsp sap sbg sdp "
+    "tty video4linux2,v4l2 vobsub webm_dash_manifest x11grab xbin".split()
+)
+INPUT_OPTIONS = {
+    "format_whitelist": ",".join(sorted(av.formats_available - _NO_MEDIA)),
+    "protocol_whitelist": "file,subfile",
+}
+"""For FFmpeg, with every file that is read: it opens that file alone."""
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -46,7 +58,7 @@ def open_media(path: Path | str, part: tuple[int, int] | None = None) -> Iterato
     _check(path)
     url = media_url(path) if part is None else f"subfile,,start,{part[0]},end,{part[1]},,:{media_url(path)}"
     try:
-        container = av.open(url)
+        container = av.open(url, options=INPUT_OPTIONS)
     except (av.error.FFmpegError, ValueError) as error:
         raise InputError(
             f"{path} is not a readable video or sound file ({getattr(error, 'strerror', None) or error}). It may be "
@@ -121,35 +133,43 @@ def _copied(source: Path | Readable) -> Iterator[Path]:
         yield copy
 
 
+# How a file of a kind begins: a literal, then another at some distance. Readers stop where the second file begins.
+_HEADS = (
+    (b"RIFF", 8, b"WAVE"), (b"RF64", 8, b"WAVE"), (b"FORM", 8, b"AIF"), (b"riff\x2e\x91\xcf\x11", 24, b"wave"),
+    (b"caff\0\1\0\0", 8, b"desc"), (b"FLV\1", 5, b"\0\0\0\t"), (b"fLaC", 4, b"\0\0\0\x22"),
+)  # fmt: skip
+
+
 def joined_parts(path: Path | str) -> list[tuple[int, int]]:
     """Begin and end in bytes of each file that was joined into this one, as by `cat`; one for any other file.
 
-    WAV and MP4 are recognised: their readers stop at the end of the first file.
+    Recognised are those whose readers stop at the end of the first file: WAV, AIFF, Wave64, CAF, FLAC, FLV, MP4.
     """
-    size = os.stat(path).st_size
+    found = os.stat(path)
+    return _joined_parts(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(64)
+def _joined_parts(path: Path | str, size: int, _changed_ns: int) -> list[tuple[int, int]]:
+    begins = [0]
     with open(path, "rb") as f:
-        head = f.read(12)
-        if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-            begins = _wav_begins(f, size)
-        elif head[4:8] == b"ftyp":
+        head = f.read(32)
+        if head[4:8] == b"ftyp":
             begins = _mp4_begins(f, size)
-        else:
-            begins = [0]
+        for literal, distance, second in _HEADS:
+            if head.startswith(literal) and head.startswith(second, distance):
+                begins = _begins(f, literal, distance, second)
     return list(zip(begins, [*begins[1:], size], strict=True))
 
 
-def _wav_begins(f: BinaryIO, size: int) -> list[int]:
-    begins, at = [], 0
-    while at + 12 <= size:
-        f.seek(at)
-        head = f.read(12)
-        if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
-            break
-        begins.append(at)
-        at += 8 + struct.unpack("<I", head[4:8])[0]
-        f.seek(min(at, size))
-        at += f.read(1) == b"\0"  # an odd chunk is padded
-    return begins
+def _begins(f: BinaryIO, literal: bytes, distance: int, second: bytes) -> list[int]:
+    with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        begins, at = [], 0
+        while at >= 0:
+            if data[at + distance : at + distance + len(second)] == second:
+                begins.append(at)
+            at = data.find(literal, at + 1)
+        return begins
 
 
 def _mp4_begins(f: BinaryIO, size: int) -> list[int]:

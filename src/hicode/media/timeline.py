@@ -88,10 +88,11 @@ class Timeline:
 def packets(container: av.container.InputContainer, timeline: Timeline | None = None) -> Iterator[av.packet.Packet]:
     """All packets of pictures and sound in the order of the file, their time stamps on the continuous clock.
 
-    Packets that FFmpeg cannot read end the file: what is missing shows in its length.
+    Those that an edit list leaves out are not of the clock: others build on them. Packets that FFmpeg cannot read end
+    the file: what is missing shows in its length.
     """
     timeline, leads_s = timeline or Timeline(), {}
-    source = container.demux(*container.streams.video, *container.streams.audio)
+    source = container.demux()
     while True:
         try:
             packet = next(source, None)
@@ -99,8 +100,15 @@ def packets(container: av.container.InputContainer, timeline: Timeline | None = 
             return
         if packet is None:
             return
+        if packet.is_discard:
+            yield packet
+            continue
         _mend_stamps(packet, timeline, leads_s)
         stamp = packet.dts if packet.dts is not None else packet.pts
+        if packet.stream.type not in ("video", "audio"):
+            if stamp is not None and packet.time_base:
+                timeline.reached_s = max(timeline.reached_s, float((stamp + (packet.duration or 0)) * packet.time_base))
+            continue
         if stamp is not None and packet.time_base:
             base = packet.time_base
             shift = timeline.shift_s(packet.stream.index, float(stamp * base), float((packet.duration or 0) * base))
@@ -109,6 +117,16 @@ def packets(container: av.container.InputContainer, timeline: Timeline | None = 
                 packet.pts = None if packet.pts is None else packet.pts + ticks
                 packet.dts = None if packet.dts is None else packet.dts + ticks
         yield packet
+
+
+def cut_off(container: av.container.InputContainer, reached_s: float) -> tuple[float, float] | None:
+    """Seconds that are there and seconds that the file declares, where its packets end well before those."""
+    declared_s, start_s = (container.duration or 0) / av.time_base, (container.start_time or 0) / av.time_base
+    if container.format.name == "avi":  # FFmpeg guesses a duration from the file's size
+        rates = [(s.frames, float(s.average_rate or 0)) for s in container.streams.video]
+        declared_s = max([declared_s, *(frames / rate for frames, rate in rates if rate)])
+    there_s = max(reached_s - start_s, 0.0)
+    return (there_s, declared_s) if there_s < declared_s - max(0.5, 0.02 * declared_s) else None
 
 
 def _mend_stamps(packet: av.packet.Packet, timeline: Timeline, leads_s: dict[int, Fraction]) -> None:
@@ -150,10 +168,10 @@ def extent(container: av.container.InputContainer) -> Extent:
     """Read all packets of an opened container."""
     timeline, spans = Timeline(), {}
     for packet in packets(container, timeline):
+        if not packet.time_base or packet.size == 0 or packet.is_discard:
+            continue
         known = spans.get(packet.stream.index)
         stamp = packet.pts if packet.pts is not None else packet.dts
-        if not packet.time_base or packet.size == 0:
-            continue
         begin = float(stamp * packet.time_base) if stamp is not None else known.end_s if known else 0.0
         end = begin + float((packet.duration or 0) * packet.time_base)
         known = known or Span(begin, end)

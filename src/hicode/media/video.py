@@ -27,7 +27,7 @@ from hicode.audio import FPS, SAMPLE_RATE_HZ
 from hicode.errors import InputError, OutputError
 from hicode.files import atomic_path
 from hicode.media.source import joined_parts, media_url, open_media
-from hicode.media.timeline import Timeline, extent, packets
+from hicode.media.timeline import Timeline, cut_off, extent, packets
 
 # Accurate rounding alone changes pixels by 1.2 of 255 on average (29 at most) on HDTF frames: worth its 1.6 ms a frame.
 _ENLARGE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -161,18 +161,9 @@ def _decoded(container, stream, path: Path) -> Iterator[_Decoded]:
             yield _Decoded(time_s, frame, lost_s is not None)
     if last_s is None:
         raise InputError(f"{path} holds no decodable picture ({lost} damaged packets). Export it again as MP4 (H.264).")
-    _check_whole(container, timeline.reached_s, path)
-
-
-def _check_whole(container: av.container.InputContainer, reached_s: float, path: Path) -> None:
-    """Raise InputError where the packets end well before the length that the file declares."""
-    if not container.duration or container.duration <= 0:
-        return
-    declared_s, start_s = container.duration / av.time_base, (container.start_time or 0) / av.time_base
-    there_s = max(reached_s - start_s, 0.0)
-    if there_s < declared_s - max(0.5, 0.02 * declared_s):
+    if missing := cut_off(container, timeline.reached_s):
         raise InputError(
-            f"{path} is cut off: {there_s:.1f} of its {declared_s:.1f} s are there. Copy it again, or re-export the "
+            f"{path} is cut off: {missing[0]:.1f} of its {missing[1]:.1f} s are there. Copy it again, or re-export the "
             "part that plays."
         )
 
@@ -266,7 +257,8 @@ def _picture_notes(
         notes.append(
             f"{others + 1} picture tracks: number {_number(container.streams.video, stream)} is used ({size})."
         )
-    if any(component.is_alpha for component in frame.format.components):
+    layer = any(key.lower() == "alpha_mode" and value == "1" for key, value in stream.metadata.items())
+    if layer or any(component.is_alpha for component in frame.format.components):
         notes.append("Transparency is dropped: what lies under it is seen.")
     return notes
 

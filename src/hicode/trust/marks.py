@@ -26,7 +26,7 @@ from hicode import __version__
 from hicode.audio import FPS
 from hicode.errors import InputError, OutputError
 from hicode.files import atomic_path
-from hicode.media.source import media_url
+from hicode.media.source import INPUT_OPTIONS, media_url
 from hicode.trust.consent import ConsentRecord
 from hicode.trust.machine_key import MachineKey, config_folder
 from hicode.trust.watermark import Payload, Watermark
@@ -196,7 +196,7 @@ def aigc_field(record: VideoRecord) -> dict[str, str]:
 def read_aigc(path: Path | str) -> dict | None:
     """The AIGC field of any video; None where there is none, or no JSON object in it."""
     try:
-        with av.open(media_url(path)) as container:
+        with av.open(media_url(path), options=INPUT_OPTIONS) as container:
             text = container.metadata.get(AIGC_FIELD)
         value = json.loads(text) if text else None
     except (av.error.FFmpegError, OSError, ValueError):

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from hicode.errors import HicodeError, InputError
-from hicode.media.source import media_url
+from hicode.media.source import INPUT_OPTIONS, media_url
 from hicode.media.video import read_video
 from hicode.trust.machine_key import MachineKey
 from hicode.trust.marks import AVATAR_ASSERTION, c2pa_context, read_aigc
@@ -274,7 +274,7 @@ def _parts(path: Path) -> Iterator[tuple[tuple[float, float], Accumulator]]:
 
 def _length_s(path: Path) -> float:
     try:
-        with av.open(media_url(path)) as container:
+        with av.open(media_url(path), options=INPUT_OPTIONS) as container:
             return max(container.duration or 0, 0) / av.time_base
     except (av.error.FFmpegError, OSError):
         return 0.0

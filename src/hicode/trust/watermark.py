@@ -28,7 +28,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from typing import no_type_check
 
@@ -379,8 +379,9 @@ def _scales(window: tuple[slice, slice]) -> Float[np.ndarray, "s"]:
     return np.geomspace(SCALE_MIN, SCALE_MAX, count + 1)
 
 
+@lru_cache(64)
 def _waves(length: int, first: int, last: int, period_px: float) -> Complex[np.ndarray, "f n"]:
-    """exp(-2 pi i f y / period) for whole f from first to last."""
+    """exp(-2 pi i f y / period) for whole f from first to last. Not to be written to: several scales share it."""
     turns = np.outer(np.arange(first, last + 1), np.arange(length) / period_px)
     angle = (2 * np.pi * (turns % 1.0)).astype(np.float32)  # sines of single precision are vectorised
     return np.cos(angle) - np.complex64(1j) * np.sin(angle)
@@ -458,7 +459,7 @@ def _decoded(picture: Float[np.ndarray, "h w"], alignment: Alignment, compared: 
     shift = key.v * alignment.offset_y_px / alignment.scale_y + key.u * alignment.offset_x_px / alignment.scale_x
     phases = phases * np.exp(2j * np.pi * shift / TILE_PX)
     sync = np.real(phases[key.sync] * key.sync_phasors.conj())
-    sums = np.real(key.codebook.conj() @ phases[key.data][..., None])[..., 0]  # symbols x codewords
+    sums = np.real(key.codebook @ phases[key.data].conj()[..., None])[..., 0]  # symbols x codewords
     total, count = float(sync.sum() + sums.max(-1).sum()), len(key.v)
     log_rates = (-(float(sync.sum()) ** 2) / len(sync), -(total**2) / count + SYMBOLS * SYMBOL_BITS * math.log(2))
     rate = math.exp(min(0.0, math.log(2 * compared) + min(log_rates)))  # twice: two tests
