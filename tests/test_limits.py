@@ -272,8 +272,12 @@ def test_turns_are_measured_from_facing_the_camera(degrees):
 
 def test_a_small_machine_is_told_what_it_will_take(monkeypatch):
     from hicode import runtime
+    from hicode.training.avatar import training_forecast
+    from hicode.training.stages import head_preset
 
     monkeypatch.setattr(runtime, "cores", lambda: 1)
+    said = training_forecast(head_preset("draft"), 200)
+    assert said == "Training of 1,800 iterations takes about 4 min on 1 core, and 1.3 GB of memory."
     assert runtime.forecast("It", 240, 0.81e9) == "It takes about 4 min on 1 core, and 0.8 GB of memory."
     monkeypatch.setattr(runtime, "cores", lambda: 2)
     assert runtime.forecast("It", 80, 0.81e9) == "It takes about 50 s on 2 cores, and 0.8 GB of memory."

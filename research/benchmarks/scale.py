@@ -60,8 +60,8 @@ def training_point(n: int, size: int) -> dict:
     rendering = median_ms(lambda: rasterize(still, camera, torch.zeros(3)))
 
     def four():
-        for _ in range(config.vgg_every):
-            training.train_step(state, frames, config, loss)
+        for _ in training.train_steps(state, frames, config, loss, state.iteration + config.vgg_every):
+            pass
 
     return {
         "rasterise": rendering,

@@ -70,7 +70,7 @@ def drawn_clip(size: int = 512, frames: int = 8) -> SimpleNamespace:
     track = FaceTrack(Motion(expression, landmarks, poses), identity, camera, torch.stack(points), torch.ones(frames))
     return SimpleNamespace(
         train=range(frames),
-        usable=np.ones(frames, bool),
+        chosen=np.ones(frames, bool),
         track=track,
         width=size,
         height=size,

@@ -64,7 +64,7 @@ class Gaussians:
         """
         if self.view_dependent_color is None:
             return self
-        colors = self.colors + (self.view_dependent_color * rotation).sum(-1)
+        colors = self.colors + self.view_dependent_color @ rotation
         return replace(self, colors=colors, view_dependent_color=None)
 
 

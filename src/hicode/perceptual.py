@@ -180,7 +180,7 @@ class Features(nn.Module):
                 x = F.max_pool2d(x, *shape)
                 continue
             kernel, bias = next(parameters)
-            x = F.relu(F.conv2d(x, kernel, bias, stride=shape[3], padding=shape[4]))
+            x = F.relu_(F.conv2d(x, kernel, bias, stride=shape[3], padding=shape[4]))
             if name in self.layers:
                 out.append(x)
         return out

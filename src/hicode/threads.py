@@ -8,7 +8,7 @@ other.
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _pool: ThreadPoolExecutor | None = None
-_frames: tuple[int, ThreadPoolExecutor] | None = None  # threads, pool
+_shared: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by the number of threads, and the number of torch's in each
 _lock = threading.Lock()
 
 
@@ -64,14 +64,22 @@ def frame_pool() -> ThreadPoolExecutor:
     step, so each of the pool's threads runs torch and kernels alone. Nobody shuts the pool down. After
     `torch.set_num_threads` with another number, the next call makes another pool.
     """
-    global _frames
-    count = torch.get_num_threads()
+    return _shared_pool(torch.get_num_threads(), 1)
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`work` of each of a few items, all at once, each on its share of torch's threads; what it raises is raised."""
+    threads = torch.get_num_threads()
+    if threads < len(items) or len(items) < 2:
+        return [work(item) for item in items]
+    return list(_shared_pool(len(items), threads // len(items)).map(work, items))
+
+
+def _shared_pool(count: int, each: int) -> ThreadPoolExecutor:
     with _lock:
-        if _frames is None or _frames[0] != count:
-            if _frames is not None:
-                _frames[1].shutdown(wait=False)
-            _frames = count, _make_frame_pool(count)
-        return _frames[1]
+        if (count, each) not in _shared:
+            _shared[count, each] = _make_pool(count, each)
+        return _shared[count, each]
 
 
 def map_frames(work: Callable[[Item], Result], frames: Iterable[Item]) -> Iterator[Result]:
@@ -93,25 +101,27 @@ def map_frames(work: Callable[[Item], Result], frames: Iterable[Item]) -> Iterat
             future.cancel()
 
 
-def _make_frame_pool(count: int) -> ThreadPoolExecutor:
-    pool = ThreadPoolExecutor(count, thread_name_prefix="hicode-frame")
+def _make_pool(count: int, each: int) -> ThreadPoolExecutor:
+    """A pool of `count` threads, on each of which torch uses `each`."""
+    pool, own = ThreadPoolExecutor(count, thread_name_prefix="hicode-frame"), torch.get_num_threads()
     together = threading.Barrier(count)
 
-    def alone() -> None:
+    def limit() -> None:
         torch.get_num_threads()  # a thread takes the inherited number when it first asks, whatever was set before
-        torch.set_num_threads(1)
+        torch.set_num_threads(each)
         together.wait()  # so that each thread is told once
 
-    for started in [pool.submit(alone) for _ in range(count)]:
+    for started in [pool.submit(limit) for _ in range(count)]:
         started.result()
     # The number is each thread's own, but threads to come inherit the one that was set last.
-    torch.set_num_threads(count)
+    torch.set_num_threads(own)
     return pool
 
 
 def _forget() -> None:
-    global _pool, _frames, _lock
-    _pool, _frames, _lock = None, None, threading.Lock()
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+    _shared.clear()
 
 
 if hasattr(

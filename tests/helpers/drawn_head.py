@@ -34,7 +34,7 @@ class DrawnClip(Clip):
         self.track, self.images, self.masks, self.depth_maps = track, images, masks, depths
         self.train, self.test = range(len(track) - 2), range(len(track) - 2, len(track))
         self.width = self.height = SIZE
-        self.frame_count, self.defects = len(track), []
+        self.frame_count, self.defects, self.chosen_runs = len(track), [], [[0, len(track)]]
         self.shown: list[int] = []
 
     def image(self, t):

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
 from helpers.drawn_head import draw_clip
 from hicode.errors import InputError
@@ -23,22 +21,6 @@ def test_decoded_frames_stay_within_the_memory_given():
         assert used == kept * each <= given
         for image, t in zip(images, frames.frames, strict=True):
             assert np.array_equal(image, clip.image(t)[y0:y1, x0:x1].transpose(2, 0, 1))
-
-
-def test_a_coarse_view_is_the_same_picture_at_half_of_its_size():
-    """Through the camera, in the target, the mouth's box and the landmarks; the target to the rounding of its bytes."""
-    frames = TrainingFrames(draw_clip(HeadModel.load()), 10**9)
-    t, grey = frames.frames[3], torch.full((3,), 0.5)
-    full, half = frames.view(t), frames.view(t, 2)
-    assert full.shrink == 1 and half.target(grey).shape == tuple(n // 2 for n in full.mask.shape) + (3,)
-    h, w = half.mask.shape
-    size = torch.tensor([w / full.mask.shape[1], h / full.mask.shape[0]])
-    point = frames.clip.track.motion.landmarks[t, :1]
-    assert torch.allclose(half.camera.project(point)[0], full.camera.project(point)[0] * size, atol=1e-3)
-    assert torch.allclose(half.landmarks_px, full.landmarks_px * size, atol=1e-3)
-    assert np.allclose(half.mouth_box, np.array(full.mouth_box) / 2, atol=1.5)
-    mean = F.adaptive_avg_pool2d(full.target(grey).permute(2, 0, 1), (h, w)).permute(1, 2, 0)
-    assert (half.target(grey) - mean).abs().mean() < 0.01
 
 
 def test_the_window_contains_every_mask_with_a_margin_and_needs_one():

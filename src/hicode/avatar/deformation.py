@@ -131,8 +131,8 @@ class Deformation(nn.Module):
         delta = self.control(self.anchor_cache(means), self.normalization(frame))
         if self.anchors is not None:
             delta = self.anchors.interpolate(delta)
-        colors = delta[:, 10:] if self.config.color_offset else zeros
-        return Offsets(delta[:, :3] * self.config.max_offset + d_means, delta[:, 3:7], delta[:, 7:10], colors)
+        means, quats, log_scales, *colors = delta.split([3, 4, 3, 3][: 4 if self.config.color_offset else 3], 1)
+        return Offsets(means * self.config.max_offset + d_means, quats, log_scales, colors[0] if colors else zeros)
 
     def deform(self, gaussians: Gaussians, frame: MotionFrame) -> Gaussians:
         """The cloud at one frame (Eqs 7-8), its colours as seen at the frame's head rotation."""

@@ -18,6 +18,7 @@ from hicode.motion import (
     UPPER_LIP_INNER,
     FaceTrack,
 )
+from hicode.preparation.choice import Choice
 from hicode.preparation.crop import Crop, FaceSearch, clock
 from hicode.preparation.defects import Defect, usable
 from hicode.preparation.sound import Offset, Sound
@@ -101,6 +102,7 @@ class Recording:
     first_missing: int | None
     fit_px: float
     focal_px: float
+    choice: Choice
     sound: Sound
     offset: Offset | None
     track: FaceTrack
@@ -171,6 +173,13 @@ def _length(r: Recording, config: ReportConfig) -> Finding:
     short = count / FPS < config.min_seconds
     value = f"{count / FPS:.1f} s, {count} frames at 25 fps"
     return _finding("length", value, short, "A minute or more teaches the mouth better.")
+
+
+def _chosen(r: Recording, config: ReportConfig) -> Finding | None:
+    if len(r.choice.runs) == 1 and r.choice.runs[0] == [0, r.crop.frame_count]:
+        return None
+    value = f"{r.choice.seconds:.0f} s with the most poses and mouth shapes; its speech from all"
+    return Finding("head learned from", value)
 
 
 def _video(r: Recording, config: ReportConfig) -> Finding:
@@ -320,8 +329,8 @@ def _audio_offset(r: Recording, config: ReportConfig) -> Finding | None:
 
 
 _CHECKS: tuple[Check, ...] = (
-    _length, _video, _source, _colour, _scanning, _face, _crop, _people, _missing_face, _defects, _fit, _sharpness,
-    _light, _light_changes, _cuts, _covered_mouth, _rotation, _burnt_out, _mouth_range, _sound, _overdriven,
+    _length, _chosen, _video, _source, _colour, _scanning, _face, _crop, _people, _missing_face, _defects, _fit,
+    _sharpness, _light, _light_changes, _cuts, _covered_mouth, _rotation, _burnt_out, _mouth_range, _sound, _overdriven,
     _audio_offset,
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """A prepared clip: a folder of frames, masks, track, depth, sound and speech features, read lazily.
 
-t frames at 25 fps, h x w px (square). The first 10/11 of them train, the last 1/11 (at least one second) test. Nothing
+t frames at 25 fps, h x w px (square). The first 10/11 of them train, the last 1/11 (one to ten seconds) test. Nothing
 that learns, averages or stops early may use the test part. Frame i owns the speech features 2i and 2i + 1 and the
 samples 640 i … 640 (i + 1).
 
@@ -50,8 +50,8 @@ class Frame:
 
 
 def split(frame_count: int) -> tuple[range, range]:
-    """(train, test): the last 1/11, at least 25 frames, tests."""
-    test = min(max(25, -(-frame_count // 11)), frame_count)
+    """(train, test): the last 1/11, at least 25 frames and at most 250, tests."""
+    test = min(max(25, min(250, -(-frame_count // 11))), frame_count)
     return range(frame_count - test), range(frame_count - test, frame_count)
 
 
@@ -73,6 +73,7 @@ class Clip:
         self.audio_offset_frames: float = config["audio_offset_frames"]
         self.report: dict = config["report"]
         self.defects = [Defect(**defect) for defect in config.get("defects", [])]
+        self.chosen_runs: list[list[int]] = config.get("chosen", [[0, self.frame_count]])
         self._pictures = _Pictures()
 
     @staticmethod
@@ -120,13 +121,22 @@ class Clip:
 
     @cached_property
     def usable(self) -> Bool[np.ndarray, "t"]:
-        """Frames without a defect: those that are learned from."""
+        """Frames without a defect."""
         return usable(self.frame_count, self.defects)
+
+    @cached_property
+    def chosen(self) -> Bool[np.ndarray, "t"]:
+        """Frames that the head is learned from: without a defect, and chosen (`preparation.choice`). Others have no
+        mask."""
+        chosen = np.zeros(self.frame_count, bool)
+        for first, end in self.chosen_runs:
+            chosen[first:end] = True
+        return chosen & self.usable if (chosen & self.usable)[self.train.start : self.train.stop].any() else chosen
 
     @property
     def driving(self) -> range:
-        """The longest part of the training part without a defect: it drives the avatar."""
-        run = longest_run(self.usable[self.train.start : self.train.stop])
+        """The longest run of chosen frames in the training part: it drives the avatar."""
+        run = longest_run(self.chosen[self.train.start : self.train.stop])
         return range(self.train.start + run.start, self.train.start + run.stop)
 
     @property

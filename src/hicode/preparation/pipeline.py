@@ -13,7 +13,7 @@ from typing import get_args
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from hicode.audio import FPS
 from hicode.errors import HicodeError, InputError, OutputError
@@ -30,6 +30,7 @@ from hicode.preparation.capture_report import (
     print_report,
     survey_clip,
 )
+from hicode.preparation.choice import Choice, ChoiceConfig, choose, completed, hidden
 from hicode.preparation.clip import Clip, load_track, read_png, save_track, split, write_png
 from hicode.preparation.crop import (
     Crop,
@@ -86,6 +87,8 @@ class PrepareConfig:
     """Search for the face, and the square around it."""
     track: TrackConfig = TrackConfig()
     """Tracking of the head."""
+    choice: ChoiceConfig = field(default_factory=ChoiceConfig)
+    """What of a long video the head learns from."""
     sound: SoundConfig = SoundConfig()
     """What counts as silence."""
     report: ReportConfig = ReportConfig()
@@ -225,17 +228,22 @@ class _Preparation:
         found = cache.run(step, LandmarkResult, lambda: self.find_landmarks(crop.frame_count))
         step = Step("fit", 3, {"fit": track.fit, "flow": track.flow}, ("landmarks",), ("fit.safetensors",))
         fitted = cache.run(step, FitResult, lambda: self.fit(train))
-        step = Step("masks", 3, {"masks": track.masks}, ("fit",), ("masks/person", "masks/head"))
-        cache.run(step, MaskResult, lambda: self.segment(crop.frame_count))
+        step = Step("choice", 1, {"choice": config.choice}, ("fit",))
+        choice = cache.run(step, Choice, lambda: self.choose(crop, train))
+        cache.state["chosen"] = choice.runs
+        step = Step("masks", 3, {"masks": track.masks}, ("fit", "choice"), ("masks/person", "masks/head"))
+        cache.run(step, MaskResult, lambda: self.segment(choice))
         settings = {"fit": track.fit, "rigid_pose": track.rigid_pose, "drift": track.drift}
         step = Step("track", 8, settings, ("fit", "masks"), ("track.safetensors", "rigid_points.safetensors"))
-        cache.run(step, TrackResult, lambda: self.track(train))
+        cache.run(step, TrackResult, lambda: self.track(train, choice.mask(crop.frame_count)))
         step = Step("depth", 4, {"depth": track.depth}, ("track",), ("depth.safetensors",))
-        cache.run(step, DepthResult, lambda: self.depth(train))
+        cache.run(step, DepthResult, lambda: self.depth(train, choice.mask(crop.frame_count)))
         sound, offset = self._listen(cut, crop.frame_count, train)
         after = ("faces", "track", "masks", "sound", *(("offset",) if offset else ()))
         step = Step("report", 4, {"report": config.report}, after)
-        report = cache.run(step, CaptureReport, lambda: self.report(faces, crop, found, fitted, (sound, offset)))
+        report = cache.run(
+            step, CaptureReport, lambda: self.report(faces, crop, found, fitted, (choice, sound, offset))
+        )
         cache.state.update(report={"items": report.items, **report.figures}, complete=True)
         cache.save()
 
@@ -349,36 +357,51 @@ class _Preparation:
         figures = fit_report(track, self.models.head)
         return FitResult(figures.error_px, figures.lips_px, figures.focal_px)
 
-    def segment(self, count: int) -> MaskResult:
+    def choose(self, crop: Crop, train: range) -> Choice:
+        track = load_track(self.folder / "fit.safetensors")
+        good = usable(crop.frame_count, [Defect(**defect) for defect in crop.defects])
+        return choose(track, train, good, self.pictures.gray, self.config.choice)
+
+    def segment(self, choice: Choice) -> MaskResult:
         points = load_track(self.folder / "fit.safetensors").landmarks_px.numpy()
         config = self.config.track.masks
         with whole_folder(self.folder / "masks") as target:
             person, head = target / "person", target / "head"
             person.mkdir()
             head.mkdir()
-            masks = self.models.segmenter.persons(self.frames(count, "Masks"), config)
+            count = sum(end - first for first, end in choice.runs)
+
+            def masks() -> Iterator[tuple[int, UInt8[np.ndarray, "h w"]]]:
+                for first, end in choice.runs:
+                    frames = map_frames(self.image, range(first, end))
+                    yield from zip(range(first, end), self.models.segmenter.persons(frames, config), strict=True)
 
             def write(mask: tuple[int, UInt8[np.ndarray, "h w"]]) -> None:
                 write_png(person / f"{mask[0]:06d}.png", mask[1])
                 write_png(head / f"{mask[0]:06d}.png", head_mask(mask[1], points[mask[0]], config))
 
-            for _ in map_frames(write, enumerate(masks)):
-                pass
+            with progress_bar("Masks", self.show) as report:
+                for k, _ in enumerate(map_frames(write, masks())):
+                    report(k + 1, count)
         return MaskResult(count)
 
-    def track(self, train: range) -> TrackResult:
-        """Poses from rigid points of the whole head, then expressions and landmarks under them."""
+    def track(self, train: range, chosen: Bool[np.ndarray, "t"]) -> TrackResult:
+        """Poses from rigid points of the whole head, then expressions and landmarks under them.
+
+        Pictures are read of the chosen frames only.
+        """
         config, head = self.config.track, self.models.head
-        track = load_track(self.folder / "fit.safetensors")
+        fitted = load_track(self.folder / "fit.safetensors")
         with progress_bar("Aligning the head", self.show) as report:
             progress = lambda done: report(round(100 * done), 100)
-            rigid = refine_rigid_pose(self.pictures, track, head, train, config.rigid_pose, progress)
-        track = refit_expressions(track, rigid.poses, self._observations(), head, train, config.fit)
+            rigid = refine_rigid_pose(self.pictures, hidden(fitted, chosen), head, train, config.rigid_pose, progress)
+        track = refit_expressions(fitted, rigid.poses, self._observations(), head, train, config.fit)
         with progress_bar("Following the skin", self.show) as report:
             progress = lambda done: report(round(100 * done), 100)
             track, drift = correct_landmark_drift(
-                self.pictures, track, rigid.points, head, train, config.drift, progress
+                self.pictures, hidden(track, chosen), rigid.points, head, train, config.drift, progress
             )
+        track = completed(track, fitted, chosen)
         save_track(self.folder / "track.safetensors", track)
         save_tensors(self.folder / "rigid_points.safetensors", rigid.points.tensors(), "hicode-rigid-points", 1)
         figures, found = fit_report(track, head), rigid.report
@@ -387,19 +410,20 @@ class _Preparation:
             match_px=found.residual_px,
             rotated_deg=found.rotated_deg,
             origin_mm=found.origin_mm,
-            unmatched=found.unmatched,
+            unmatched=found.unmatched - int((~chosen).sum()),
             drift_matches=drift.matches,
             drift_px=drift.moved_px,
             jitter_deg=figures.jitter_deg,
             jitter_px=figures.jitter_px,
         )
 
-    def depth(self, train: range) -> DepthResult:
+    def depth(self, train: range, chosen: Bool[np.ndarray, "t"]) -> DepthResult:
         """Depth of the first training frame and of those that show the head from other sides."""
         config, track = self.config.track.depth, load_track(self.folder / "track.safetensors")
         saved, _ = load_tensors(self.folder / "rigid_points.safetensors", "hicode-rigid-points", 1)
         points = RigidPoints(**saved)
-        seen = [t for t in train if track.confidence[t] > 0 or t == train.start]
+        seen = [t for t in train if chosen[t] and track.confidence[t] > 0]
+        seen = seen or [t for t in train if chosen[t]][:1]
         poses = track.motion.T_camera_head.double().numpy()
         frames = choose_keyframes(poses, seen, config.views, config.spacing_deg)
         depths = []
@@ -416,7 +440,7 @@ class _Preparation:
         crop: Crop,
         found: LandmarkResult,
         fitted: FitResult,
-        sound: tuple[Sound, Offset | None],
+        rest: tuple[Choice, Sound, Offset | None],
     ) -> CaptureReport:
         config, track = self.config.report, load_track(self.folder / "track.safetensors")
         quality = face_quality(self.pictures, track, config.samples)
@@ -425,7 +449,7 @@ class _Preparation:
             survey = survey_clip(self.pictures, track, config, report, good)
         recording = Recording(
             self.info, faces, crop, found.missing, found.first_missing, fitted.error_px, fitted.focal_px,
-            *sound, track, quality, survey,
+            *rest, track, quality, survey,
         )  # fmt: skip
         return capture_report(recording, config)
 

@@ -29,7 +29,7 @@ from hicode.preparation.clip import Clip
 from hicode.progress import Report, progress_bar
 from hicode.provenance import plain, provenance
 from hicode.render import rasterize
-from hicode.runtime import Device, available_memory, peak_memory_mb, require_memory_for_frames, resolve_device
+from hicode.runtime import Device, available_memory, forecast, peak_memory_mb, require_memory_for_frames, resolve_device
 from hicode.speech.speech_model import SpeechModels
 from hicode.tracking.head_model import HeadModel
 from hicode.training.adaptation import GENERIC, AdaptConfig, example_of, learn_speech_models, load_generic
@@ -50,6 +50,8 @@ PARTS = ("face_landmarks", "face_detection", "person_mask", "head_model", "speec
 
 # Memory of training without decoded frames: of the program, and of each frame's track and speech features.
 TRAINING_BYTES, TRAINING_FRAME_BYTES = 1.3e9, 80e3
+# Time of training on one core: of an iteration, and where the control is evaluated on every Gaussian; of all else.
+_CORE_S_AN_ITERATION, _CORE_S_WITHOUT_ANCHORS, _CORE_S = 0.125, 0.45, 15.0
 FIRST_LOOK_S = 60.0  # of training the head, after which a coarse avatar is written
 PREVIEWS = 10  # images of the head during training, for TensorBoard
 
@@ -104,6 +106,8 @@ def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainC
     frames = len(clip.track)
     require_memory_for_frames(frames, clip.fps, TRAINING_BYTES, TRAINING_FRAME_BYTES, f"Training on {frames} frames")
     head, refiner = config.head_config(), config.refiner_config()
+    if config.progress:
+        print(training_forecast(head, frames), file=sys.stderr)
     if head.deformation.control == "speech":
         clip.hear()
     folder = config.run or out.parent / "runs" / out.stem
@@ -146,6 +150,13 @@ def train(clip: Clip | Path | str, out: Path | str, config: TrainConfig = TrainC
         }
     avatar.save(out)
     return avatar
+
+
+def training_forecast(head: HeadConfig, frames: int) -> str:
+    """What training on so many frames will take here, without a refiner; said before it starts."""
+    each = _CORE_S_AN_ITERATION if head.deformation.anchors else _CORE_S_WITHOUT_ANCHORS
+    need_bytes = TRAINING_BYTES + frames * TRAINING_FRAME_BYTES
+    return forecast(f"Training of {head.iterations:,} iterations", _CORE_S + head.iterations * each, need_bytes)
 
 
 def _generic_speech(weights: Path | None) -> SpeechModels:

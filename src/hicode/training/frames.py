@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -22,7 +21,7 @@ class TrainingFrames:
     """Frames are named by the clip's frame index t. Decoded frames stay in memory up to `preload_bytes`.
 
     frames        of the training part
-    learned       those without a defect (all, where there is none without)
+    learned       those that are chosen, without a defect
     depth_frames  those with a depth map, which give the initial points
     window        the box that all renderings and targets cover, px of the clip's frames
     """
@@ -31,8 +30,8 @@ class TrainingFrames:
         self.clip, self.frames = clip, list(clip.train)
         self.learned = learned_frames(clip)
         depths = list(clip.depths())
-        self.depth_frames = [t for t in depths if clip.usable[t]] or depths
-        self.window = head_window([clip.head_mask(t) for t in self.frames[:: max(1, len(self.frames) // 100)]])
+        self.depth_frames = [t for t in depths if clip.chosen[t]] or depths
+        self.window = head_window([clip.head_mask(t) for t in self.learned[:: max(1, len(self.learned) // 100)]])
         x0, y0, x1, y1 = self.window
         self._capacity = preload_bytes // ((x1 - x0) * (y1 - y0) * 4)  # frames with their masks
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
@@ -51,27 +50,22 @@ class TrainingFrames:
             self._cache[t] = image, mask
         return image, mask
 
-    def view(self, t: int, shrink: int = 1) -> "TrainingView":
-        """Frame t at 1 / shrink of its size."""
+    def view(self, t: int) -> "TrainingView":
+        """Frame t."""
         x0, y0, x1, y1 = self.window
         camera = self.clip.track.camera_at(t).cropped(x0, y0, x1 - x0, y1 - y0)
-        (image, mask), scale = self.image_and_mask(t), np.ones(2)
-        if shrink > 1:
-            size = max(1, (x1 - x0) // shrink), max(1, (y1 - y0) // shrink)
-            camera, scale = camera.resized(*size), np.array(size) / [x1 - x0, y1 - y0]
-            small = [cv2.resize(p.numpy(), size, interpolation=cv2.INTER_AREA) for p in (*image, mask)]
-            image, mask = torch.from_numpy(np.stack(small[:3])), torch.from_numpy(small[3])
-        landmarks_px = (self.clip.track.landmarks_px[t] - torch.tensor(self.window[:2])) * torch.from_numpy(scale)
+        image, mask = self.image_and_mask(t)
+        landmarks_px = self.clip.track.landmarks_px[t] - torch.tensor(self.window[:2])
         a, b, c, d = self.clip.track.mouth_box(t, padding=0.2)
-        a, c = np.clip((np.array([a, c]) - x0) * scale[0], 0, mask.shape[1])
-        b, d = np.clip((np.array([b, d]) - y0) * scale[1], 0, mask.shape[0])
+        a, c = np.clip((a - x0, c - x0), 0, x1 - x0)
+        b, d = np.clip((b - y0, d - y0), 0, y1 - y0)
         mouth = int(a), int(b), int(max(c, a + 1)), int(max(d, b + 1))
-        return TrainingView(camera, image, mask, mouth, landmarks_px.float(), shrink)
+        return TrainingView(camera, image, mask, mouth, landmarks_px.float())
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingView:
-    """A training frame within the window, at 1 / shrink of its size.
+    """A training frame within the window.
 
     camera        as tracked, for the window
     mouth_box     in px of the window, clipped to it, never empty
@@ -83,18 +77,17 @@ class TrainingView:
     mask: UInt8[Tensor, "h w"]
     mouth_box: Box
     landmarks_px: Float[Tensor, "478 2"]
-    shrink: int
 
     def target(self, background: Float[Tensor, "3"]) -> Float[Tensor, "h w 3"]:
         """The head over a constant colour, on the colour's device. Random colours teach where the head ends."""
-        alpha = self.mask.to(background.device).float() / 255
-        over = self.image.to(background.device).float() * (alpha / 255) + background[:, None, None] * (1 - alpha)
+        alpha, behind = self.mask.to(background.device) / 255, background[:, None, None]
+        over = self.image.to(background.device).float().div_(255).sub_(behind).mul_(alpha).add_(behind)
         return over.permute(1, 2, 0)
 
 
 def learned_frames(clip: Clip) -> list[int]:
-    """The training part's frames without a defect; all of them, where there is none without."""
-    return [t for t in clip.train if clip.usable[t]] or list(clip.train)
+    """The training part's frames that the head learns from."""
+    return [t for t in clip.train if clip.chosen[t]]
 
 
 def head_window(masks: list[UInt8[np.ndarray, "h w"]]) -> Box:

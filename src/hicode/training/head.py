@@ -7,18 +7,22 @@ from a checkpoint gives the result of an uninterrupted one. Renderings and losse
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from hicode.avatar.deformation import Deformation
 from hicode.gaussians import Gaussians
 from hicode.motion import Motion
 from hicode.preparation.clip import Clip
 from hicode.render import RasterStats, rasterize
+from hicode.threads import side_by_side
 from hicode.tracking.head_model import HeadModel
 from hicode.training.checkpoint import HeadState
 from hicode.training.density import GradientStatistics, apply_plan, plan_density
@@ -80,8 +84,7 @@ def train_head(
     end = config.iterations if stop_at is None else min(stop_at, config.iterations)
     saved_s = time.monotonic()
     try:
-        while state.iteration < end:
-            scalars = train_step(state, frames, config, loss)
+        for scalars in train_steps(state, frames, config, loss, end):
             log(state, scalars)
             if checkpoint is not None and time.monotonic() - saved_s > config.checkpoint_seconds:
                 state.save(checkpoint)
@@ -95,29 +98,77 @@ def train_head(
     return TrainedHead.of(state, clip)
 
 
-def train_step(state: HeadState, frames: TrainingFrames, config: HeadConfig, head_loss: HeadLoss) -> dict[str, float]:
-    """One iteration: render a frame, compare, step, and control the density. Returns the scalars to log."""
-    stage, index = config.stage_at(state.iteration)
-    progress = set_learning_rates(state, config, stage)
-    if stage.deform and (index == 0 or (stage.name == "refine" and index == stage.iterations // 2)):
-        state.deformation.place_anchors(state.params["means"])
-    rng = torch.Generator().manual_seed(config.seed * 1_000_003 + state.iteration)
-    background = torch.rand(3, generator=rng).to(state.device)
-    t = frame_at(config, state.iteration, frames)
-    k = t - frames.frames[0]
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Of an iteration's loss: by the learned tensors (None: not touched) and by the pose of training frame t.
 
-    tracked_pose = frames.clip.track.motion.T_camera_head[t]
-    pose = state.pose.apply(k, tracked_pose)
+    `stats` are the rendering's, where density control needs them.
+    """
+
+    t: int
+    tensors: dict[str, Tensor | None]
+    pose: Float[Tensor, "4 4"] | None
+    stats: RasterStats | None
+    loss: float
+    terms: dict[str, Tensor]
+
+
+def train_steps(
+    state: HeadState, frames: TrainingFrames, config: HeadConfig, head_loss: HeadLoss, end: int
+) -> Iterator[dict[str, float]]:
+    """All iterations until `end`; after each one its scalars to log.
+
+    The gradients of iterations 2 k and 2 k + 1 are found at once, both from what iteration 2 k - 1 left. Then come two
+    steps. So two cores compute whole frames and never wait for each other within one. It is done so on one core too:
+    the result does not depend on their number.
+    """
+    while (first := state.iteration) < end:
+        if places_anchors(config, first):
+            state.deformation.place_anchors(state.params["means"])
+        both = first % 2 == 0 and first + 1 < end and not _changes_cloud(config, first)
+        if state.deformation.anchors is not None:
+            state.deformation.anchor_cache(state.params["means"])  # once, before two threads ask for it
+        find = partial(gradients, state, frames, config, head_loss)
+        for found in side_by_side(find, range(first, first + 1 + both)):
+            yield train_step(state, found, frames, config)
+
+
+def places_anchors(config: HeadConfig, iteration: int) -> bool:
+    """Whether anchors are chosen before an iteration, for where the Gaussians are by then."""
+    stage, index = config.stage_at(iteration)
+    return stage.deform and (index == 0 or (stage.name == "refine" and index == stage.iterations // 2))
+
+
+def _changes_cloud(config: HeadConfig, iteration: int) -> bool:
+    """Whether Gaussians or anchors may be others after an iteration."""
+    return places_anchors(config, iteration + 1) or (iteration + 1) % config.density.every == 0
+
+
+def due(iteration: int, every: int) -> bool:
+    """Whether a term of one in `every` iterations is due. Both of a pair have it, or neither waits for the other."""
+    return iteration // 2 % every == 0
+
+
+def gradients(
+    state: HeadState, frames: TrainingFrames, config: HeadConfig, head_loss: HeadLoss, iteration: int
+) -> Gradients:
+    """Render the frame of an iteration, compare, and differentiate; changes nothing. TrainingError at a NaN."""
+    (stage, _), progress = config.stage_at(iteration), progress_at(config, iteration)
+    rng = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
+    background = torch.rand(3, generator=rng).to(state.device)
+    t = frame_at(config, iteration, frames)
+
+    pose = state.pose.apply(t - frames.frames[0], frames.clip.track.motion.T_camera_head[t])
     if refine_pose := stage.deform and config.rates.pose > 0:
         pose = pose.detach().requires_grad_(True)
-    view = frames.view(t, 2 if state.iteration < config.coarse else 1)
+    view = frames.view(t)
     camera = view.camera.with_pose(pose)
     deformed = deform(state.gaussians(), state.deformation, frames.clip.track.motion, t, learned=stage.deform)
     stats = RasterStats() if stage.density else None
     rgb = rasterize(deformed, camera, background, stats=stats).rgb
 
-    vgg_due = state.iteration % config.vgg_every == 0 and progress >= config.vgg_start and view.shrink == 1
-    wing_due = stage.deform and state.iteration % config.wing_every == 0
+    vgg_due = due(iteration, config.vgg_every) and progress >= config.vgg_start
+    wing_due = stage.deform and due(iteration, config.wing_every)
     loss, terms = head_loss(
         rgb,
         view.target(background),
@@ -125,26 +176,38 @@ def train_step(state: HeadState, frames: TrainingFrames, config: HeadConfig, hea
         vgg_box=perceptual_crop(view, config.vgg_crop_px, rng) if vgg_due else None,
         landmarks_px=view.landmarks_px if wing_due else None,
     )
-    if config.loss.depth_distortion and state.iteration % config.distortion_every == 0:
+    if config.loss.depth_distortion and due(iteration, config.distortion_every):
         distortion = depth_distortion(deformed, camera.with_pose(pose.detach()))
         loss = loss + config.distortion_every * config.loss.depth_distortion * distortion
         terms["depth_distortion"] = distortion.detach()
 
-    check_finite(state.iteration, terms, state.learned())
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    check_gradients(state.iteration, terms, state.learned())
+    learned = state.learned()
+    check_finite(iteration, terms, learned)
+    found = torch.autograd.grad(loss, [*learned.values(), *([pose] if refine_pose else [])], allow_unused=True)
+    tensors = dict(zip(learned, found, strict=False))
+    check_gradients(iteration, terms, tensors)
+    return Gradients(t, tensors, found[-1] if refine_pose else None, stats, float(loss.detach()), terms)
+
+
+def train_step(state: HeadState, found: Gradients, frames: TrainingFrames, config: HeadConfig) -> dict[str, float]:
+    """The iteration's step, and density control where it is due. Returns the scalars to log."""
+    stage, _ = config.stage_at(state.iteration)
+    progress = set_learning_rates(state, config, stage)
+    for name, tensor in state.learned().items():
+        tensor.grad = found.tensors[name]
     state.optimizer.step()
-    if refine_pose:
-        assert pose.grad is not None
-        state.pose.step(k, tracked_pose, pose.grad, config.rates.pose * (0.05 + 0.95 * cosine(progress)))
+    if found.pose is not None:
+        tracked_pose, rate = frames.clip.track.motion.T_camera_head[found.t], config.rates.pose
+        k, rate = found.t - frames.frames[0], rate * (0.05 + 0.95 * cosine(progress))
+        state.pose.step(k, tracked_pose, found.pose, rate)
     state.iteration += 1
-    if stats is not None:
-        assert stats.grad_means2d is not None
-        state.statistics.add(stats.grad_means2d, stats.visible, rgb.shape[1], rgb.shape[0])
+    if found.stats is not None:
+        x0, y0, x1, y1 = frames.window
+        assert found.stats.grad_means2d is not None
+        state.statistics.add(found.stats.grad_means2d, found.stats.visible, x1 - x0, y1 - y0)
         control_density(state, config, stage)
-    scalars = {"loss": float(loss.detach()), "gaussians": float(len(state.params["means"]))}
-    return scalars | {name: float(term) for name, term in terms.items()}
+    scalars = {"loss": found.loss, "gaussians": float(len(state.params["means"]))}
+    return scalars | {name: float(term) for name, term in found.terms.items()}
 
 
 def deform(gaussians: Gaussians, deformation: Deformation, motion: Motion, t: int, learned: bool = True) -> Gaussians:
@@ -171,14 +234,19 @@ def frame_at(config: HeadConfig, iteration: int, frames: TrainingFrames) -> int:
 
 
 def set_learning_rates(state: HeadState, config: HeadConfig, stage: Stage) -> float:
-    """Cosine decay after the first stage. Returns the progress after the first stage, in [0, 1]."""
-    progress = max(0.0, (state.iteration - config.initialise) / max(1, config.iterations - config.initialise))
+    """Cosine decay after the first stage. Returns `progress_at`."""
+    progress = progress_at(config, state.iteration)
     for group in state.optimizer.param_groups:
         floor = 0.02 if group["name"] in ("means", "network") else 0.1
         group["lr"] = getattr(config.rates, group["name"]) * (floor + (1 - floor) * cosine(progress))
         if group["name"] == "network" and not stage.deform:
             group["lr"] = 0.0
     return progress
+
+
+def progress_at(config: HeadConfig, iteration: int) -> float:
+    """The share of the iterations after the first stage that are done."""
+    return max(0.0, (iteration - config.initialise) / max(1, config.iterations - config.initialise))
 
 
 def cosine(progress: float) -> float:

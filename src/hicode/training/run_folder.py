@@ -19,6 +19,7 @@ from hicode.errors import FileFormatError
 from hicode.files import read_json, sha256_of, write_json
 from hicode.preparation.clip import Clip
 from hicode.provenance import provenance
+from hicode.training.frames import learned_frames
 
 SCHEMA, VERSION = "hicode-run", 4
 LOG_EVERY = 25  # iterations
@@ -64,7 +65,7 @@ def pictures_digest(clip: Clip) -> str:
     """A hash of all that the head reads of a clip: training frames, head masks, track, depth, split, defects, driving
     speech."""
     digest = hashlib.sha256(json.dumps([clip.width, clip.height, clip.train.start, clip.train.stop]).encode())
-    pictures = [clip.path / kind / f"{t:06d}.png" for kind in ("frames", "masks/head") for t in clip.train]
+    pictures = [clip.path / kind / f"{t:06d}.png" for kind in ("frames", "masks/head") for t in learned_frames(clip)]
     for file in (clip.path / "track.safetensors", clip.path / "depth.safetensors", *pictures):
         try:
             digest.update(bytes.fromhex(sha256_of(file)))
@@ -72,8 +73,7 @@ def pictures_digest(clip: Clip) -> str:
             raise FileFormatError(
                 f"{file} is missing or damaged ({error.strerror}). Run hicode prepare again."
             ) from error
-    if clip.defects:
-        digest.update(repr(clip.defects).encode())
+    digest.update(repr([clip.defects, learned_frames(clip)]).encode())
     if clip.track.motion.speech is not None:
         digest.update(clip.track.motion.speech.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -68,8 +68,6 @@ class HeadConfig:
     """Iterations of the second stage."""
     refine: int = 3_000
     """Iterations of the third stage."""
-    coarse: int = 0
-    """Iterations at the start that see frames at half of their size. No perceptual term is computed there."""
     gaussians: int = 30_000
     """Initial number of Gaussians; density control may add more."""
     initialisation: Literal["depth", "random"] = "depth"
@@ -90,13 +88,13 @@ class HeadConfig:
     vgg_crop_px: int = 128
     """Side of that crop."""
     vgg_every: int = 2
-    """Iterations between two perceptual terms, each on one crop. The weight is not multiplied by it."""
+    """One in so many iterations has a perceptual term, on one crop. The weight is not multiplied by it."""
     vgg_start: float = 0.3
     """Fraction of the iterations before the first perceptual term."""
     wing_every: int = 10
-    """Iterations between two Wing terms. The weight is not multiplied by it."""
-    distortion_every: int = 4
-    """Iterations between two depth distortion terms. The weight is multiplied by it."""
+    """One in so many iterations has a Wing term. The weight is not multiplied by it."""
+    distortion_every: int = 8
+    """One in so many iterations has a depth distortion term. The weight is multiplied by it."""
     seed: int = 0
     checkpoint_seconds: float = 60.0
     preload_bytes: int = 1_500_000_000

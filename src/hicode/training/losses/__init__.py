@@ -125,15 +125,15 @@ def check_finite(step: int, terms: Mapping[str, Tensor], tensors: Mapping[str, T
     )
 
 
-def check_gradients(step: int, terms: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def check_gradients(step: int, terms: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> None:
     """Raise TrainingError if a gradient is not finite; names the step, the tensors, and the loss terms' values.
 
     Without it the optimiser would write the NaN into the tensors, and only the next rendering would fail.
     """
-    sums = [tensor.grad.sum() for tensor in tensors.values() if tensor.grad is not None]
-    if not sums or bool(torch.stack(sums).sum().isfinite()):
+    found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    if not found or bool(torch.stack([gradient.sum() for gradient in found.values()]).sum().isfinite()):
         return
-    broken = [k for k, v in tensors.items() if v.grad is not None and not bool(v.grad.isfinite().all())]
+    broken = [name for name, gradient in found.items() if not bool(gradient.isfinite().all())]
     if broken:
         values = ", ".join(f"{name} {float(term):.4g}" for name, term in terms.items())
         raise TrainingError(

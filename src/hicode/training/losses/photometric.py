@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from hicode.render.simd import lane_sum, load, store, vector
 from hicode.threads import run_on_threads, take
 
 Box = tuple[int, int, int, int]
@@ -102,7 +103,7 @@ class _Photometric(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss, *_):
-        return ctx.gradient * d_loss, None, None, None
+        return ctx.gradient.mul_(d_loss), None, None, None
 
 
 def _planar(image: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
@@ -121,74 +122,75 @@ _STRIP = 64
 # Full fastmath lets the compiler assume that there is no NaN. A NaN must propagate.
 _FAST = {"reassoc", "contract", "arcp", "nsz", "afn"}
 _T0, _T1, _T2, _T3, _T4, _T5 = (np.float32(v) for v in _WINDOW[: RADIUS + 1])  # symmetric: outermost ... centre
-_TAPS = tuple(np.float32(v) for v in _WINDOW[RADIUS:])  # by distance from the centre
 _C1, _C2, _ONE, _TWO = np.float32(C1), np.float32(C2), np.float32(1), np.float32(2)
 
 
-# Each loop below uses few arrays on purpose: LLVM vectorises a loop only if it can check that its arrays do not
-# overlap, and gives up when there are many pairs.
+# LLVM vectorises a loop only if it can check that its arrays do not overlap, and gives up when there are many pairs. So
+# the plain loops below use few arrays, and the blur names its vectors.
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
 @no_type_check  # Numba must compile the function itself, not a checked wrapper
-def _blur_rows(rows, row, n, out):
-    """out = the window over rows[row - 5 .. row + 5]; rows outside [0, n) are zero."""
-    width = out.shape[0]
-    centre = rows[row]
-    for j in range(width):
-        out[j] = _T5 * centre[j]
-    for distance in range(1, 6):
-        tap = _TAPS[distance]
-        above, below = row - distance, row + distance
-        if above >= 0 and below < n:
-            a, b = rows[above], rows[below]
-            for j in range(width):
-                out[j] += tap * (a[j] + b[j])
-        elif above >= 0 or below < n:
-            a = rows[above] if above >= 0 else rows[below]
-            for j in range(width):
-                out[j] += tap * a[j]
+def _blur(rows, i, pitch, padded, out, o, width):
+    """out[o : o + width] = the window over the rows around the one at rows[i], which lie `pitch` apart.
 
-
-@numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
-@no_type_check
-def _blur_along(p, out):
-    """out = the window along a row. p is the row, padded with five zeros at both ends."""
-    for j in range(out.shape[0]):
-        out[j] = (
-            _T0 * (p[j] + p[j + 10]) + _T1 * (p[j + 1] + p[j + 9]) + _T2 * (p[j + 2] + p[j + 8])
-            + _T3 * (p[j + 3] + p[j + 7]) + _T4 * (p[j + 4] + p[j + 6]) + _T5 * p[j + 5]
-        )  # fmt: skip
-
-
-@numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
-@no_type_check
-def _ssim_row(mx, my, ss, xy, scale):
-    """Sum of SSIM over a row, from E[x], E[y], E[x² + y²] and E[x y].
-
-    Overwrites the first three with scale · dSSIM by E[x], E[x²] and E[x y].
+    Both widths are multiples of 16; `padded` is a row with 16 zeros at each end.
     """
-    total = np.float32(0)
-    for j in range(mx.shape[0]):
-        a, b = mx[j], my[j]
-        products = a * a + b * b
-        n1, n2 = _TWO * a * b + _C1, _TWO * (xy[j] - a * b) + _C2
-        i1, i2 = _ONE / (products + _C1), _ONE / (ss[j] - products + _C2)
-        ssim = n1 * n2 * i1 * i2
-        total += ssim
-        mx[j] = scale * _TWO * (b * (n2 - n1) * i1 * i2 - ssim * a * (i1 - i2))
-        my[j] = -scale * ssim * i2
-        ss[j] = scale * _TWO * n1 * i1 * i2
-    return total
+    for j in range(i, i + width, 16):
+        column = load(rows, j) * _T5
+        column += (load(rows, j - pitch) + load(rows, j + pitch)) * _T4
+        column += (load(rows, j - 2 * pitch) + load(rows, j + 2 * pitch)) * _T3
+        column += (load(rows, j - 3 * pitch) + load(rows, j + 3 * pitch)) * _T2
+        column += (load(rows, j - 4 * pitch) + load(rows, j + 4 * pitch)) * _T1
+        column += (load(rows, j - 5 * pitch) + load(rows, j + 5 * pitch)) * _T0
+        store(padded, 16 + j - i, column)
+    for j in range(16, 16 + width, 16):
+        along = load(padded, j) * _T5
+        along += (load(padded, j - 1) + load(padded, j + 1)) * _T4
+        along += (load(padded, j - 2) + load(padded, j + 2)) * _T3
+        along += (load(padded, j - 3) + load(padded, j + 3)) * _T2
+        along += (load(padded, j - 4) + load(padded, j + 4)) * _T1
+        along += (load(padded, j - 5) + load(padded, j + 5)) * _T0
+        store(out, o + j - 16, along)
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
 @no_type_check
-def _products(a, b, squares, cross):
-    for j in range(a.shape[0]):
-        squares[j] = a[j] * a[j] + b[j] * b[j]
-    for j in range(a.shape[0]):
-        cross[j] = a[j] * b[j]
+def _ssim_row(moments, inside, maps, o, plane, scale):
+    """Sum of SSIM over a row, from rows of E[x], E[y], E[x² + y²] and E[x y]; `inside` is 1 in the image, else 0.
+
+    scale · dSSIM by E[x], E[x²] and E[x y] goes to maps[o], maps[o + plane] and maps[o + 2 plane].
+    """
+    total, width = vector(np.float32(0)), inside.shape[0]
+    for j in range(0, width, 16):
+        a, b = load(moments, j), load(moments, j + width)
+        products = a * a + b * b
+        p, q = products + _C1, load(moments, j + 2 * width) - products + _C2
+        n1, n2 = a * b * _TWO + _C1, (load(moments, j + 3 * width) - a * b) * _TWO + _C2
+        inverse = load(inside, j) / (p * q)
+        ssim = n1 * n2 * inverse
+        total += ssim
+        store(maps, o + j, (b * (n2 - n1) - ssim * a * (q - p)) * inverse * (scale * _TWO))
+        store(maps, o + j + plane, ssim * p * inverse * -scale)
+        store(maps, o + j + 2 * plane, n1 * inverse * (scale * _TWO))
+    return lane_sum(total)
+
+
+@numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
+@no_type_check
+def _copy(source, i, row):
+    for j in range(row.shape[0]):
+        row[j] = source[i + j]
+
+
+@numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
+@no_type_check
+def _products(rows, o, width, plane):
+    """x² + y² and x y of a row of x and y; the four lie `plane` apart."""
+    for j in range(o, o + width, 16):
+        a, b = load(rows, j), load(rows, j + plane)
+        store(rows, j + 2 * plane, a * a + b * b)
+        store(rows, j + 3 * plane, a * b)
 
 
 @numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
@@ -231,45 +233,48 @@ def _photometric_kernel(counter, x_flat, x_strides, y_flat, y_strides, weights, 
     """
     r = 5
     _, height, width = gradient.shape
+    pitch, rows = (width + 15) // 16 * 16, _STRIP + 4 * r
     strips = (height + _STRIP - 1) // _STRIP
     n = np.float32(1.0 / (3.0 * height * width))
     d_l1, d_ssim = (_ONE - ssim_weight) * n, -ssim_weight * n
-    # One scratch per thread: page faults of an allocation per task would cost more than the arithmetic.
-    scratch = np.empty((7, _STRIP + 4 * RADIUS, width), np.float32)
+    # One scratch per thread: page faults of an allocation per task would cost more than the arithmetic. Four moments,
+    # three maps of derivatives, and what is blurred of a row; zero outside the image.
+    scratch = np.zeros((7, rows, pitch), np.float32)
+    blurred, padded = np.zeros((4, pitch), np.float32), np.zeros(pitch + 32, np.float32)
+    flat, flat_blurred, plane, inside = (
+        scratch.reshape(-1),
+        blurred.reshape(-1),
+        rows * pitch,
+        np.zeros(pitch, np.float32),
+    )
+    inside[:width] = 1
     task = take(counter)  # pyright: ignore[reportCallIssue] - numba adds the typing context
     while task < 3 * strips:
         channel, first = task // strips, (task % strips) * _STRIP
-        last = min(first + _STRIP, height)
-        low, high = max(first - r, 0), min(last + r, height)  # rows of SSIM that this task needs
-        bottom, top = max(low - r, 0), min(high + r, height)  # rows of the images that these need
-        source, maps = scratch[:4], scratch[4:7]
-        for row in range(bottom, top):
+        last, above = min(first + _STRIP, height), first - 2 * r  # `above` is the image's row in the scratch's first
+        for k in range(rows):
+            row = above + k
+            if row < 0 or row >= height:
+                scratch[:, k] = 0
+                continue
             x0, y0 = channel * x_strides[0] + row * x_strides[1], channel * y_strides[0] + row * y_strides[1]
-            source[0, row - bottom] = x_flat[x0 : x0 + width]
-            source[1, row - bottom] = y_flat[y0 : y0 + width]
-            _products(
-                source[0, row - bottom], source[1, row - bottom], source[2, row - bottom], source[3, row - bottom]
-            )
-        cross = np.empty(width, np.float32)
-        padded = np.zeros(width + 2 * r, np.float32)
-        inner = padded[r : r + width]
+            _copy(x_flat, x0, scratch[0, k, :width])
+            _copy(y_flat, y0, scratch[1, k, :width])
+            _products(flat, k * pitch, pitch, plane)
         total_l1, total_ssim = 0.0, 0.0
-        for row in range(low, high):
-            for moment in range(3):
-                _blur_rows(source[moment], row - bottom, top - bottom, inner)
-                _blur_along(padded, maps[moment, row - low])
-            _blur_rows(source[3], row - bottom, top - bottom, inner)
-            _blur_along(padded, cross)
-            row_sum = _ssim_row(maps[0, row - low], maps[1, row - low], maps[2, row - low], cross, d_ssim)
+        for row in range(max(first - r, 0), min(last + r, height)):
+            k = row - above
+            for moment in range(4):
+                _blur(flat, moment * plane + k * pitch, pitch, padded, flat_blurred, moment * pitch, pitch)
+            row_sum = _ssim_row(flat_blurred, inside, flat, 4 * plane + k * pitch, plane, d_ssim)
             if first <= row < last:
                 total_ssim += row_sum
-        d_moment = np.empty((3, width), np.float32)
         for row in range(first, last):
+            k = row - above
             for moment in range(3):
-                _blur_rows(maps[moment], row - low, high - low, inner)
-                _blur_along(padded, d_moment[moment])
-            x, y, out = source[0, row - bottom], source[1, row - bottom], gradient[channel, row]
-            _gradient_row(x, y, d_moment[0], d_moment[1], d_moment[2], out)
+                _blur(flat, (4 + moment) * plane + k * pitch, pitch, padded, flat_blurred, moment * pitch, pitch)
+            x, y, out = scratch[0, k, :width], scratch[1, k, :width], gradient[channel, row]
+            _gradient_row(x, y, blurred[0], blurred[1], blurred[2], out)
             if weights.size > 0:
                 total_l1 += _l1_weighted_row(x, y, weights[row], d_l1, out)
             else:
