@@ -71,6 +71,7 @@ def drawn_clip(size: int = 512, frames: int = 8) -> SimpleNamespace:
     return SimpleNamespace(
         train=range(frames),
         chosen=np.ones(frames, bool),
+        usable=np.ones(frames, bool),
         track=track,
         width=size,
         height=size,

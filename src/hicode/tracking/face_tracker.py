@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hicode.errors import InputError
 from hicode.motion import CHIN, FOREHEAD_TOP, N_LANDMARKS
+from hicode.threads import map_frames, side_by_side
 from hicode.tracking.landmarks import (
     ROI_SCALE,
     Image,
@@ -165,15 +166,18 @@ class _Track:
             smooth = np.stack([self._smoothed(t, config.roi_sigma_frames) for t in times])
             images = [chunk[t - start] for t in times]
             samples = [_landmarks(images, _jittered(smooth, k, config.crops), landmarker) for k in range(config.crops)]
+            moving = []
             for i, t in enumerate(times):
                 presence = float(np.mean([present[i] for _, present in samples]))
                 if presence >= config.presence:
                     self.points[t] = np.mean([points[i] for points, _ in samples], 0).astype(np.float32)
                     self.presence[t] = presence
-                    if config.flow_sigma_frames:
-                        if self._last and self._last[0] == t - 1:
-                            self.flow[t - 1] = _flow(self._last[1], images[i], self.points[t - 1])
-                        self._last = t, images[i]
+                    if self._last and self._last[0] == t - 1:
+                        moving.append((self._last[1], images[i], self.points[t - 1], t - 1))
+                    self._last = t, images[i]
+            if config.flow_sigma_frames:
+                flows = map_frames(lambda pair: _flow(*pair[:3]), moving)
+                self.flow |= {t: flow for (*_, t), flow in zip(moving, flows, strict=True)}
         for t in [t for t in self.rois if t < start]:  # the smoothing reaches one chunk back
             del self.rois[t]
 
@@ -211,15 +215,22 @@ def _jittered(rois: Float[np.ndarray, "b 4"], k: int, n: int) -> Float[np.ndarra
     return np.stack([x, y, size * (1 + 0.03 * sign), rois[:, 3] + 0.035 * np.sin(2 * phase)], 1)
 
 
-@torch.inference_mode()
 def _landmarks(
     images: list[np.ndarray], rois: Float[np.ndarray, "b 4"], landmarker: LandmarkDetector
 ) -> tuple[Float[np.ndarray, "b 478 3"], Float[np.ndarray, "b"]]:
-    """Landmarks (float64) and presence of one region of each image."""
+    """Landmarks (float64) and presence of one region of each image, two halves of them side by side."""
     size = landmarker.crop_px
-    crops = crops_to_tensor(np.stack([crop_face(image, roi, size) for image, roi in zip(images, rois, strict=True)]))
-    points, presence = landmarker.from_crops(crops, torch.from_numpy(rois))
-    return points.double().numpy(), presence.numpy()
+
+    @torch.inference_mode()
+    def some(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        crops = [crop_face(image, roi, size) for image, roi in zip(images[part], rois[part], strict=True)]
+        points, presence = landmarker.from_crops(crops_to_tensor(np.stack(crops)), torch.from_numpy(rois[part]))
+        return points.double().numpy(), presence.numpy()
+
+    middle = len(images) // 2
+    halves = side_by_side(some, [slice(0, middle), slice(middle, None)] if middle else [slice(None)])
+    points, presence = zip(*halves, strict=True)
+    return np.concatenate(points), np.concatenate(presence)
 
 
 def _flow(image: np.ndarray, following: np.ndarray, points: Float[np.ndarray, "478 3"]) -> Float[np.ndarray, "478 3"]:
