@@ -30,7 +30,19 @@ STRENGTHS = {
     "shipped: .5, .75, .75": CalibrationConfig().strength,
     "whole": (1.0, 1.0, 1.0),
 }
-COLUMNS = ("opening r", "width r", "opening CCC", "width CCC", "opening", "width", "jaw", "closed", "speed", "error")
+COLUMNS = (
+    "opening r",
+    "width r",
+    "jaw r",
+    "opening CCC",
+    "width CCC",
+    "opening",
+    "width",
+    "jaw",
+    "closed",
+    "speed",
+    "error",
+)
 
 
 def figures(landmarks: Tensor, truth: SpeechExample) -> dict[str, float]:
@@ -41,7 +53,7 @@ def figures(landmarks: Tensor, truth: SpeechExample) -> dict[str, float]:
     closed = [float((x[:, 0] < CLOSED).float().mean()) for x in (spoken, measured)]
     speeds = [float(x[:, LIPS].diff(dim=0).norm(dim=-1).mean()) for x in (landmarks, truth.landmarks)]
     wrong = (landmarks - truth.landmarks)[:, LIPS].norm(dim=-1).mean()
-    values = (r[0], r[1], *ccc, deviation[0], deviation[1], deviation[3], 100 * (closed[0] - closed[1]))
+    values = (r[0], r[1], r[3], *ccc, deviation[0], deviation[1], deviation[3], 100 * (closed[0] - closed[1]))
     return dict(zip(COLUMNS, map(float, (*values, speeds[0] / speeds[1], 100 * wrong / eyes(truth.landmarks)))))
 
 

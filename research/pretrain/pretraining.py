@@ -18,7 +18,7 @@ from hicode.files import check_writable, sha256_of, write_json
 from hicode.progress import progress_bar
 from hicode.provenance import plain, provenance
 from hicode.runtime import tune_allocator
-from hicode.speech.encoders import create_encoder
+from hicode.speech.encoders import EncoderName, create_encoder
 from hicode.speech.speech_model import SpeechModels
 from hicode.training.adaptation import SpeechExample
 from research.pretrain import espeak, synthetic
@@ -49,6 +49,10 @@ class PretrainConfig:
     """Training steps of each network."""
     seed: int = 0
     """Of everything random."""
+    encoder: EncoderName = "embedded"
+    """Of the sound. Weights serve this encoder only."""
+    encoder_weights: Path | None = None
+    """Folder of the HuBERT weights."""
     sources: Path | None = None
     """A manifest of speakers, patterns and terms (docs/weights.md). If not given: sources.toml in the folder, if any.
     """
@@ -83,7 +87,7 @@ def pretrain_folders(
     sources = find_sources(folders, config.sources)
     _check(sources, out, Path(cache), config)
     corpus = replace(corpus, clips=config.sentences)
-    parts = replace(parts, encoder=parts.encoder or create_encoder())
+    parts = replace(parts, encoder=parts.encoder or create_encoder(config.encoder, config.encoder_weights))
     return _Pretraining(sources, out, Path(cache), config, corpus, parts).run()
 
 
