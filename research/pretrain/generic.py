@@ -43,6 +43,8 @@ from hicode.training.faceformer import (
 
 # Names of synthetic speakers begin so. Their visemes follow rules, hence the low weight; they do not shape the basis.
 SYNTHETIC = "espeak-"
+# Standard deviation of the window of slow motion that is not learned, seconds.
+DRIFT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,16 @@ def _scaled_displacements(
     own = {s: amplitude(spoken(moved, s), metric) for s in subjects}
     model.amplitude.fill_(float(np.median([own[s] for s in people])))
     moved = [d * (float(model.amplitude) / max(own[e.speaker], 1e-6)) for d, e in zip(moved, examples, strict=True)]
+    moved = [without_drift(d) if e.speaker in people else d for d, e in zip(moved, examples, strict=True)]
     model.basis.copy_(fit_basis([spoken(moved, s) for s in people], model.config.components, metric))
     return moved
+
+
+def without_drift(displacement: Float[Tensor, "t n"], sigma_s: float = DRIFT_S) -> Float[Tensor, "t n"]:
+    """Minus its mean under a Gaussian in time: moods and the tracking's drift, which no sound explains."""
+    frame = torch.arange(len(displacement)) / (FPS * sigma_s)
+    weight = torch.exp(-0.5 * (frame[:, None] - frame).square())
+    return displacement - (weight / weight.sum(1, keepdim=True)) @ displacement
 
 
 def mean_voices(examples: list[SpeechExample]) -> dict[str, Float[Tensor, "v d"]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from research.pretrain.generic import PretrainConfig, mean_voices, pretrain, save_generic, speaker_shares
+from research.pretrain.generic import PretrainConfig, mean_voices, pretrain, save_generic, speaker_shares, without_drift
 
 from helpers.speech_world import DIM, ENCODER, speech_world
 from hicode.errors import AssetError, TrainingError
@@ -71,6 +71,15 @@ def test_a_synthetic_speaker_weighs_less_and_leaves_the_basis_alone(world):
     assert torch.allclose(with_them.landmarks.basis, without.landmarks.basis)
     assert float(with_them.landmarks.amplitude) == pytest.approx(float(without.landmarks.amplitude))
     torch.testing.assert_close(with_them.subject.landmarks, without.subject.landmarks)
+
+
+def test_slow_motion_is_taken_away_and_articulation_stays():
+    second = torch.arange(250)[:, None] / 25
+    mood, articulation = 0.3 + 0.2 * second, torch.sin(2 * torch.pi * 4 * second)
+    left = without_drift(mood + articulation)
+    inside = slice(110, 140)
+    assert (left - articulation)[inside].abs().max() < 0.05
+    assert left.mean().abs() < 0.02
 
 
 def test_a_loss_that_is_not_finite_names_its_step(world):
