@@ -75,6 +75,7 @@ def shelf(tmp_path_factory):
     save_tensors(folder / "partless.hicode", {"a": torch.zeros(3)}, "hicode-avatar", VERSION)
     save_tensors(folder / "cut.hicode", {"a": torch.zeros(3000)}, "hicode-avatar", VERSION)
     (folder / "cut.hicode").write_bytes((folder / "cut.hicode").read_bytes()[:-100])
+    os.mkfifo(folder / "pipe.hicode")
     torch.save({"gaussians": torch.zeros(3)}, folder / "pickle.hicode")
     return folder
 
@@ -124,6 +125,8 @@ CASES = {
     "an avatar under a file": ("train {s}/good.clip -o {s}/text.wav/a.hicode", "Cannot write"),
     "a video of an unknown kind": ("speak {s}/partless.hicode {s}/speech.wav -o {o}.xyz", ".mp4"),
     "a video under a file": ("speak {s}/partless.hicode {s}/speech.wav -o {s}/text.wav/a.mp4", "Cannot write"),
+    "a video in the avatar's place": ("speak {s}/whole.mp4 {s}/speech.wav -o {s}/whole.mp4", "is also the input"),
+    "a name of 300 letters": ("speak {s}/partless.hicode {s}/speech.wav -o {o}" + 300 * "y" + ".mp4", "too long"),
     "a made video of an unknown kind": ("make {s}/face.mp4 {s}/speech.wav -o {o}.avi", ".mp4"),
     "a report under a file": ("evaluate {s}/partless.hicode {s}/good.clip --json {s}/text.wav/r.json", "Cannot write"),
     # clips
@@ -164,6 +167,7 @@ CASES = {
     "an avatar with parts missing": ("speak {s}/partless.hicode {s}/speech.wav -o {o}.mp4", "parts missing"),
     "an avatar cut off": ("speak {s}/cut.hicode {s}/speech.wav -o {o}.mp4", "damaged"),
     "a pickle as avatar": ("speak {s}/pickle.hicode {s}/speech.wav -o {o}.mp4", "damaged or not"),
+    "a pipe as avatar": ("speak {s}/pipe.hicode {s}/speech.wav -o {o}.mp4", "is a pipe"),
     "a clip as avatar": ("speak {s}/good.clip {s}/speech.wav -o {o}.mp4", "is a folder"),
     "an avatar measured on no clip": ("evaluate {s}/partless.hicode {s}/absent.clip", "hicode"),
     # sounds; `make` listens before it begins the long work

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ def test_tensors_round_trip_with_their_config(tmp_path):
     assert config == {"x": [1, "two"]}
     for name, value in tensors.items():
         assert torch.equal(back[name], torch.as_tensor(value)) and back[name].dtype == torch.as_tensor(value).dtype
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_tensors_in_a_file_whose_name_is_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode("声".encode("gbk"))
+    save_tensors(path, {"a": torch.arange(3)}, "test", 1)
+    assert torch.equal(load_tensors(path, "test", 1)[0]["a"], torch.arange(3)) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_tensors_that_share_memory_are_stored_apart(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hicode.evaluation.images import REGIONS, Truth, mean_of_frames
+from hicode.evaluation.images import AREAS, Truth, mean_of_frames
 from hicode.evaluation.lips import LMD_SIZE_PX, detect, lip_distances
 from hicode.files import read_json
 from hicode.preparation.clip import Clip, read_png
@@ -78,9 +78,9 @@ def check_cell(file: Path) -> tuple[int, list[Difference]]:
 
 
 def _compare_means(comparison: _Comparison, row: str, stored: dict, scores: list[dict], distances: list[float]) -> None:
-    for region in REGIONS:
+    for area in AREAS:
         for kind in ("psnr", "ssim", "lpips"):
-            again = mean_of_frames([s[region][kind] for s in scores])
-            comparison.add(f"{row} {region} {kind}", kind, stored[region][kind], again)
+            again = mean_of_frames([s[area][kind] for s in scores])
+            comparison.add(f"{row} {area} {kind}", kind, stored[area][kind], again)
     finite = [d for d in distances if np.isfinite(d)]
     comparison.add(f"{row} lmd_px", "lmd_px", stored["lmd_px"], float(np.mean(finite)) if finite else None)

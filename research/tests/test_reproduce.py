@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,6 +161,15 @@ def test_a_killed_driver_loses_no_finished_task(ray, request, tmp_path):
     assert log.done == list("abcd") and begun(tmp_path) == ["a", "b", "c", "c", "d"]
     worker = int((tmp_path / "begun").read_text().splitlines()[2].split()[1])
     wait_for(lambda: not Path(f"/proc/{worker}").exists() or worker == os.getpid())  # nothing is left behind
+
+
+def test_ray_leaves_the_handlers_of_signals_as_they_are(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    init = lambda **_: signal.signal(signal.SIGTERM, lambda *_: None)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
+    with sweep._cluster(SweepConfig("local", 1)):
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_without_ray_its_absence_is_said_in_a_line(monkeypatch, tmp_path):

@@ -22,6 +22,11 @@ from hicode.errors import HicodeError, InputError
 from hicode.runtime import find_compile_cache, share_cores, tune_allocator
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+# What a path or a device does to a program, whatever the program does.
+_OF_PLACES = {
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE,
+    errno.ENXIO, errno.ENODEV, errno.ESTALE,
+}  # fmt: skip
 # What a stopped command keeps; the others keep nothing.
 _KEPT = {
     "prepare": "Finished steps are kept",
@@ -62,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
             return _complain(f"Disk full{place}. Free some space, or write elsewhere.")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _complain(f"No permission{place}. Change its rights, or write elsewhere with -o.")
+        if error.errno in _OF_PLACES:
+            return _complain(f"{error.strerror}{place}. Check the path, or choose another one.")
         raise
     except (MemoryError, RuntimeError) as error:
         # torch raises a plain RuntimeError for the CPU's memory, and a subclass of it for a GPU's.

@@ -239,18 +239,29 @@ def save_tensors(
     Equal contents give equal bytes.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save, save_file
 
     header = {"schema": schema, "version": str(version), "config": json.dumps(config or {}, sort_keys=True)}
     header[CHECKSUM] = _NO_CHECKSUM
     out = {k: torch.as_tensor(v).detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            save_file(out, str(temporary), metadata=header)
+            if _is_utf8(temporary):
+                save_file(out, str(temporary), metadata=header)
+            else:  # the library takes no other name
+                temporary.write_bytes(save(out, header))
         except SafetensorError as error:  # it says the system's error in words only
             code = re.search(r"os error (\d+)", str(error))
             raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
         _finish_header(temporary)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _finish_header(path: Path) -> None:
@@ -298,17 +309,22 @@ def load_tensors(path: Path | str, schema: str, version: int) -> tuple[dict[str,
         raise FileFormatError(f"{path} does not exist. Check the path.")
     if path.is_dir():
         raise FileFormatError(f"{path} is a folder, not a {schema} file. Name the file itself.")
+    if not path.is_file():
+        raise FileFormatError(f"{path} is a pipe or a device, not a {schema} file. Copy it to a file first.")
     try:
         if not is_intact(path):
             raise FileFormatError(f"{path} is damaged: its checksum differs. Delete it, and make it anew.")
-        with safe_open(str(path), framework="pt") as f:
+        with (
+            open(path, "rb") as file,
+            safe_open(str(path) if _is_utf8(path) else f"/dev/fd/{file.fileno()}", framework="pt") as f,
+        ):
             header = f.metadata() or {}
             _check(path, header, schema, version)
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - no mapping
         return tensors, json.loads(header.get("config", "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise FileFormatError(
-            f"{path} is damaged or not a {schema} file ({error}). Delete it, and make it anew."
+            f"{path} is damaged or not a {schema} file ({error}). Give the right file, or make it anew."
         ) from error
 
 

@@ -6,9 +6,11 @@ task of a dead worker goes to another worker.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,6 +149,7 @@ def _cluster(config: SweepConfig) -> Iterator:
         ) from error
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     assert config.ray is not None
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if config.ray == "local":
         slots = (config.workers or max(1, cores() // config.cpus)) * config.cpus
         # Almost nothing is sent through Ray. By default it would reserve a third of the memory.
@@ -156,6 +159,8 @@ def _cluster(config: SweepConfig) -> Iterator:
     else:
         check_address(config.ray)
         ray.init(address=config.ray, **quiet)
+    if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process, without what is to be said and cleaned
     try:
         yield ray
     finally:

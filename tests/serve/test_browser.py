@@ -1,5 +1,6 @@
 """The page in Chromium, with a real avatar file: type, see and hear it speak, interrupt, download."""
 
+import base64
 import os
 import re
 import shutil
@@ -7,10 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
+import cv2
+import numpy as np
 import pytest
+
+from hicode.trust.watermark import detect
 
 pytest.importorskip("aiortc", reason="the extra serve is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -46,19 +53,16 @@ WATCH = """async (ms) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
+@contextmanager
+def running(command: list[str], log: Path) -> Iterator[tuple[subprocess.Popen, str]]:
     """A running server: its process and link."""
-    from helpers.drawn_avatar_file import write_drawn_avatar
-
-    folder = tmp_path_factory.mktemp("avatars")
-    write_drawn_avatar(folder / "Drawn.hicode")
-    command = [sys.executable, "-m", "hicode", "serve", str(folder), "--port", "0", "--no-open-browser"]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, start_new_session=True)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with log.open("w") as out:
+        command = [sys.executable, "-m", *command]
+        server = subprocess.Popen(command, stdout=out, start_new_session=True, env=os.environ | {"PYTHONPATH": path})
     try:
-        deadline = time.monotonic() + 60
-        while (found := re.search(r"http://\S+", (folder / "log").read_text())) is None:
+        deadline = time.monotonic() + 300
+        while (found := re.search(r"http://\S+", log.read_text())) is None:
             assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
             time.sleep(0.1)
         yield server, found[0]
@@ -68,6 +72,24 @@ def server(tmp_path_factory):
             server.wait(30)
         except subprocess.TimeoutExpired:
             server.kill()
+
+
+@pytest.fixture(scope="module")
+def avatars(tmp_path_factory) -> Path:
+    """A folder with one avatar."""
+    from helpers.drawn_avatar_file import write_drawn_avatar
+
+    folder = tmp_path_factory.mktemp("avatars")
+    write_drawn_avatar(folder / "Drawn.hicode")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(avatars):
+    """`hicode serve`: its process and link."""
+    command = ["hicode", "serve", str(avatars), "--port", "0", "--no-open-browser"]
+    with running(command, avatars / "log") as started:
+        yield started
 
 
 @pytest.fixture
@@ -152,6 +174,46 @@ WATCH_CANVAS = """async (ms) => {
   }
   return { pictures: new Set(sums).size, loudest };
 }"""
+
+
+# Pictures as they are shown, as PNG in base64.
+SHOWN = """async (count) => {
+  const video = document.getElementById("video"), shown = [];
+  const canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight), paint = canvas.getContext("2d");
+  while (shown.length < count) {
+    await new Promise((done) => video.requestVideoFrameCallback(done));
+    paint.drawImage(video, 0, 0);
+    const reader = new FileReader(), read = new Promise((done) => { reader.onload = done; });
+    reader.readAsDataURL(await canvas.convertToBlob({ type: "image/png" }));
+    await read;
+    shown.push(reader.result.split(",")[1]);
+  }
+  return shown;
+}"""
+
+
+def shown_pictures(page, count: int) -> list[np.ndarray]:
+    """What the video element shows, RGB, at its own size."""
+    data = [np.frombuffer(base64.b64decode(text), np.uint8) for text in page.evaluate(SHOWN, count)]
+    pictures = [cv2.imdecode(png, cv2.IMREAD_COLOR) for png in data]
+    return [bgr[..., ::-1] for bgr in pictures if bgr is not None]
+
+
+def test_the_mark_is_in_the_pictures_that_the_browser_shows(avatars, browser):
+    """The renderer's loop, VP8, the network, the browser's decoder and its canvas; pictures of 384 px."""
+    from helpers.marked_server import PAYLOAD, SIZE
+
+    with running(["helpers.marked_server", str(avatars)], avatars / "marked log") as (_, link):
+        page = browser.new_page(bypass_csp=True)
+        page.set_default_timeout(WAIT_MS)
+        page.goto(link)
+        page.get_by_role("button", name="Talk with Drawn").click()
+        page.wait_for_selector("#waiting", state="hidden")
+        shown = shown_pictures(page, 50)
+        page.close()
+    assert len(shown) == 50 and shown[0].shape == (SIZE, SIZE, 3)
+    found = detect(shown)
+    assert found.payload == PAYLOAD and found.false_alarm_rate < 1e-20, str(found)
 
 
 def test_where_webrtc_does_not_connect_a_websocket_does(link, browser, tmp_path):

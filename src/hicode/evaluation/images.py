@@ -3,7 +3,7 @@
 Images are uint8 RGB "h w 3", compared as [0, 1], before any lossy encoding. Per frame; a clip's figure is the mean of
 its frames' figures. For PSNR that is not the PSNR of the mean error: one bad frame weighs less in the first.
 
-    region   PSNR                    SSIM                      LPIPS
+    area     PSNR                    SSIM                      LPIPS
     frame    over all pixels         mean of the SSIM map      as published
     head     over the mask's pixels  map's mean over the mask  each layer's mean over the mask
     mouth    over the box's pixels   map's mean over the box   of the box alone, at least 64 px a side
@@ -23,8 +23,8 @@ from torch import Tensor
 from hicode.errors import InputError
 from hicode.perceptual import SMALLEST_SIDE_PX, lpips
 
-Region = Literal["frame", "head", "mouth"]
-REGIONS: tuple[Region, ...] = ("frame", "head", "mouth")
+Area = Literal["frame", "head", "mouth"]
+AREAS: tuple[Area, ...] = ("frame", "head", "mouth")
 Box = tuple[int, int, int, int]
 
 WINDOW, SIGMA_PX = 11, 1.5
@@ -126,7 +126,7 @@ def grown(box: Box, height: int, width: int, smallest: int = SMALLEST_SIDE_PX) -
 
 
 class Truth:
-    """One frame's truth with its regions, to be compared with several images: its own part is computed once.
+    """One frame's truth with its areas, to be compared with several images: its own part is computed once.
 
     Without a face there is no head and no mouth: None for their mask and box, NaN for what is measured there. `vgg`
     adds the whole frame's LPIPS by VGG16, `lpips_vgg`, at twenty times the other's cost. InputError for small frames.
@@ -147,7 +147,7 @@ class Truth:
             )
         self.image, self.vgg = image, vgg
         nowhere = np.zeros((height, width), bool)
-        self.masks: dict[Region, np.ndarray | None] = {
+        self.masks: dict[Area, np.ndarray | None] = {
             "frame": None,
             "head": nowhere if head_mask is None else head_mask >= 128,
             "mouth": nowhere if mouth_box is None else box_mask(mouth_box, height, width),
@@ -166,16 +166,16 @@ class Truth:
         return self._all(float("nan"), float("nan"), float("nan"))
 
     def _all(self, psnr: float, ssim: float, lpips: float) -> dict[str, dict[str, float]]:
-        out = {region: {"psnr": psnr, "ssim": ssim, "lpips": lpips} for region in REGIONS}
+        out = {area: {"psnr": psnr, "ssim": ssim, "lpips": lpips} for area in AREAS}
         if self.vgg:
             out["frame"]["lpips_vgg"] = lpips
         return out
 
     def compare(self, image: UInt8[np.ndarray, "h w 3"]) -> dict[str, dict[str, float]]:
-        """{region: {psnr, ssim, lpips}}, and the frame's lpips_vgg on request. NaN where a region has no pixels."""
+        """{area: {psnr, ssim, lpips}}, and the frame's lpips_vgg on request. NaN where an area has no pixels."""
         _check_same(image, self.image)
         places, features = ssim_map(Moments.of(image), self._moments), self._deep(image)
-        distance: dict[Region, float] = dict.fromkeys(REGIONS, float("nan"))
+        distance: dict[Area, float] = dict.fromkeys(AREAS, float("nan"))
         with torch.inference_mode():
             alex = lpips("alexnet")
             distance["frame"] = float(alex.from_features(features["frame"], self._features["frame"]))
@@ -184,12 +184,8 @@ class Truth:
             if self._mouth_box is not None:
                 distance["mouth"] = float(alex.from_features(features["mouth"], self._features["mouth"]))
             out: dict[str, dict[str, float]] = {
-                region: {
-                    "psnr": psnr(image, self.image, mask),
-                    "ssim": _mean_over(places, mask),
-                    "lpips": distance[region],
-                }
-                for region, mask in self.masks.items()
+                area: {"psnr": psnr(image, self.image, mask), "ssim": _mean_over(places, mask), "lpips": distance[area]}
+                for area, mask in self.masks.items()
             }
             if self.vgg:
                 out["frame"]["lpips_vgg"] = float(lpips("vgg16").from_features(features["vgg"], self._features["vgg"]))

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from hicode.evaluation.gallery import Pictures, ShownFrame
-from hicode.evaluation.images import REGIONS
+from hicode.evaluation.images import AREAS
 from hicode.evaluation.show import TITLES, Column, cell, headlines, rows_of, shown_columns, value
 from hicode.files import atomic_path
 
@@ -141,7 +141,7 @@ def _card(name: str, shown: str, note: str) -> str:
 def _table(report: dict) -> str:
     """Pictures and motion apart: side by side they are wider than a page."""
     columns = shown_columns(report)
-    pictures = [c for c in columns if c.where[0] in REGIONS]
+    pictures = [c for c in columns if c.where[0] in AREAS]
     tables = [_one_table(part, rows_of(report)) for part in (pictures, [c for c in columns if c not in pictures])]
     gains = "".join(f"<p>{escape(line)}</p>" for line in headlines({**report, "notes": [], "not_measured": {}}))
     shared = (

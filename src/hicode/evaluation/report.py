@@ -31,7 +31,7 @@ from hicode.avatar.blend import Region, dilate_mask, hidden_mask
 from hicode.errors import InputError
 from hicode.evaluation.config import EvaluateConfig, Mode
 from hicode.evaluation.gallery import Gallery, evenly
-from hicode.evaluation.images import REGIONS, Truth
+from hicode.evaluation.images import AREAS, Truth
 from hicode.evaluation.lips import DETECTOR, closures_due, opening
 from hicode.evaluation.page import write_page
 from hicode.evaluation.rows import (
@@ -275,7 +275,7 @@ class TestPart:
             t = shown[k]
             truth = Truth(clip.image(t), clip.head_mask(t), clip.track.mouth_box(t))
             scores.append(truth.compare(renderer.render(k, avatar.driving[k : k + 1], k, Timings())))
-        return {"frames": len(picked)} | {region: means([s[region] for s in scores]) for region in REGIONS}
+        return {"frames": len(picked)} | {area: means([s[area] for s in scores]) for area in AREAS}
 
     def closures(self, alignment: Path | str) -> list[tuple[int, int]]:
         """Closures due in the test part. The alignment's times are the video's, of which the clip may lack a start."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hicode.audio import frame_rms
 from hicode.errors import AssetError, FileFormatError
-from hicode.evaluation.images import REGIONS, Box, Truth, mean_of_frames, seam_error
+from hicode.evaluation.images import AREAS, Box, Truth, mean_of_frames, seam_error
 from hicode.evaluation.lips import (
     CLOSED,
     LMD_SIZE_PX,
@@ -205,7 +205,7 @@ def figures(
         distance, gap = lip_distance(points, truth, width), opening(points)
         came = closure(gap, due) if due else None
         out[name] = {
-            **{region: means([f[region] for f in row.images]) for region in REGIONS},
+            **{area: means([f[area] for f in row.images]) for area in AREAS},
             "lmd_px": distance.px,
             "lmd_norm": distance.iod,
             "missed_faces": distance.missed,
@@ -239,12 +239,12 @@ def means(frames: list[dict[str, float]]) -> dict[str, float | None]:
 
 def _note_equal_frames(name: str, row: Row, findings: Findings) -> None:
     """A frame that equals the truth has no finite PSNR, and then neither has the mean: note the mean of the others."""
-    for region in REGIONS:
-        values = np.array([f[region]["psnr"] for f in row.images])
+    for area in AREAS:
+        values = np.array([f[area]["psnr"] for f in row.images])
         equal, known = np.isposinf(values), np.isfinite(values)
         if equal.any() and known.any():
             findings.notes.append(
-                f"{name}: {equal.sum()} of {len(values)} frames equal the truth in the {region}: the mean PSNR is "
+                f"{name}: {equal.sum()} of {len(values)} frames equal the truth in the {area}: the mean PSNR is "
                 f"infinite; over the other frames it is {values[known].mean():.2f} dB."
             )
 
@@ -347,7 +347,7 @@ def over_control(out: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
     """Each row's PSNR and LMD less the control's."""
     control = out["control"]
     return {
-        name: {region: _minus(out[name][region]["psnr"], control[region]["psnr"]) for region in REGIONS}
+        name: {area: _minus(out[name][area]["psnr"], control[area]["psnr"]) for area in AREAS}
         | {"lmd_px": _minus(out[name]["lmd_px"], control["lmd_px"])}
         for name in names
     }

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hicode.evaluation.images import REGIONS
+from hicode.evaluation.images import AREAS
 
 TITLES = {
     "audio": "audio",
@@ -36,8 +36,8 @@ class Column:
 
 COLUMNS: tuple[Column, ...] = (
     *(
-        Column(region, metric.upper(), (region, metric), digits, better)
-        for region in REGIONS
+        Column(area, metric.upper(), (area, metric), digits, better)
+        for area in AREAS
         for metric, digits, better in (("psnr", 2, 1), ("ssim", 3, 1), ("lpips", 3, -1))
     ),
     Column("frame", "LPIPS (VGG)", ("frame", "lpips_vgg"), 3, -1),
@@ -98,8 +98,8 @@ def cell(row: dict, column: Column) -> str:
     """A figure as shown: "∞" for the PSNR of equal images, "–" for what is not known."""
     figure = value(row, column.where)
     if figure is None:
-        region = row.get(column.where[0])
-        return "∞" if column.where[-1] == "psnr" and isinstance(region, dict) and region.get("ssim") == 1 else "–"
+        area = row.get(column.where[0])
+        return "∞" if column.where[-1] == "psnr" and isinstance(area, dict) and area.get("ssim") == 1 else "–"
     return f"{figure:.{column.digits}f}"
 
 
@@ -107,13 +107,13 @@ def headlines(report: dict) -> list[str]:
     """What the figures come to, a line each."""
     lines = []
     for mode, gain in report["over_control"].items():
-        parts = [f"{region} {gain[region]:+.2f} dB" for region in REGIONS if gain[region] is not None]
+        parts = [f"{area} {gain[area]:+.2f} dB" for area in AREAS if gain[area] is not None]
         if gain["lmd_px"] is not None:
             parts.append(f"LMD {gain['lmd_px']:+.2f} px")
         if parts:
             lines.append(f"{TITLES[mode]} over the control: {', '.join(parts)}")
     if kept := report.get("training_frames"):
-        frame, head = (kept[region]["psnr"] for region in ("frame", "head"))
+        frame, head = (kept[area]["psnr"] for area in ("frame", "head"))
         lines.append(
             f"training frames ({kept['frames']} of them, whose poses were fitted): frame {_db(frame)}, "
             f"head {_db(head)}, LPIPS {kept['frame']['lpips']:.3f}; no rank with the rows"

@@ -125,7 +125,7 @@ def speak(
     InputError for a sound or a source that cannot be used, OutputError where `out` cannot be written: both before any
     work.
     """
-    check_video_path(Path(out), audio, video.source_video)
+    check_video_path(Path(out), avatar, audio, video.source_video)
     with _source(audio) as source:
         return _speak(avatar, source, Path(out), config, video, device, progress)
 
