@@ -7,7 +7,7 @@ from a checkpoint gives the result of an uninterrupted one. Renderings and losse
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ class Gradients:
     """
 
     t: int
-    tensors: dict[str, Tensor | None]
+    tensors: Mapping[str, Tensor | None]
     pose: Float[Tensor, "4 4"] | None
     stats: RasterStats | None
     loss: float
