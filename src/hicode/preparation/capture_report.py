@@ -1,6 +1,6 @@
 """The capture report: what a recording is good for, and what would help where it limits the result."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -140,7 +140,6 @@ class CaptureReport:
 
 def capture_report(recording: Recording, config: ReportConfig) -> CaptureReport:
     """All findings, in the order in which they are shown."""
-    found = [finding for check in _CHECKS for finding in [check(recording, config)] if finding is not None]
     survey, quality = recording.survey, recording.quality
     figures = {
         "face_px": round(recording.faces.size_px, 1),
@@ -156,183 +155,113 @@ def capture_report(recording: Recording, config: ReportConfig) -> CaptureReport:
         "luma_range": [round(survey.luma_low, 1), round(survey.luma_high, 1)],
         "rotation_deg": [round(v, 1) for v in head_rotation_deg(recording.track)],
     }
-    return CaptureReport([asdict(finding) for finding in found], figures)
+    return CaptureReport([asdict(finding) for finding in _findings(recording, config)], figures)
 
 
 # ---- checks ----
-
-Check = Callable[[Recording, ReportConfig], Finding | None]
 
 
 def _finding(name: str, value: str, bad: bool, advice: str) -> Finding:
     return Finding(name, value, advice if bad else "")
 
 
-def _length(r: Recording, config: ReportConfig) -> Finding:
-    count = r.crop.frame_count
-    short = count / FPS < config.min_seconds
+def _findings(r: Recording, config: ReportConfig) -> Iterator[Finding]:
+    """All of them, in the order in which they are shown."""
+    yield from _of_the_video(r, config)
+    yield from _of_the_face(r, config)
+    yield from _of_the_light(r, config)
+    yield from _of_the_movement(r, config)
+    yield from _of_the_sound(r, config)
+
+
+def _of_the_video(r: Recording, config: ReportConfig) -> Iterator[Finding]:
+    count, info = r.crop.frame_count, r.video
     value = f"{count / FPS:.1f} s, {count} frames at 25 fps"
-    return _finding("length", value, short, "A minute or more teaches the mouth better.")
-
-
-def _chosen(r: Recording, config: ReportConfig) -> Finding | None:
-    if len(r.choice.runs) == 1 and r.choice.runs[0] == [0, r.crop.frame_count]:
-        return None
-    value = f"{r.choice.seconds:.0f} s with the most poses and mouth shapes; its speech from all"
-    return Finding("head learned from", value)
-
-
-def _video(r: Recording, config: ReportConfig) -> Finding:
-    info = r.video
+    yield _finding("length", value, count / FPS < config.min_seconds, "A minute or more teaches the mouth better.")
+    if len(r.choice.runs) != 1 or r.choice.runs[0] != [0, count]:
+        value = f"{r.choice.seconds:.0f} s with the most poses and mouth shapes; its speech from all"
+        yield Finding("head learned from", value)
     rotated = f", turned {info.rotation_deg}°" if info.rotation_deg else ""
-    return Finding("video", f"{info.width}x{info.height} px, {info.fps:.4g} fps, {info.codec}{rotated}")
+    yield Finding("video", f"{info.width}x{info.height} px, {info.fps:.4g} fps, {info.codec}{rotated}")
+    if info.notes:
+        yield Finding("file", "unusual", " ".join(info.notes))
+    if info.hdr:
+        yield Finding("colour", "high dynamic range", "Colours come out flat: film in SDR.")
+    if info.interlaced:
+        yield Finding("scanning", "interlaced", "Combing hurts moving lips: deinterlace it first.")
 
 
-def _source(r: Recording, config: ReportConfig) -> Finding | None:
-    return Finding("file", "unusual", " ".join(r.video.notes)) if r.video.notes else None
-
-
-def _colour(r: Recording, config: ReportConfig) -> Finding | None:
-    if not r.video.hdr:
-        return None
-    return Finding("colour", "high dynamic range", "Colours come out flat: film in SDR.")
-
-
-def _scanning(r: Recording, config: ReportConfig) -> Finding | None:
-    if not r.video.interlaced:
-        return None
-    return Finding("scanning", "interlaced", "Combing hurts moving lips: deinterlace it first.")
-
-
-def _face(r: Recording, config: ReportConfig) -> Finding:
+def _of_the_face(r: Recording, config: ReportConfig) -> Iterator[Finding]:
     px = r.faces.size_px
     value = f"{px:.0f} px in the video, {px * r.crop.scale:.0f} px in the crop"
-    return _finding("face", value, px < config.min_face, "Small: film closer, or in a higher resolution.")
-
-
-def _crop(r: Recording, config: ReportConfig) -> Finding:
-    x0, y0, side = r.crop.box
-    left, top, right, bottom = r.faces.reach
-    wander = max(right - left, bottom - top) / r.faces.size_px
+    yield _finding("face", value, px < config.min_face, "Small: film closer, or in a higher resolution.")
+    (x0, y0, side), (left, top, right, bottom) = r.crop.box, r.faces.reach
+    wander = max(right - left, bottom - top) / px
     advice = f"The face wanders over {wander:.1f} face sizes, so it is small in the crop: sit still."
-    return _finding("crop", f"{side} px square at ({x0}, {y0})", wander > config.wander, advice)
-
-
-def _people(r: Recording, config: ReportConfig) -> Finding | None:
-    if not r.faces.others:
-        return None
-    advice = "The largest that stays was taken. Film one person alone."
-    return Finding("people", f"{1 + len(r.faces.others)} faces", advice)
-
-
-def _missing_face(r: Recording, config: ReportConfig) -> Finding | None:
-    if not r.missing_frames or r.first_missing is None:
-        return None
-    value = f"{r.missing_frames} frames, first at {clock(r.first_missing)}"
-    return Finding("missing face", value, "They are interpolated.")
-
-
-def _defects(r: Recording, config: ReportConfig) -> Finding | None:
-    if not r.defects:
-        return None
-    count = int((~usable(r.crop.frame_count, r.defects)).sum())
-    shown = [f"{d.kind} {clock(d.first)}-{clock(d.end)}" for d in r.defects[:_MOST_DEFECTS]]
-    more = f" and {len(r.defects) - len(shown)} more" if len(r.defects) > len(shown) else ""
-    value = f"{count} frames: {', '.join(shown)}{more}"
-    return Finding("unusable", value, "Not learned from. The longest part without them drives the avatar.")
-
-
-def _fit(r: Recording, config: ReportConfig) -> Finding:
+    yield _finding("crop", f"{side} px square at ({x0}, {y0})", wander > config.wander, advice)
+    if r.faces.others:
+        advice = "The largest that stays was taken. Film one person alone."
+        yield Finding("people", f"{1 + len(r.faces.others)} faces", advice)
+    if r.missing_frames and r.first_missing is not None:
+        value = f"{r.missing_frames} frames, first at {clock(r.first_missing)}"
+        yield Finding("missing face", value, "They are interpolated.")
+    if r.defects:
+        count = int((~usable(r.crop.frame_count, r.defects)).sum())
+        shown = [f"{d.kind} {clock(d.first)}-{clock(d.end)}" for d in r.defects[:_MOST_DEFECTS]]
+        more = f" and {len(r.defects) - len(shown)} more" if len(r.defects) > len(shown) else ""
+        advice = "Not learned from. The longest part without them drives the avatar."
+        yield Finding("unusable", f"{count} frames: {', '.join(shown)}{more}", advice)
     value = f"{r.fit_px:.1f} px mean landmark error, focal length {r.focal_px:.0f} px"
-    return _finding("fit", value, r.fit_px > config.fit_px, "The head model fits badly.")
+    yield _finding("fit", value, r.fit_px > config.fit_px, "The head model fits badly.")
 
 
-def _sharpness(r: Recording, config: ReportConfig) -> Finding:
-    sharpness = r.quality.sharpness
+def _of_the_light(r: Recording, config: ReportConfig) -> Iterator[Finding]:
+    sharpness, luma = r.quality.sharpness, r.quality.luma
     advice = "Blurred: check focus, use more light or a shorter exposure."
-    return _finding("sharpness", f"{sharpness:.2f}", sharpness < config.sharpness, advice)
-
-
-def _light(r: Recording, config: ReportConfig) -> Finding:
-    low, high = config.luma
-    bad = not low <= r.quality.luma <= high
+    yield _finding("sharpness", f"{sharpness:.2f}", sharpness < config.sharpness, advice)
     advice = "Too dark or too bright: use soft light from the front."
-    return _finding("light", f"face at {r.quality.luma:.0f} of 255", bad, advice)
-
-
-def _light_changes(r: Recording, config: ReportConfig) -> Finding:
+    yield _finding("light", f"face at {luma:.0f} of 255", not config.luma[0] <= luma <= config.luma[1], advice)
     low, high = r.survey.luma_low, r.survey.luma_high
     advice = "One colour a place is learned: film in even light, or trim to it with --start and --duration."
     bad = high > config.light_ratio * max(low, 1)
-    return _finding("light changes", f"face from {low:.0f} to {high:.0f}", bad, advice)
+    yield _finding("light changes", f"face from {low:.0f} to {high:.0f}", bad, advice)
 
 
-def _cuts(r: Recording, config: ReportConfig) -> Finding | None:
-    cuts = r.survey.cuts
-    if not cuts:
-        return None
-    advice = "One take of one person is learned: trim to it with --start and --duration."
-    return Finding("cuts", f"{len(cuts)}, first at {clock(cuts[0])}", advice)
-
-
-def _covered_mouth(r: Recording, config: ReportConfig) -> Finding | None:
-    covered = r.survey.covered
-    if len(covered) < max(config.covered_least, config.covered_share * r.crop.frame_count):
-        return None
-    advice = "A hand or a thing before the mouth is learned as part of it: trim it away."
-    return Finding("covered mouth", f"{len(covered)} frames, first at {clock(covered[0])}", advice)
-
-
-def _rotation(r: Recording, config: ReportConfig) -> Finding:
+def _of_the_movement(r: Recording, config: ReportConfig) -> Iterator[Finding]:
+    cuts, covered = r.survey.cuts, r.survey.covered
+    if cuts:
+        advice = "One take of one person is learned: trim to it with --start and --duration."
+        yield Finding("cuts", f"{len(cuts)}, first at {clock(cuts[0])}", advice)
+    if len(covered) >= max(config.covered_least, config.covered_share * r.crop.frame_count):
+        advice = "A hand or a thing before the mouth is learned as part of it: trim it away."
+        yield Finding("covered mouth", f"{len(covered)} frames, first at {clock(covered[0])}", advice)
     low, high = head_rotation_deg(r.track)
     advice = "Wide: cheeks and hair that few frames show come out badly. Face the camera more."
     value = f"{low:.0f} to {high:+.0f} degrees sideways"
-    return _finding("head turns", value, high - low > config.rotation_deg, advice)
-
-
-def _burnt_out(r: Recording, config: ReportConfig) -> Finding | None:
-    if r.quality.burnt <= config.burnt_share:
-        return None
-    return Finding("burnt out", f"{100 * r.quality.burnt:.0f} % of the face", "Expose less.")
-
-
-def _mouth_range(r: Recording, config: ReportConfig) -> Finding:
+    yield _finding("head turns", value, high - low > config.rotation_deg, advice)
+    if r.quality.burnt > config.burnt_share:
+        yield Finding("burnt out", f"{100 * r.quality.burnt:.0f} % of the face", "Expose less.")
     value = f"{100 * r.mouth_range:.0f} % of the eye distance"
     advice = "The mouth hardly moves: speak clearly."
-    return _finding("mouth range", value, r.mouth_range < config.mouth_range, advice)
+    yield _finding("mouth range", value, r.mouth_range < config.mouth_range, advice)
 
 
-def _sound(r: Recording, config: ReportConfig) -> Finding:
-    sound = r.sound
+def _of_the_sound(r: Recording, config: ReportConfig) -> Iterator[Finding]:
+    sound, offset = r.sound, r.offset
     if not sound.present:
-        return Finding("sound", "none", "The renderer learns from it; generic speech models will drive the mouth.")
-    if not sound.usable:
-        return Finding("sound", f"silent (loudest {sound.loudest_db:.0f} dB)", "Taken as a video without sound.")
-    value = f"loudest {sound.loudest_db:.0f} dB, {100 * sound.quiet:.0f} % quiet"
-    return _finding("sound", value, sound.loudest_db < config.quiet_db, "Quiet: move the microphone closer.")
-
-
-def _overdriven(r: Recording, config: ReportConfig) -> Finding | None:
-    if not r.sound.usable or r.sound.clipped <= config.clipped_share:
-        return None
-    return Finding("overdriven", f"{100 * r.sound.clipped:.1f} % of the samples", "Record with less gain.")
-
-
-def _audio_offset(r: Recording, config: ReportConfig) -> Finding | None:
-    if r.offset is None:
-        return None
-    if not r.offset.reliable:
-        return Finding("audio offset", "not measurable, taken as 0", "Too little clear speech to measure it.")
-    frames = r.offset.frames
-    value = f"picture {'leads' if frames < 0 else 'trails'} by {abs(frames):g} frames, corrected"
-    return Finding("audio offset", value if frames else "in sync")
-
-
-_CHECKS: tuple[Check, ...] = (
-    _length, _chosen, _video, _source, _colour, _scanning, _face, _crop, _people, _missing_face, _defects, _fit,
-    _sharpness, _light, _light_changes, _cuts, _covered_mouth, _rotation, _burnt_out, _mouth_range, _sound, _overdriven,
-    _audio_offset,
-)  # fmt: skip
+        yield Finding("sound", "none", "The renderer learns from it; generic speech models will drive the mouth.")
+    elif not sound.usable:
+        yield Finding("sound", f"silent (loudest {sound.loudest_db:.0f} dB)", "Taken as a video without sound.")
+    else:
+        value = f"loudest {sound.loudest_db:.0f} dB, {100 * sound.quiet:.0f} % quiet"
+        yield _finding("sound", value, sound.loudest_db < config.quiet_db, "Quiet: move the microphone closer.")
+    if sound.usable and sound.clipped > config.clipped_share:
+        yield Finding("overdriven", f"{100 * sound.clipped:.1f} % of the samples", "Record with less gain.")
+    if offset is not None and not offset.reliable:
+        yield Finding("audio offset", "not measurable, taken as 0", "Too little clear speech to measure it.")
+    elif offset is not None:
+        value = f"picture {'leads' if offset.frames < 0 else 'trails'} by {abs(offset.frames):g} frames, corrected"
+        yield Finding("audio offset", value if offset.frames else "in sync")
 
 
 # ---- measurements ----
