@@ -75,13 +75,13 @@ def talk(story, tmp_path: Path, reply=None) -> tuple[list[str], list[dict]]:
         conversation.recorder = cast("Any", Tape())
         conversation.connect(told.append)
         await story(conversation, session)
-        for _ in range(200):
+        for _ in range(3000):
             if not conversation._tasks:
                 break
             await asyncio.sleep(0.01)
         await conversation.close()
 
-    asyncio.run(asyncio.wait_for(whole(), 20))
+    asyncio.run(asyncio.wait_for(whole(), 60))
     return session.did, told
 
 

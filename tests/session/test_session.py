@@ -192,18 +192,17 @@ def test_pushing_never_waits_for_rendering():
 
     class Slow(FakeAvatar):
         def driving_frame(self, t):
-            stuck.wait(20)
+            stuck.wait(120)
             return super().driving_frame(t)
 
     with Session(Slow()) as session:
         reader = threading.Thread(target=lambda: next(session.frames()))
         reader.start()
-        started = time.monotonic()
         for _ in range(50):
             session.push_audio(speechlike(1.0))
         session.end_utterance()
         session.clear()
-        assert time.monotonic() - started < 5 and reader.is_alive()  # the push of a second takes a millisecond
+        assert reader.is_alive()  # nothing above waited for it
         stuck.set()
         reader.join()
 
