@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.speech_world import generic, world
+
+__all__ = ["data_dir", "generic", "world"]
+
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 

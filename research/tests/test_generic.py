@@ -7,35 +7,10 @@ import pytest
 import torch
 from research.pretrain.generic import PretrainConfig, mean_voices, pretrain, save_generic, speaker_shares, without_drift
 
-from helpers.speech_world import DIM, ENCODER, speech_world
-from hicode.errors import AssetError, TrainingError
-from hicode.speech.faceformer import FaceformerConfig
-from hicode.speech.speech_model import SpeechModels, Subject
-from hicode.training.adaptation import SpeechExample, load_generic
-from hicode.training.faceformer import mouth_metrics
-
-SHAPE = FaceformerConfig(width=32, components=4, look_ahead=1, look_back=1, dropout=0.0)
-
-
-@pytest.fixture(scope="module")
-def world():
-    try:
-        mouth_metrics()
-    except AssetError as error:
-        pytest.skip(f"the head model's package cannot be had here: {error}")
-    return speech_world()
-
-
-@pytest.fixture(scope="module")
-def generic(world) -> SpeechModels:
-    examples = [world(name, 150, seed) for seed, name in enumerate("abcd")]
-    return pretrain(examples, ENCODER, PretrainConfig(steps=100, batch=8, frames=40, learning_rate=5e-3), SHAPE)
-
-
-def _static_and_error(models: SpeechModels, example: SpeechExample) -> tuple[float, float]:
-    truth = example.landmarks
-    _, landmarks = models.predict(example.features[0])
-    return float((models.subject.landmarks - truth).square().mean()), float((landmarks - truth).square().mean())
+from helpers.speech_world import DIM, ENCODER, SHAPE, static_and_error
+from hicode.errors import TrainingError
+from hicode.speech.speech_model import Subject
+from hicode.training.adaptation import load_generic
 
 
 def test_whose_voice_it_is_is_not_taken_for_what_it_says(world):
@@ -52,7 +27,7 @@ def test_whose_voice_it_is_is_not_taken_for_what_it_says(world):
     models, unseen = pretrain(people, ENCODER, config, SHAPE), world("z", 120, 99)
     subject = Subject.of(unseen.expression, unseen.landmarks, unseen.speaking)
     pair = replace(models, subject=subject, closure=None)
-    static, error = _static_and_error(pair, unseen)
+    static, error = static_and_error(pair, unseen)
     assert error < 0.4 * static
     voices = mean_voices(people)
     torch.testing.assert_close(
@@ -100,5 +75,5 @@ def test_what_is_heard_is_learned_for_unseen_speakers(generic, world):
     unseen = world("z", 120, 99)
     subject = Subject.of(unseen.expression, unseen.landmarks, unseen.speaking)
     models = replace(generic, subject=subject, closure=None)
-    static, error = _static_and_error(models, unseen)
+    static, error = static_and_error(models, unseen)
     assert error < 0.3 * static

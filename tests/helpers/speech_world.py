@@ -3,14 +3,21 @@
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
+from research.pretrain.generic import PretrainConfig, pretrain
 
+from hicode.errors import AssetError
 from hicode.motion import EXPRESSION_DIM
 from hicode.speech.encoders import EncoderSpec, Window
+from hicode.speech.faceformer import FaceformerConfig
+from hicode.speech.speech_model import SpeechModels
 from hicode.training.adaptation import SpeechExample
+from hicode.training.faceformer import mouth_metrics
 
 DIM = 8
 ENCODER = EncoderSpec("made up", DIM, Window(4, 4, 0))
+SHAPE = FaceformerConfig(width=32, components=4, look_ahead=1, look_back=1, dropout=0.0)
 
 
 def speech_world() -> Callable[..., SpeechExample]:
@@ -38,3 +45,30 @@ def speech_world() -> Callable[..., SpeechExample]:
         )
 
     return example
+
+
+@pytest.fixture(scope="session")
+def world() -> Callable[..., SpeechExample]:
+    try:
+        mouth_metrics()
+    except AssetError as error:
+        pytest.skip(f"the head model's package cannot be had here: {error}")
+    return speech_world()
+
+
+def pretrained(world: Callable[..., SpeechExample], steps: int) -> SpeechModels:
+    """Generic models of four speakers of the world."""
+    examples = [world(name, 150, seed) for seed, name in enumerate("abcd")]
+    return pretrain(examples, ENCODER, PretrainConfig(steps=steps, batch=8, frames=40, learning_rate=5e-3), SHAPE)
+
+
+@pytest.fixture(scope="session")
+def generic(world) -> SpeechModels:
+    return pretrained(world, 100)
+
+
+def static_and_error(models: SpeechModels, example: SpeechExample) -> tuple[float, float]:
+    """Mean squared errors of the landmarks: of a face that does not move, and of the prediction."""
+    truth = example.landmarks
+    _, landmarks = models.predict(example.features[0])
+    return float((models.subject.landmarks - truth).square().mean()), float((landmarks - truth).square().mean())

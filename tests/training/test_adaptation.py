@@ -6,12 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from research.pretrain.generic import PretrainConfig, pretrain
 
-from helpers.speech_world import ENCODER, speech_world
+from helpers.speech_world import ENCODER, static_and_error
 from hicode.errors import AssetError, TrainingError
 from hicode.motion import Motion
-from hicode.speech.faceformer import FaceformerConfig
 from hicode.speech.lip_closure import lip_gap
 from hicode.speech.speech_model import SpeechModels
 from hicode.training import adaptation
@@ -27,29 +25,7 @@ from hicode.training.adaptation import (
 )
 from hicode.training.faceformer import Metric, mouth_metrics, shifted
 
-SHAPE = FaceformerConfig(width=32, components=4, look_ahead=1, look_back=1, dropout=0.0)
 OTHER = replace(ENCODER, name="another")  # no generic models are of this encoder
-
-
-@pytest.fixture(scope="module")
-def world():
-    try:
-        mouth_metrics()
-    except AssetError as error:
-        pytest.skip(f"the head model's package cannot be had here: {error}")
-    return speech_world()
-
-
-@pytest.fixture(scope="module")
-def generic(world) -> SpeechModels:
-    examples = [world(name, 150, seed) for seed, name in enumerate("abcd")]
-    return pretrain(examples, ENCODER, PretrainConfig(steps=100, batch=8, frames=40, learning_rate=5e-3), SHAPE)
-
-
-def _static_and_error(models: SpeechModels, example: SpeechExample) -> tuple[float, float]:
-    truth = example.landmarks
-    _, landmarks = models.predict(example.features[0])
-    return float((models.subject.landmarks - truth).square().mean()), float((landmarks - truth).square().mean())
 
 
 def test_gain_is_least_squares_drawn_to_one():
@@ -57,9 +33,8 @@ def test_gain_is_least_squares_drawn_to_one():
     assert fit_gain(predicted, 1.6 * predicted, metric, 0.0) == pytest.approx(1.6, abs=1e-5)
     # eight seconds against a prior of eight: half way
     assert fit_gain(predicted, 1.6 * predicted, metric, 8.0) == pytest.approx(1.3, abs=1e-5)
-    assert fit_gain(torch.zeros(10, 4), predicted[:10], metric, 1.0) == pytest.approx(
-        0.0, abs=1e3
-    )  # finite, whatever it is
+    # finite, whatever it is
+    assert fit_gain(torch.zeros(10, 4), predicted[:10], metric, 1.0) == pytest.approx(0.0, abs=1e3)
 
 
 def test_adapting_finds_a_speaker_who_moves_more(generic, world):
@@ -67,7 +42,7 @@ def test_adapting_finds_a_speaker_who_moves_more(generic, world):
     models, report = learn_speech_models(loud, ENCODER, generic)
     assert report.gain[1] > 1.15 and report.final_mm[1] <= report.start_mm[1] < report.still_mm[1]
     assert not any(report.fine_tuned)  # eight seconds are below the threshold
-    static, error = _static_and_error(models, world("loud", 100, 8, size=1.6))
+    static, error = static_and_error(models, world("loud", 100, 8, size=1.6))
     assert error < 0.3 * static
 
 
@@ -223,14 +198,14 @@ def test_without_generic_models_speech_is_learned_from_the_clip_alone(generic, w
     models, report = learn_speech_models(example, OTHER, generic, AdaptConfig(alone_steps=40))
     assert models.encoder == OTHER and models.encoder != generic.encoder
     assert report.final_mm[1] <= report.start_mm[1] < report.still_mm[1]
-    static, error = _static_and_error(models, unseen)
+    static, error = static_and_error(models, unseen)
     assert error < 0.3 * static
 
 
 def test_a_short_clip_alone_is_learned_in_closed_form(generic, world):
     models, report = learn_speech_models(world("short", 120, 5), OTHER, generic)
     assert not any(report.fine_tuned) and models.closure is None  # nobody closes their lips here
-    static, error = _static_and_error(models, world("short", 100, 6))
+    static, error = static_and_error(models, world("short", 100, 6))
     assert error < 0.6 * static
 
 

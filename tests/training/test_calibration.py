@@ -4,32 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from research.pretrain.generic import PretrainConfig, pretrain, save_generic
+from research.pretrain.generic import save_generic
 
-from helpers.speech_world import ENCODER, speech_world
-from hicode.errors import AssetError
-from hicode.speech.faceformer import FaceformerConfig
+from helpers.speech_world import ENCODER, pretrained
 from hicode.speech.mouth_calibration import mouth_lengths
 from hicode.training.adaptation import AdaptConfig, learn_speech_models, load_generic
 from hicode.training.calibration import SHARES, CalibrationConfig, mouth_directions, quantiles, response
-from hicode.training.faceformer import mouth_metrics
-
-SHAPE = FaceformerConfig(width=32, components=4, look_ahead=1, look_back=1, dropout=0.0)
-
-
-@pytest.fixture(scope="module")
-def world():
-    try:
-        mouth_metrics()
-    except AssetError as error:
-        pytest.skip(f"the head model's package cannot be had here: {error}")
-    return speech_world()
 
 
 @pytest.fixture(scope="module")
 def generic(world):
-    examples = [world(name, 150, seed) for seed, name in enumerate("abcd")]
-    return pretrain(examples, ENCODER, PretrainConfig(steps=30, batch=8, frames=40, learning_rate=5e-3), SHAPE)
+    return pretrained(world, 30)
 
 
 def _adapted(example, generic, strength: float, prior_s: float = 0.0):
