@@ -45,14 +45,9 @@ PAPER_TABLE1: dict[str, dict[str, dict[str, float | None]]] = {
 }
 # Table 1: (training time, frames per second), on the paper's GPU.
 PAPER_SPEED = {
-    "Wav2Lip": ("–", 15),
-    "PC-AVS": ("–", 31),
-    "ER-NeRF": ("3 h", 34),
-    "RAD-NeRF": ("8 h", 38),
-    "Geneface++": ("22 h", 24),
-    "GaussianTalker": ("2 h", 98),
-    "HiCoDe": ("30 min", 157),
-}
+    "Wav2Lip": ("–", 15), "PC-AVS": ("–", 31), "ER-NeRF": ("3 h", 34), "RAD-NeRF": ("8 h", 38),
+    "Geneface++": ("22 h", 24), "GaussianTalker": ("2 h", 98), "HiCoDe": ("30 min", 157),
+}  # fmt: skip
 # Table 2: {row of ABLATIONS: figures}.
 PAPER_TABLE2: dict[str, dict[str, float | None]] = {
     "without-3dmm": _row(0.970, 35.042, 0.023, 2.187, 5.706),

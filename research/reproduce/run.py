@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from hicode.errors import FileFormatError, InputError, OutputError
-from hicode.evaluation.syncnet import SyncNet
 from hicode.files import atomic_path, read_json, write_json
 from hicode.progress import progress_bar
 from hicode.provenance import plain, provenance
 from hicode.sweep import SweepConfig, Task, execute
 from hicode.training.avatar import PARTS
 from hicode.training.stages import Preset, head_preset
+from research.compare.syncnet import SyncNet
 from research.reproduce.ablations import ABLATIONS
 from research.reproduce.cells import Cell, Preparation, run_cell, run_preparation
 from research.reproduce.rescore import Difference, check_cell
@@ -205,11 +205,7 @@ class _Run:
             "finished": finished,
             "cells": [
                 {
-                    "key": c.key,
-                    "clip": c.clip.source.name,
-                    "row": c.row,
-                    "preset": c.preset,
-                    "seed": c.seed,
+                    "key": c.key, "clip": c.clip.source.name, "row": c.row, "preset": c.preset, "seed": c.seed,
                     "finished": c.key in self.finished,
                 }
                 for c in self.cells
@@ -220,7 +216,7 @@ class _Run:
             "agreement": list(made.lines),
             "seconds": round(time.perf_counter() - self.started, 1),
             "provenance": provenance(config=self.config.figures, assets=PARTS),
-        }
+        }  # fmt: skip
 
     def _status(self, finished: int) -> list[str]:
         names, config = sorted({c.clip.source.name for c in self.cells}), self.config

@@ -170,14 +170,9 @@ def agreement(rows: Sequence[Row], metric: Metric) -> dict:
     pairs = len(ours) * (len(ours) - 1) // 2
     order = lambda values: [ABLATIONS[key].title for key in sorted(values, key=lambda k: -values[k])]
     return {
-        "metric": metric.title,
-        "pairs": pairs,
-        "tau": score / pairs if pairs else None,
-        "clear": clear,
-        "against": against,
-        "order": order(ours),
-        "paper": order(theirs),
-    }
+        "metric": metric.title, "pairs": pairs, "tau": score / pairs if pairs else None, "clear": clear,
+        "against": against, "order": order(ours), "paper": order(theirs),
+    }  # fmt: skip
 
 
 def _agreement_text(title: str, order: dict) -> str:

@@ -31,7 +31,7 @@ _HOME = {
     "SpeakConfig": "hicode.session.config",
     "open": "hicode.session.open",
     "evaluate": "hicode.evaluation.report",
-    "compare_videos": "hicode.evaluation.videos",
+    "compare_videos": "research.compare.videos",  # in a clone
     "rasterize": "hicode.render",
     "Gaussians": "hicode.gaussians",
     "Camera": "hicode.camera",
@@ -45,4 +45,6 @@ __all__ = ["__version__", *(name for name in _HOME if name != "open")]
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'hicode' has no attribute {name!r}")
+    if name == "compare_videos":
+        import_module("hicode.runtime").find_research()
     return getattr(import_module(_HOME[name]), name)

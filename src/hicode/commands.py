@@ -3,7 +3,6 @@
 Only the modules of the chosen command are imported: each command is made by a function that imports them.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
@@ -12,7 +11,7 @@ import tyro
 
 from hicode.arguments import option
 from hicode.errors import InputError
-from hicode.runtime import Device
+from hicode.runtime import Device, find_research
 
 if TYPE_CHECKING:
     from hicode.training.avatar import TrainConfig
@@ -154,9 +153,8 @@ def _learn(argv: list[str]) -> Command:
 
 
 def _evaluate(argv: list[str]) -> Command:
-    from hicode.evaluation.config import EvaluateConfig
+    from hicode.evaluation.config import CompareConfig, EvaluateConfig
     from hicode.evaluation.report import evaluate
-    from hicode.evaluation.videos import CompareConfig, compare_videos
     from hicode.runtime import resolve_device
 
     def run(
@@ -187,6 +185,9 @@ def _evaluate(argv: list[str]) -> Command:
                 )
             if config.region != EvaluateConfig.region or config.modes != EvaluateConfig.modes:
                 raise InputError("--region and --modes are an avatar's. Leave them out where two videos are compared.")
+            find_research()
+            from research.compare.videos import compare_videos
+
             compare_videos(video, reference, config, compare)
             return
         if avatar is None or clip is None:
@@ -222,26 +223,17 @@ def _verify(argv: list[str]) -> Command:
 
 
 def _reproduce(argv: list[str]) -> Command:
-    _find_research()
+    find_research()
     from research.reproduce.command import command
 
     return command
 
 
 def _pretrain(argv: list[str]) -> Command:
-    _find_research()
+    find_research()
     from research.pretrain.command import command
 
     return command
-
-
-def _find_research() -> None:
-    """Make `research` importable: it stands next to the package in a clone of the repository, and is in no wheel."""
-    clone = Path(__file__).resolve().parents[2]
-    if not (clone / "research" / "__init__.py").exists():
-        raise InputError("This command needs a clone of the repository. Clone it and run ./run there.")
-    if str(clone) not in sys.path:
-        sys.path.append(str(clone))
 
 
 def _assets(argv: list[str]) -> Command:

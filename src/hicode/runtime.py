@@ -81,6 +81,15 @@ def find_compile_cache() -> Iterator[Path | None]:
             del os.environ["NUMBA_CACHE_DIR"]
 
 
+def find_research() -> None:
+    """Make `research` importable: it stands next to the package in a clone, and is in no wheel. Raises InputError."""
+    clone = Path(__file__).resolve().parents[2]
+    if not (clone / "research" / "__init__.py").exists():
+        raise InputError("This needs a clone of the repository. Clone it and run ./run there.")
+    if str(clone) not in sys.path:
+        sys.path.append(str(clone))
+
+
 def can_write(folder: Path) -> bool:
     """Whether files can be made in a folder, which may be still to be made."""
     while not folder.exists():

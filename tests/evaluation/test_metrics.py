@@ -329,10 +329,8 @@ def test_closures_are_due_where_the_alignment_has_them(tmp_path):
     assert lips.closures_due(phones, 0, 100, offset_frames=2.0) == [(12, 14), (27, 28)]  # the mouth is later
     words = tmp_path / "b.align"
     words.write_text("0 23750 sil\n25000 29500 bin\n29500 34000 now\n35000 40000 m\n")
-    assert lips.closures_due(words, 0, 75) == [
-        (23, 27),
-        (38, 42),
-    ]  # "bin" at its start (frame 25), "em" at its end (frame 40)
+    # "bin" at its start (frame 25), "em" at its end (frame 40)
+    assert lips.closures_due(words, 0, 75) == [(23, 27), (38, 42)]
     (tmp_path / "bad.txt").write_text("0.1 0.2 P\n0.3 P\n")
     with pytest.raises(InputError, match="line 2"):
         lips.closures_due(tmp_path / "bad.txt", 0, 75)

@@ -185,16 +185,9 @@ def test_json_holds_what_is_promised(clip, tmp_path):
         for region in ("frame", "head", "mouth"):
             assert {"psnr", "ssim", "lpips"} <= set(out[name][region])
         assert {
-            "lmd_px",
-            "lmd_norm",
-            "sync_offset_frames",
-            "sync_margin",
-            "jitter_px",
-            "seam",
-            "motion_in_silence",
-            "motion",
-            "closure",
-        } <= set(out[name])
+            "lmd_px", "lmd_norm", "sync_offset_frames", "sync_margin", "jitter_px", "seam", "motion_in_silence",
+            "motion", "closure",
+        } <= set(out[name])  # fmt: skip
         assert {"opening_ccc", "width_amplitude", "closed_share_ratio", "head_motion"} <= set(out[name]["motion"])
     assert out["seconds"] == {"prepare": 2.5, "speech": 1.0, "head": 20.0}
     assert out["fps"] > 0 and out["peak_memory_mb"] == 321
@@ -378,7 +371,7 @@ def test_what_is_not_measured_says_why(clip):
 
 
 def test_with_weights_a_part_too_short_for_avconf_says_so(clip, tmp_path):
-    from hicode.evaluation.syncnet import SyncNet
+    from research.compare.syncnet import SyncNet
 
     torch.save(SyncNet().state_dict(), tmp_path / "syncnet_v2.model")
     out = evaluate(avatar_of(clip), clip, tracked_only(syncnet=tmp_path / "syncnet_v2.model"), progress=False)

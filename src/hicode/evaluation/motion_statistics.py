@@ -29,19 +29,7 @@ LEAST_FRAMES = 10
 class MotionStatistics:
     """One video's motion against the truth's; None where it cannot be measured.
 
-    opening_amplitude, width_amplitude  standard deviation of the curve over the truth's
-    opening_ccc, width_ccc              Lin's concordance correlation with the truth's curve
-    closed_share                        share of the frames whose opening is below 2 %
-    closed_share_ratio                  the same over the truth's
-    lip_dynamics                        for each pair of the 40 lip points the deviation over time of their distance;
-                                        the mean over the pairs, %
-    lip_speed                           mean distance that a lip point travels from frame to frame, pose removed, %
-    brow_dynamics                       as lip_dynamics, over the 20 brow points
-    head_motion                         sqrt(sum over yaw, pitch and roll of deviation x variance of the frame
-                                        difference, degrees, + variance of the translation, % of the eye distance)
-    silent_lip_stability                median absolute deviation of the opening in silences of .3 s or longer, %
-    lip_loudness                        mean |opening - RMS|, both scaled to [0, 1] over the video
-    scores                              1 - |x - truth| / truth of the last six
+    docs/evaluation.md defines each; `scores`: of the last six, by `score`.
     """
 
     opening_amplitude: float | None

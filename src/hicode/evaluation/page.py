@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from hicode.evaluation.gallery import Pictures, ShownFrame
-from hicode.evaluation.images import AREAS
-from hicode.evaluation.show import TITLES, Column, cell, headlines, rows_of, shown_columns, value
+from hicode.evaluation.show import TITLES, cell, headlines, rows_of, shown_columns
 from hicode.files import atomic_path
 
 DIFFERENCE_GAIN = 4  # a difference of 64 levels is full scale
@@ -27,6 +26,12 @@ COLORS = {
     "tracked_face": "#7a4fb5",
     "ground_truth": "#1f8a4c",
     "control": "#8b8f96",
+}
+CURVES = {
+    "Head PSNR, dB ↑": "psnr_head",
+    "Mouth PSNR, dB ↑": "psnr_mouth",
+    "Frame LPIPS ↓": "lpips_frame",
+    "LMD, px ↓": "lmd_px",
 }
 STRIP_HEIGHT_PX, STRIP_LINE = 88, 12
 MISSED = "#c2182b"
@@ -43,13 +48,7 @@ nav { font-size: .85rem; margin: .6rem 0 0 } nav a { color: #2259b8; margin-righ
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; margin: .6rem 0 }
 th, td { padding: .3rem .62rem; text-align: right; white-space: nowrap } td { border-top: 1px solid var(--line) }
 th { font-weight: 500; color: var(--soft) } th:first-child, td:first-child { text-align: left }
-thead tr:first-child th { text-align: center; color: var(--ink); font-weight: 600; border-bottom: 1px solid #9aa1aa }
-.g { border-left: 1px solid var(--line) } tr.aside td { color: var(--soft) }
 .dot { display: inline-block; width: .62rem; height: .62rem; border-radius: 50%; margin-right: .45rem }
-.scroll { overflow-x: auto } .cards { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1rem 0 .4rem }
-.card { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .85rem; min-width: 9.2rem }
-.card b { display: block; font-size: 1.28rem; font-weight: 620; font-variant-numeric: tabular-nums }
-.card span { font-size: .8rem; color: var(--soft); display: block }
 .say { border-left: 3px solid #c98a00; background: #fff9ea; padding: .45rem .8rem; margin: .35rem 0; max-width: 62rem }
 .row { display: flex; gap: 8px; flex-wrap: wrap; margin: .3rem 0 1.5rem } figure { margin: 0 }
 figure img { display: block; width: 208px; max-width: 100%; height: auto; background: #eee }
@@ -98,7 +97,6 @@ def page(report: dict, pictures: Pictures) -> str:
         f"<p class='soft'>{escape(report['protocol'][0].upper() + report['protocol'][1:])}.</p>",
         f"<p class='soft small'>{escape(code)}; {escape(made['made'])}; {escape(made['machine'])}</p>",
         f"<nav>{links}</nav>",
-        _cards(report),
         "".join(f"<p class='say'>{escape(note)}</p>" for note in report["notes"]),
         *(f"<h2 id='{key}'>{escape(title)}</h2>{content}" for key, title, content in sections),
         "</body></html>",
@@ -109,72 +107,21 @@ def page(report: dict, pictures: Pictures) -> str:
 # --- figures
 
 
-def _cards(report: dict) -> str:
-    """The few figures that a reader looks for, each beside its control."""
-    rows, out = rows_of(report), []
-    shown = (
-        ("head PSNR", ("head", "psnr"), 2, " dB"),
-        ("frame LPIPS", ("frame", "lpips"), 3, ""),
-        ("LMD", ("lmd_px",), 2, " px"),
-    )
-    for mode in report["over_control"]:
-        for name, where, digits, unit in shown:
-            figure, floor = value(rows[mode], where), value(rows["control"], where)
-            if figure is not None:
-                note = f"control {floor:.{digits}f}" if floor is not None else "no control"
-                out.append(_card(f"{name}, {TITLES[mode]}", f"{figure:.{digits}f}{unit}", note))
-    for mode in report["over_control"]:
-        missed = rows[mode]["missed_faces"]
-        if missed:
-            out.append(
-                _card(f"no face, {TITLES[mode]}", f"{missed}", f"of {len(report['per_frame'][mode]['face'])} frames")
-            )
-    if report.get("fps"):
-        out.append(_card("speed", f"{report['fps']:.1f} fps", report["timing"]["fps_is"]))
-    return f"<div class='cards'>{''.join(out)}</div>"
-
-
-def _card(name: str, shown: str, note: str) -> str:
-    return f"<div class='card'><span>{escape(name)}</span><b>{escape(shown)}</b><span>{escape(note)}</span></div>"
-
-
 def _table(report: dict) -> str:
-    """Pictures and motion apart: side by side they are wider than a page."""
-    columns = shown_columns(report)
-    pictures = [c for c in columns if c.where[0] in AREAS]
-    tables = [_one_table(part, rows_of(report)) for part in (pictures, [c for c in columns if c not in pictures])]
+    """As on the terminal: measures down, rows across; and what the figures come to."""
+    rows, arrow = rows_of(report), {1: " ↑", -1: " ↓", 0: ""}
+    names = "".join(f"<th>{_dot(name)}{TITLES[name]}</th>" for name in rows)
+    lines = (
+        f"<tr><td>{escape(column.title)}{arrow[column.better]}</td>"
+        + "".join(f"<td>{cell(row, column)}</td>" for row in rows.values())
+        for column in shown_columns(report)
+    )
     gains = "".join(f"<p>{escape(line)}</p>" for line in headlines({**report, "notes": [], "not_measured": {}}))
-    shared = (
-        "<p class='soft small'>↑ higher is better, ↓ lower is better, no arrow: the truth's value is best. The control "
-        "is what a still picture scores on the true background: read a result as its distance from it.</p>"
-    )
-    return "".join(f"<div class='scroll'>{table}</div>" for table in tables) + shared + gains
-
-
-def _one_table(columns: list[Column], rows: dict[str, dict]) -> str:
-    groups: list[list] = []
-    for column in columns:
-        if not groups or groups[-1][0] != column.group:
-            groups.append([column.group, 0])
-        groups[-1][1] += 1
-    starts = {sum(n for _, n in groups[:i]) for i in range(len(groups))}
-    top = "".join(f"<th class='g' colspan='{n}'>{escape(group)}</th>" for group, n in groups)
-    arrow = {1: " ↑", -1: " ↓", 0: ""}
-    names = "".join(
-        f"<th{_edge(i, starts)}>{escape(column.name)}{arrow[column.better]}</th>" for i, column in enumerate(columns)
-    )
-    body = []
-    for name, row in rows.items():
-        cells = "".join(f"<td{_edge(i, starts)}>{cell(row, column)}</td>" for i, column in enumerate(columns))
-        kind = " class='aside'" if name in ("ground_truth", "control") else ""
-        body.append(f"<tr{kind}><td>{_dot(name)}{TITLES[name]}</td>{cells}</tr>")
     return (
-        f"<table><thead><tr><th></th>{top}</tr><tr><th></th>{names}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        f"<table><tr><th></th>{names}</tr>{'</tr>'.join(lines)}</tr></table>"
+        "<p class='soft small'>↑ higher is better, ↓ lower is better, no arrow: the truth's value is best. The control "
+        f"is what a still picture scores on the true background: read a result as its distance from it.</p>{gains}"
     )
-
-
-def _edge(i: int, starts: set[int]) -> str:
-    return " class='g'" if i in starts else ""
 
 
 def _dot(name: str) -> str:
@@ -192,41 +139,35 @@ def _open(report: dict) -> str:
 
 
 def _curves(report: dict) -> str:
-    first = report["split"]["test"][0]
     rows = report["per_frame"]
     judged = [name for name in TITLES if name in rows and name != "ground_truth"]
-    charts = (
-        ("Head PSNR, dB ↑", "psnr_head"),
-        ("Mouth PSNR, dB ↑", "psnr_mouth"),
-        ("Frame LPIPS ↓", "lpips_frame"),
-        ("LMD, px ↓", "lmd_px"),
-    )
-    missed = sorted({i for row in rows.values() for i, seen in enumerate(row["face"]) if not seen})
+    missed = _faceless(rows)
     out = [_key([(TITLES[name], COLORS[name], "") for name in judged])]
     if missed:
         out.append(f"<p class='small' style='color:{MISSED}'>Red ticks: some row, or the truth, has no face there.</p>")
-    for title, key in charts:
+    for title, key in CURVES.items():
         series = [(TITLES[name], COLORS[name], rows[name][key], "") for name in judged]
-        out.append(f"<h3>{escape(title)}</h3>{chart(series, first, marks=missed)}")
+        out.append(f"<h3>{escape(title)}</h3>{chart(series, report['split']['test'][0], marks=missed)}")
     return "".join(out)
+
+
+def _faceless(rows: dict[str, dict]) -> list[int]:
+    """Frames in which some row has no face."""
+    return sorted({i for row in rows.values() for i, seen in enumerate(row["face"]) if not seen})
 
 
 def _sound(report: dict, samples: np.ndarray | None) -> str:
     """The waveform and, on the same time axis, the opening: the truth's, the rows', what speech predicted."""
-    first, rows = report["split"]["test"][0], report["per_frame"]
-    series = [
-        (TITLES[name], COLORS[name], rows[name]["opening"], "") for name in TITLES if name in rows and name != "control"
-    ]
+    first = report["split"]["test"][0]
+    rows = {name: row for name, row in report["per_frame"].items() if name != "control"}
+    series = [(TITLES[name], COLORS[name], rows[name]["opening"], "") for name in TITLES if name in rows]
     if "opening_predicted" in rows.get("audio", {}):
         series.append(("predicted from the sound", COLORS["audio"], rows["audio"]["opening_predicted"], "4 3"))
-    missed = sorted(
-        {i for name, row in rows.items() if name != "control" for i, seen in enumerate(row["face"]) if not seen}
-    )
     out = [_key([(name, color, dash) for name, color, _, dash in series])]
     count = len(rows["ground_truth"]["opening"])
     out.append(waveform(samples, count, first) if samples is not None else "<p class='soft'>There is no sound.</p>")
     out.append("<h3>Opening of the mouth, over the distance of the outer eye corners</h3>")
-    return "".join(out) + chart(series, first, height=210, marks=missed)
+    return "".join(out) + chart(series, first, height=210, marks=_faceless(rows))
 
 
 def _key(entries: list[tuple[str, str, str]]) -> str:
@@ -238,18 +179,29 @@ def _key(entries: list[tuple[str, str, str]]) -> str:
     return f"<div class='key'>{items}</div>"
 
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22  # margins of a chart: all share their time axis
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1280, 46, 8, 8, 22  # of a chart, and its margins: all share their time axis
 
 
-def _x(i: float, count: int, width: int) -> float:
+def _x(i: float, count: int) -> float:
     """Where frame i's middle lies; frame i is the i-th of `count` equal cells."""
-    return LEFT + (width - LEFT - RIGHT) * (i + 0.5) / max(count, 1)
+    return LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / max(count, 1)
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, color: str) -> str:
+    return f"<line x1='{x0:.1f}' y1='{y0:.1f}' x2='{x1:.1f}' y2='{y1:.1f}' stroke='{color}'/>"
+
+
+def _text(x: float, y: float, anchor: str, shown: object) -> str:
+    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='#5d646e'>{shown}</text>"
+
+
+def _svg(inside: str, height: int) -> str:
+    return f"<svg viewBox='0 0 {WIDTH} {height}' width='{WIDTH}' height='{height}' font-size='11'>{inside}</svg>"
 
 
 def chart(
     series: list[tuple[str, str, list[float | None], str]],
     first: int,
-    width: int = 1280,
     height: int = 170,
     marks: list[int] | None = None,
 ) -> str:
@@ -263,40 +215,27 @@ def chart(
     low, high = low - margin, high + margin
     step = _round_step(high - low)
     digits = max(0, -int(np.floor(np.log10(step))))
-    count = max(len(values) for _, _, values, _ in series)
+    count, base = max(len(values) for _, _, values, _ in series), height - BOTTOM
 
     def y(v: float) -> float:
-        return TOP + (height - TOP - BOTTOM) * (high - v) / (high - low)
+        return TOP + (base - TOP) * (high - v) / (high - low)
 
-    out = [f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' font-size='11'>"]
+    out = []
     for v in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step:
-        out.append(f"<line x1='{LEFT}' x2='{width - RIGHT}' y1='{y(v):.1f}' y2='{y(v):.1f}' stroke='#e8eaed'/>")
-        out.append(
-            f"<text x='{LEFT - 6}' y='{y(v) + 4:.1f}' text-anchor='end' fill='#5d646e'>{v + 0.0:.{digits}f}</text>"
-        )
-    out.append(_ticks(count, first, width, height))
-    for i in marks or []:
-        x = _x(i, count, width)
-        out.append(
-            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM - 6}' y2='{height - BOTTOM}' stroke='{MISSED}' "
-            "stroke-width='2'/>"
-        )
+        out.append(_line(LEFT, y(v), WIDTH - RIGHT, y(v), "#e8eaed"))
+        out.append(_text(LEFT - 6, y(v) + 4, "end", f"{v + 0.0:.{digits}f}"))
+    out.append(_ticks(count, first, height))
+    out += [_line(_x(i, count), base - 6, _x(i, count), base, MISSED) for i in marks or []]
     for name, color, values, dash in series:
-        pieces, piece = [], []
-        for i, v in enumerate([*values, None]):
-            if v is not None:
-                piece.append(f"{_x(i, count, width):.1f},{y(v):.1f}")
-            elif piece:
-                pieces.append(piece)
-                piece = []
-        for piece in pieces:
-            points = " ".join(piece if len(piece) > 1 else piece * 2)
-            out.append(
-                f"<polyline points='{points}' fill='none' stroke='{color}' stroke-width='1.5' stroke-linejoin='round' "
-                f"stroke-linecap='round' stroke-dasharray='{dash}'><title>{escape(name)}</title></polyline>"
-            )
-    out.append("</svg>")
-    return "".join(out)
+        for seen, run in itertools.groupby(enumerate(values), lambda entry: entry[1] is not None):
+            points = [f"{_x(i, count):.1f},{y(v):.1f}" for i, v in run if v is not None]
+            if seen:
+                out.append(
+                    f"<polyline points='{' '.join(points if len(points) > 1 else points * 2)}' fill='none' "
+                    f"stroke='{color}' stroke-width='1.5' stroke-linejoin='round' stroke-linecap='round' "
+                    f"stroke-dasharray='{dash}'><title>{escape(name)}</title></polyline>"
+                )
+    return _svg("".join(out), height)
 
 
 def _round_step(span: float) -> float:
@@ -305,36 +244,29 @@ def _round_step(span: float) -> float:
     return float(max(k * power for k in (1, 2, 5) if k * power <= span / 3))
 
 
-def _ticks(count: int, first: int, width: int, height: int) -> str:
+def _ticks(count: int, first: int, height: int) -> str:
     """Frame numbers below, at a round step."""
     step = next((s for s in (1, 2, 5, 10, 20, 25, 50, 100, 250, 500, 1000, 2500) if count / s <= 14), 5000)
-    out = [f"<line x1='{LEFT}' x2='{width - RIGHT}' y1='{height - BOTTOM}' y2='{height - BOTTOM}' stroke='#9aa1aa'/>"]
+    base = height - BOTTOM
+    out = [_line(LEFT, base, WIDTH - RIGHT, base, "#9aa1aa")]
     for i in range((-first) % step, count, step):
-        x = _x(i, count, width)
-        out.append(
-            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height - BOTTOM}' y2='{height - BOTTOM + 4}' stroke='#9aa1aa'/>"
-        )
-        out.append(f"<text x='{x:.1f}' y='{height - 5}' text-anchor='middle' fill='#5d646e'>{first + i}</text>")
+        x = _x(i, count)
+        out += [_line(x, base, x, base + 4, "#9aa1aa"), _text(x, height - 5, "middle", first + i)]
     return "".join(out)
 
 
-def waveform(samples: Float[np.ndarray, "n"], count: int, first: int, width: int = 1280, height: int = 92) -> str:
+def waveform(samples: Float[np.ndarray, "n"], count: int, first: int, height: int = 92) -> str:
     """The sound's envelope over the frames' time axis: lowest and highest sample of each pixel's worth of time."""
-    columns = width - LEFT - RIGHT
-    edges = np.linspace(0, len(samples), columns + 1).astype(int)
-    peak = max(float(np.abs(samples).max(initial=0.0)), 1e-6)
-    middle, half = TOP + (height - TOP - BOTTOM) / 2, (height - TOP - BOTTOM) / 2
+    edges = np.linspace(0, len(samples), WIDTH - LEFT - RIGHT + 1).astype(int)
+    half = (height - TOP - BOTTOM) / 2
+    scale = half / max(float(np.abs(samples).max(initial=0.0)), 1e-6)
     high, low = [], []
     for k, (a, b) in enumerate(itertools.pairwise(edges)):
         part = samples[a : max(b, a + 1)]
-        top, bottom = (float(part.max()), float(part.min())) if len(part) else (0.0, 0.0)
-        high.append(f"{LEFT + k},{middle - half * max(top, 0) / peak:.1f}")
-        low.append(f"{LEFT + k},{middle - half * min(bottom, 0) / peak:.1f}")
-    outline = " ".join(high + low[::-1])
-    return (
-        f"<h3>Sound</h3><svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' font-size='11'>"
-        f"<polygon points='{outline}' fill='#7d8794'/>{_ticks(count, first, width, height)}</svg>"
-    )
+        high.append(f"{LEFT + k},{TOP + half - scale * max(part.max(initial=0.0), 0):.1f}")
+        low.append(f"{LEFT + k},{TOP + half - scale * min(part.min(initial=0.0), 0):.1f}")
+    outline = f"<polygon points='{' '.join(high + low[::-1])}' fill='#7d8794'/>"
+    return f"<h3>Sound</h3>{_svg(outline + _ticks(count, first, height), height)}"
 
 
 # --- pictures

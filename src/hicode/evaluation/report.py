@@ -49,7 +49,6 @@ from hicode.evaluation.rows import (
     per_frame,
 )
 from hicode.evaluation.show import print_table
-from hicode.evaluation.syncnet import SyncNet, crop_boxes
 from hicode.files import write_json
 from hicode.preparation.clip import Clip
 from hicode.progress import progress_bar
@@ -87,7 +86,7 @@ def evaluate(
     """
     config.check_outputs()
     place = resolve_device(config.device)
-    net = SyncNet.load(config.syncnet) if config.syncnet else None
+    scores = config.lip_scores()
     if isinstance(avatar, (str, Path)):
         avatar = Avatar.load(avatar)
     if place != "cpu":
@@ -97,22 +96,21 @@ def evaluate(
     due = test.closures(config.alignment) if config.alignment else None
     driven = test.rows(config.modes)
     timing = test.speed() if "audio" in driven else {"fps": None}
-    rows = new_rows((*driven, "ground_truth", "control"), net)
+    truth = test.clip.track.landmarks_px[test.frames.start : test.frames.stop].numpy()
+    rows = new_rows((*driven, "ground_truth", "control"), scores, truth)
     mouths = [test.clip.track.mouth_box(t) for t in test.frames]
     gallery = Gallery(next(iter(driven), "control"), mouths, (test.clip.width, test.clip.height))
-    boxes = crop_boxes(test.clip.track.landmarks_px[test.frames.start : test.frames.stop].numpy())
-    measured = measure(test.compared(driven), rows, FaceLandmarker(), config.vgg, boxes)
+    measured = measure(test.compared(driven), rows, FaceLandmarker(), config.vgg)
     with progress_bar("Measuring", progress) as report:
         for i, frame in enumerate(gallery.watch(measured, rows)):
             if keep is not None:
                 for name, image in frame.images.items():
                     keep(name, i, image)
             report(i + 1, len(test.frames))
-    found = figures(
-        rows, test.clip.width, dict.fromkeys(rows, test.sound), test.findings, due, net, "the clip has no sound"
-    )
+    sounds = dict.fromkeys(rows, test.sound)
+    found = figures(rows, test.clip.width, sounds, test.findings, due, "the clip has no sound")
     out = test.report(found, timing) | {"per_frame": test.curves(rows), "training_frames": test.training_frames()}
-    out["definitions"] = DEFINITIONS | (AVCONF_DEFINITION if net else {})
+    out["definitions"] = DEFINITIONS | (AVCONF_DEFINITION if scores else {})
     out["provenance"] = test.provenance(config)
     out["evaluation"] = {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb()}
     out = jsonable(out)

@@ -1,16 +1,9 @@
-"""What is measured of a row of frames, whoever made them: an avatar (`report`) or another system (`videos`).
+"""What is measured of a row of frames, whoever made them: an avatar (`report`) or another system (`research.compare`).
 
 A row has t frames beside t frames of truth. Figures are means over frames. Landmarks are detected in the row's own
 frames and in the truth's by the same detector. What cannot be measured is None, and `not_measured` says why.
 
-A row's figures, a dict:
-
-    frame, head, mouth   {psnr, ssim, lpips}, the frame's lpips_vgg on request
-    lmd_px, lmd_norm, missed_faces, opening_correlation, opening_mean, jitter_px, seam, motion_in_silence
-    motion               `MotionStatistics`
-    closure, closures_due, closed_elsewhere
-    sync_...             offset, margin, shuffled margin, AUC, windows
-    avconf               {confidence, distance, offset_frames}, with SyncNet's weights alone
+A row's figures are a dict; `DEFINITIONS` says what each is.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +17,7 @@ from torch import Tensor
 
 from hicode.audio import frame_rms
 from hicode.errors import AssetError, FileFormatError
+from hicode.evaluation.config import LipScores, LipStream
 from hicode.evaluation.images import AREAS, Box, Truth, mean_of_frames, seam_error
 from hicode.evaluation.lips import (
     CLOSED,
@@ -40,7 +34,6 @@ from hicode.evaluation.lips import (
     silent_frames,
 )
 from hicode.evaluation.motion_statistics import motion_statistics
-from hicode.evaluation.syncnet import MIN_FRAMES, LipStream, SyncNet, crop, finish
 from hicode.motion import N_LANDMARKS
 from hicode.speech.loudness import speech_level
 from hicode.speech.sync import SyncModel, estimate_offset, shuffled_control, sync_auc, windowed_offsets
@@ -88,7 +81,7 @@ DEFINITIONS = {
     "closed_elsewhere": "share of the other frames in which it does: a mouth that never opens has 1 of both",
 }
 AVCONF_DEFINITION = {
-    "avconf": "SyncNet with the weights given, face boxes from the truth's landmarks: LSE-C, LSE-D, offset"
+    "avconf": "SyncNet, the weights given, face boxes from the truth's landmarks: LSE-C, LSE-D, offset"
 }
 
 
@@ -152,23 +145,16 @@ class Findings:
     not_measured: dict[str, str] = field(default_factory=dict)
 
 
-def new_rows(names: Iterable[str], net: SyncNet | None) -> dict[str, Row]:
-    """Empty rows."""
-    return {name: Row(lips=LipStream(net) if net else None) for name in names}
+def new_rows(names: Iterable[str], scores: LipScores | None, points: Float[np.ndarray, "t 478 c"]) -> dict[str, Row]:
+    """Empty rows. `scores` scores their lips too, found by the truth's landmarks, `points` (px)."""
+    return {name: Row(lips=None if scores is None else scores.stream(points)) for name in names}
 
 
 def measure(
-    frames: Iterable[Compared],
-    rows: dict[str, Row],
-    landmarker: FaceLandmarker,
-    vgg: bool = False,
-    face_boxes: Float[np.ndarray, "t 3"] | None = None,
+    frames: Iterable[Compared], rows: dict[str, Row], landmarker: FaceLandmarker, vgg: bool = False
 ) -> Iterator[Compared]:
-    """Measure every row in every frame, and give the frames on. The truth's row is called `ground_truth`.
-
-    `face_boxes`: SyncNet's crops, which are the truth's in every row.
-    """
-    for i, frame in enumerate(frames):
+    """Measure every row in every frame, and give the frames on. The truth's row is called `ground_truth`."""
+    for frame in frames:
         truth = Truth(frame.truth, frame.head_mask, frame.mouth_box, vgg)
         for name, row in rows.items():
             image = frame.truth if name == "ground_truth" else frame.images.get(name)
@@ -182,8 +168,8 @@ def measure(
                 row.seam.append(float("nan"))
             else:
                 row.seam.append(seam_error(image, frame.truth, frame.regions[name]))
-            if row.lips is not None and face_boxes is not None:
-                row.lips.push(crop(frame.truth if image is None else image, face_boxes[i]))
+            if row.lips is not None:
+                row.lips.push(frame.truth if image is None else image)
         yield frame
 
 
@@ -193,7 +179,6 @@ def figures(
     sounds: dict[str, Sound | None],
     findings: Findings,
     due: list[tuple[int, int]] | None = None,
-    syncnet: SyncNet | None = None,
     sound_missing: str = "there is no sound",
 ) -> dict[str, dict]:
     """Each row's figures, by name. `sounds` has each row's sound, `due` the closures due."""
@@ -228,7 +213,7 @@ def figures(
     for name, found in _sync(rows, sounds, findings, sound_missing).items():
         out[name] |= found
     _say_why(out, sounds, findings, due, sound_missing)
-    _avconf(out, rows, sounds, findings, syncnet)
+    _avconf(out, rows, sounds, findings)
     return out
 
 
@@ -325,22 +310,18 @@ def without_gaps(points: Float[np.ndarray, "t l 3"]) -> Float32[np.ndarray, "t l
     return filled.reshape(points.shape).astype(np.float32)
 
 
-def _avconf(out: dict, rows: dict[str, Row], sounds: dict, findings: Findings, net: SyncNet | None) -> None:
+def _avconf(out: dict, rows: dict[str, Row], sounds: dict, findings: Findings) -> None:
     """AVConf of each row, where the weights are there; without them no row has the key."""
     why = findings.not_measured
-    if net is None:
+    if rows["ground_truth"].lips is None:
         why["AVConf"] = "it needs SyncNet's own weights, which may not be shipped (--syncnet PATH to syncnet_v2.model)"
         return
-    frames = len(rows["ground_truth"].points)
     for name, row in rows.items():
-        got = None
-        if sounds[name] is None:
-            why[f"AVConf of {name}"] = "there is no sound"
-        elif frames < MIN_FRAMES:
-            why[f"AVConf of {name}"] = f"{frames} frames, at least {MIN_FRAMES} are needed"
-        elif row.lips is not None:
-            got = finish(net, row.lips, frames, sounds[name].samples)
-        out[name]["avconf"] = got and asdict(got)
+        assert row.lips is not None, name
+        got = "there is no sound" if sounds[name] is None else row.lips.score(sounds[name].samples)
+        out[name]["avconf"] = None if isinstance(got, str) else got
+        if isinstance(got, str):
+            why[f"AVConf of {name}"] = got
 
 
 def over_control(out: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:

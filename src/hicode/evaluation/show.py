@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rich import box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -136,9 +136,7 @@ def _db(psnr: float | None) -> str:
 def print_table(report: dict, console: Console | None = None) -> None:
     """The report as a table for people. Measures go down and rows across: six columns fit any terminal."""
     console = console or Console()
-    table = Table(
-        title=report["title"], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
+    table = Table(title=report["title"], title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     rows = rows_of(report)
     table.add_column("", no_wrap=True)
     for name in rows:

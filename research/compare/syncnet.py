@@ -16,8 +16,7 @@ to chin, cheek to cheek, as WIDER FACE draws boxes) and not S3FD's; nothing is r
 crops as XVID and JPEG); scenes are not cut. Compare a figure with the ground-truth row, not with a table.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
@@ -107,6 +106,10 @@ class SyncNet(nn.Module):
             raise FileFormatError(f"{path} {finding}: not SyncNet's weights. Give an undamaged syncnet_v2.model.")
         return net
 
+    def stream(self, points: Float[np.ndarray, "t 478 c"]) -> "LipStream":
+        """See `hicode.evaluation.config.LipScores`."""
+        return LipStream(self, crop_boxes(points))
+
     @torch.inference_mode()
     def hear(self, rows: Float[Tensor, "n 13"]) -> Float[Tensor, "m d"]:
         """Sound windows: four MFCC rows apart, 20 long; as many as fit."""
@@ -135,17 +138,20 @@ def _unlike(state: object, target: dict[str, Tensor], optional: set[str]) -> str
 
 
 class LipStream:
-    """Crops in, one at a time, in constant memory; the windows' features out at the end."""
+    """Frames in, one at a time, in constant memory; the windows' features, or the score, out at the end."""
 
-    def __init__(self, net: SyncNet):
-        self.net = net
+    def __init__(self, net: SyncNet, boxes: Float[np.ndarray, "t 3"] | None = None):
+        """`boxes`: the face in each frame, as `crop_boxes` has them."""
+        self.net, self.boxes, self.frames = net, boxes, 0
         self._recent: list[np.ndarray] = []
         self._waiting: list[np.ndarray] = []
         self._done: list[Tensor] = []
 
-    def push(self, crop: UInt8[np.ndarray, "224 224 3"]) -> None:
-        """The next frame's crop, RGB."""
-        self._recent = [*self._recent[-(WINDOW_FRAMES - 1) :], crop[..., ::-1]]
+    def push(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
+        """The next frame, RGB; without boxes it is the crop itself."""
+        picture = frame if self.boxes is None else crop(frame, self.boxes[self.frames])
+        self.frames += 1
+        self._recent = [*self._recent[-(WINDOW_FRAMES - 1) :], picture[..., ::-1]]
         if len(self._recent) == WINDOW_FRAMES:
             self._waiting.append(np.stack(self._recent))
             if len(self._waiting) == BATCH:
@@ -156,6 +162,14 @@ class LipStream:
         if self._waiting:
             self._run()
         return torch.cat(self._done) if self._done else torch.zeros(0, 1024)
+
+    def score(self, samples: Float32[np.ndarray, "n"]) -> dict | str:
+        """AVConf with the sound at 16 kHz, or why there is none."""
+        frames = min(self.frames, len(samples) // SAMPLES_PER_FRAME)
+        if frames < MIN_FRAMES:
+            return f"{frames} frames, at least {MIN_FRAMES} are needed"
+        last = frames - WINDOW_FRAMES
+        return asdict(score(self.finish()[:last], self.net.hear(torch.from_numpy(mfcc(samples)))[:last]))
 
     def _run(self) -> None:
         batch = torch.from_numpy(np.stack(self._waiting)).permute(0, 4, 1, 2, 3).float()
@@ -171,26 +185,6 @@ def score(seen: Float[Tensor, "n d"], heard: Float[Tensor, "m d"]) -> AVConf:
     mean = torch.stack([F.pairwise_distance(seen, padded[k : k + n]).mean() for k in range(2 * MAX_OFFSET + 1)])
     best = int(mean.argmin())
     return AVConf(float(mean.median() - mean[best]), float(mean[best]), MAX_OFFSET - best)
-
-
-def avconf(
-    net: SyncNet, crops: Iterable[UInt8[np.ndarray, "224 224 3"]], samples: Float32[np.ndarray, "n"]
-) -> AVConf | None:
-    """AVConf of a clip's crops and its sound at 16 kHz; None below MIN_FRAMES frames."""
-    stream, count = LipStream(net), 0
-    for crop in crops:
-        stream.push(crop)
-        count += 1
-    return finish(net, stream, count, samples)
-
-
-def finish(net: SyncNet, stream: LipStream, frames: int, samples: Float32[np.ndarray, "n"]) -> AVConf | None:
-    """`avconf` of a stream that has got all its crops."""
-    frames = min(frames, len(samples) // SAMPLES_PER_FRAME)
-    if frames < MIN_FRAMES:
-        return None
-    last = frames - WINDOW_FRAMES
-    return score(stream.finish()[:last], net.hear(torch.from_numpy(mfcc(samples)))[:last])
 
 
 # --- the sound

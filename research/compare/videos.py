@@ -28,8 +28,7 @@ from jaxtyping import Bool, Float, Float64, UInt8
 from hicode.audio import FPS
 from hicode.avatar.blend import dilate_mask, hidden_mask
 from hicode.errors import InputError
-from hicode.evaluation.config import EvaluateConfig
-from hicode.evaluation.footage import Footage
+from hicode.evaluation.config import CompareConfig, EvaluateConfig
 from hicode.evaluation.gallery import Gallery
 from hicode.evaluation.images import Box
 from hicode.evaluation.lips import DETECTOR, closures_due
@@ -49,7 +48,6 @@ from hicode.evaluation.rows import (
     per_frame,
 )
 from hicode.evaluation.show import print_table
-from hicode.evaluation.syncnet import SyncNet, crop_boxes
 from hicode.files import write_json
 from hicode.motion import mouth_box
 from hicode.perceptual import SMALLEST_SIDE_PX
@@ -62,28 +60,11 @@ from hicode.speech.encoders import create_encoder, match_frames
 from hicode.tracking.face_tracker import track_faces
 from hicode.tracking.landmarks import FaceLandmarker
 from hicode.tracking.masks import Segmenter, head_mask
+from research.compare.footage import Footage
 
 SCHEMA, VERSION = "hicode-comparison", 2
 RATES_AGREE = 0.005  # containers that keep whole milliseconds are that far off
 SHAPES_AGREE = 0.01
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """What may differ between the two videos. Raises InputError for values that cannot be used."""
-
-    max_left_out: int = 5
-    """Frames that one may be longer; they are left out at the end and counted."""
-    resize: bool = False
-    """Scale the video to the reference's size; every figure then includes the scaling."""
-    resample: bool = False
-    """Accept other frame rates: each frame at 25 a second is then the nearest one in time."""
-
-    def __post_init__(self):
-        if self.max_left_out < 0:
-            raise InputError(
-                f"--max-left-out {self.max_left_out} is negative. Give a number of frames; the usual number is 5."
-            )
 
 
 def compare_videos(
@@ -100,25 +81,25 @@ def compare_videos(
     that differ by more than `compare` allows, no face in the reference.
     """
     config.check_outputs()
-    net = SyncNet.load(config.syncnet) if config.syncnet else None
+    scores = config.lip_scores()
     started = time.perf_counter()
     pair = Pair.open(Path(video), Path(reference), compare)
     due = closures_due(config.alignment, 0, pair.count) if config.alignment else None
     landmarker = FaceLandmarker()
     with progress_bar("Tracking the face", progress) as report:
         face = track_reference(pair, landmarker, report)
-    rows = new_rows(("video", "ground_truth", "control"), net)
+    rows = new_rows(("video", "ground_truth", "control"), scores, face.points)
     mouths = [face.mouth(i, pair.width, pair.height) for i in range(pair.count)]
     shown = tuple(part.stop - part.start for part in face.square)
     note = "" if (pair.height, pair.width) == shown else "; cropped to the head"
     gallery = Gallery("video", mouths, (pair.width, pair.height), face.square, note)
-    measured = measure(compared(pair, face), rows, landmarker, config.vgg, crop_boxes(face.points))
+    measured = measure(compared(pair, face), rows, landmarker, config.vgg)
     with progress_bar("Measuring", progress) as report:
         for i, _ in enumerate(gallery.watch(measured, rows)):
             report(i + 1, pair.count)
     findings = Findings(notes=list(pair.notes))
-    out = _report(pair, face, rows, _figures(pair, face, rows, due, net, findings), findings)
-    out["definitions"] = DEFINITIONS | (AVCONF_DEFINITION if net else {})
+    out = _report(pair, face, rows, _figures(pair, face, rows, due, findings), findings)
+    out["definitions"] = DEFINITIONS | (AVCONF_DEFINITION if scores else {})
     out["provenance"] = _provenance(pair, config, compare)
     out["evaluation"] = {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb()}
     out = jsonable(out)
@@ -340,9 +321,7 @@ def compared(pair: Pair, face: Face) -> Iterator[Compared]:
         yield Compared(i, truth, mask, face.mouth(i, pair.width, pair.height), images, regions)
 
 
-def _figures(
-    pair: Pair, face: Face, rows: dict[str, Row], due: list | None, net: SyncNet | None, findings: Findings
-) -> dict[str, dict]:
+def _figures(pair: Pair, face: Face, rows: dict[str, Row], due: list | None, findings: Findings) -> dict[str, dict]:
     blind = int((~face.detected).sum())
     if blind:
         findings.notes.append(
@@ -350,7 +329,7 @@ def _figures(
             "they count for the whole frame only, not for head, mouth, lips and seam, and not for the control."
         )
     sounds = {name: pair.sound(name) for name in rows}
-    found = figures(rows, pair.width, sounds, findings, due, net, "neither the video nor the reference has sound")
+    found = figures(rows, pair.width, sounds, findings, due, "neither the video nor the reference has sound")
     if pair.whose_sound("video") == "reference":
         findings.notes.append("The video has no sound: its sync is measured against the reference's.")
     return found
