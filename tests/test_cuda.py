@@ -68,13 +68,8 @@ def test_on_a_device_of_their_own():
 
 # Operations that a GPU, too, takes CPU tensors in (copies between devices; indices).
 MIXED = {
-    "aten::_copy_from",
-    "aten::copy_",
-    "aten::_to_copy",
-    "aten::index",
-    "aten::index_put_",
-    "aten::_index_put_impl_",
-}
+    "aten::_copy_from", "aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::_index_put_impl_",
+}  # fmt: skip
 # Operators that torch makes, on a foreign device, of an empty result and an operator that resizes it, which a stand-in
 # cannot be.
 FUNCTIONAL = ["abs", "arange", "arange.start", "arange.start_step", "eye", "eye.m"]

@@ -34,9 +34,8 @@ def test_rotation_round_trips_through_axis_angle_and_quaternion():
     R = rotation_from_axis_angle(a)
     assert torch.allclose(R @ R.mT, torch.eye(3, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(axis_angle_from_rotation(R), a, atol=1e-8)
-    assert torch.allclose(
-        rotation_from_quat(3 * quat_from_rotation(R)), R, atol=1e-12
-    )  # 3: quaternions need not be normalised
+    # 3: quaternions need not be normalised
+    assert torch.allclose(rotation_from_quat(3 * quat_from_rotation(R)), R, atol=1e-12)
 
 
 def test_rotation_about_z_turns_x_to_y():

@@ -74,19 +74,9 @@ def loaded_by(code: str) -> set[str]:
 
 
 HEAVY = {
-    "torch",
-    "numba",
-    "onnxruntime",
-    "av",
-    "cv2",
-    "scipy",
-    "transformers",
-    "gsplat",
-    "tensorboard",
-    "rich",
-    "ray",
+    "torch", "numba", "onnxruntime", "av", "cv2", "scipy", "transformers", "gsplat", "tensorboard", "rich", "ray",
     "matplotlib",
-}
+}  # fmt: skip
 
 
 def test_importing_hicode_loads_no_heavy_backend():

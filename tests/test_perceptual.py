@@ -44,9 +44,8 @@ def model(request) -> LPIPS:
 @pytest.mark.parametrize("spoiled", ["grain", "shift", "negative"])
 def test_values_are_those_of_the_lpips_package(model, spoiled):
     value = model(pattern("plain"), pattern(spoiled)).item()
-    assert value == pytest.approx(
-        GOLDEN[model.features.network, spoiled], rel=1e-4
-    )  # float32 sums in another order: about 1e-7
+    # float32 sums in another order: about 1e-7
+    assert value == pytest.approx(GOLDEN[model.features.network, spoiled], rel=1e-4)
 
 
 def test_a_distance_is_zero_on_itself_symmetric_and_grows_with_the_fault(model):

@@ -354,16 +354,11 @@ class _Builder:
     def _offsets_key(self) -> str:
         clips = [
             (
-                s.speaker,
-                c,
-                fingerprint(p),
-                sha256_of(self._file("motion", s, c))[:16],
-                s.learn,
-                s.evaluated,
+                s.speaker, c, fingerprint(p), sha256_of(self._file("motion", s, c))[:16], s.learn, s.evaluated,
                 s.test_part,
             )
             for s, c, p in self._clips()
-        ]
+        ]  # fmt: skip
         model = None if self.anchor is not None else self._sync_model().learned_from
         return hashlib.sha256(json.dumps([encoder_key(self.encoder), self.anchor, model, clips]).encode()).hexdigest()
 

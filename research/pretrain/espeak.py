@@ -146,9 +146,8 @@ class Espeak:
 def _utterance(pcm: np.ndarray, answer: dict, voice: str, text: str) -> Utterance:
     rate = answer["rate_hz"]
     samples = resample(to_float(pcm), rate)
-    events = [
-        (at / rate, ipa) for at, ipa in answer["phones"] if not ipa.startswith("(")
-    ]  # "(en)": from here on in another language
+    # "(en)": from here on in another language
+    events = [(at / rate, ipa) for at, ipa in answer["phones"] if not ipa.startswith("(")]
     phones = []
     for (start, ipa), end in zip(events, [*(at for at, _ in events[1:]), len(pcm) / rate], strict=True):
         # An empty event in the very place of a sound is no pause: the sound goes on through it.

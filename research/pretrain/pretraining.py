@@ -205,12 +205,9 @@ class _Pretraining:
         config = self.config
         files = [Path(f) for f in (self.out, config.sync_out, config.voice_activity_out) if f is not None]
         settings = {
-            "pretraining": config,
-            "training": self._training,
-            "corpus": self.corpus,
-            "encoder": self.encoder.name,
+            "pretraining": config, "training": self._training, "corpus": self.corpus, "encoder": self.encoder.name,
             "window": list(self.encoder.window),
-        }
+        }  # fmt: skip
         return {
             "schema": SCHEMA,
             "version": VERSION,

@@ -25,10 +25,8 @@ from research.pretrain.espeak import VARIANTS, Espeak, Utterance, sentences
 from research.pretrain.phones import Phone, frame_classes
 from research.pretrain.visemes import Style, as_tracked, rest_gap, viseme_expression
 
-UPPER, LOWER = (
-    [13, 82, 312],
-    [14, 87, 317],
-)  # inner lips, middle and sides: what `sync.mouth_measures` calls the opening
+# inner lips, middle and sides: what `sync.mouth_measures` calls the opening
+UPPER, LOWER = ([13, 82, 312], [14, 87, 317])
 NEGATIVES = ("silence", "white", "pink", "hum", "breath", "chords", "drums", "clicks")
 # English by the voices that espeak-ng has for it; every other language by its own.
 _ACCENTS = {

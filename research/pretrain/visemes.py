@@ -179,9 +179,8 @@ class _Tracker:
 
     def __init__(self, head: HeadModel):
         self.mouth = head.mouth_expression
-        moved = head.landmarks(head.expression_basis)[self.mouth].double() / (
-            _FIT.noise_mm / 100
-        )  # "m 478 3" in noise units
+        # "m 478 3" in noise units
+        moved = head.landmarks(head.expression_basis)[self.mouth].double() / (_FIT.noise_mm / 100)
         weight = torch.ones(moved.shape[1], dtype=torch.float64)
         weight[LIPS], weight[FACE_OVAL] = _FIT.lips_weight, _FIT.oval_weight
         axes = torch.tensor([1.0, 1.0, _FIT.depth_weight], dtype=torch.float64)

@@ -62,9 +62,8 @@ def test_costs_are_compared_in_units_of_the_machines_speed(work):
     main.main(["--save"])
     baseline = json.loads(main.BASELINE.read_text())
     known = baseline["cost"]["busy loop"]
-    assert (
-        main.slower({"busy loop": {"ms": 10 * known["ms"], "units": known["units"]}}, baseline["cost"]) == []
-    )  # a slow machine
+    # a slow machine
+    assert main.slower({"busy loop": {"ms": 10 * known["ms"], "units": known["units"]}}, baseline["cost"]) == []
     assert main.slower({"busy loop": {"ms": known["ms"], "units": 2 * known["units"]}}, baseline["cost"]) == [
         "busy loop"
     ]

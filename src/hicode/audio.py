@@ -78,7 +78,7 @@ def as_samples(sound: object) -> Samples:
         rate_hz, values = sound if first_is_rate else sound[::-1]
         if not isinstance(rate_hz, (int, np.integer)):
             raise InputError(
-                f"A {type(rate_hz).__name__} is no sample rate. Give (rate in Hz, samples), the rate as an int."
+                f"A {type(rate_hz).__name__} is no sample rate. Give (rate in Hz, samples), the rate an int."
             )
     array = _as_array(values)
     if array.ndim == 2 and array.shape[0] <= MAX_CHANNELS < array.shape[1]:
@@ -104,9 +104,7 @@ def _as_array(values: object) -> np.ndarray:
     if isinstance(values, (list, tuple)) and np.issubdtype(array.dtype, np.integer):
         array = array.astype(np.float64)  # Python's integers have no type to scale by: `full_scale` decides
     if array.dtype == object or not np.issubdtype(array.dtype, np.number):
-        raise InputError(
-            f"A {type(values).__name__} is no sound. Give a path, an array of samples, or (rate, samples)."
-        )
+        raise InputError(f"A {type(values).__name__} is no sound. Give a path, an array, or (rate, samples).")
     return array
 
 
@@ -123,9 +121,7 @@ def to_mono(samples: Shaped[np.ndarray, "n *c"]) -> Float32[np.ndarray, "n"]:
     if samples.ndim == 1:
         return to_float(samples)
     if samples.ndim != 2 or not 0 < samples.shape[1] <= MAX_CHANNELS:
-        raise InputError(
-            f"The sound has shape {samples.shape}, expected (samples,) or (samples, channels). Transpose it."
-        )
+        raise InputError(f"The sound has shape {samples.shape}, not (samples,) or (samples, channels). Transpose it.")
     return to_float(samples).mean(1)
 
 

@@ -35,8 +35,7 @@ DEMO_SPEECH_SECONDS = 10.0
 class MakeConfig:
     """The whole way from a video to a video that speaks: the root of the config tree."""
 
-    work: Path | None = None
-    """Folder for clip, avatar and run, which are kept. Default: OUT.work next to the video."""
+    work: Path | None = None  # Folder for clip, avatar and run, which are kept. Default: OUT.work next to the video.
     prepare: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     speak: SpeakConfig = field(default_factory=SpeakConfig)

@@ -36,10 +36,8 @@ class LearnConfig:
 
     ray: str | None = None
     """Learn on Ray: local (processes of this machine) or a cluster's address. If not given: one after the other."""
-    workers: int | None = None
-    """With --ray local: people at a time. If not given: as many as there are cores for."""
-    cpus: int = 1
-    """With --ray: cores a person."""
+    workers: int | None = None  # With --ray local: people at a time. If not given: as many as there are cores for.
+    cpus: int = 1  # With --ray: cores a person.
     prepare: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 

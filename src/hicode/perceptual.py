@@ -204,9 +204,7 @@ class LPIPS(nn.Module):
     def normalized(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c y x"]]:
         """Features of unit length at each place, the input of `from_features`."""
         if min(images.shape[-2:]) < SMALLEST_SIDE_PX:
-            raise ValueError(
-                f"LPIPS needs images of at least {SMALLEST_SIDE_PX} px a side, got {tuple(images.shape[-2:])}"
-            )
+            raise ValueError(f"LPIPS needs at least {SMALLEST_SIDE_PX} px a side, got {tuple(images.shape[-2:])}")
         return [f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in self.features(images)]
 
     def from_features(

@@ -124,7 +124,6 @@ def _forget() -> None:
     _shared.clear()
 
 
-if hasattr(
-    os, "register_at_fork"
-):  # a forked child has the pool's bookkeeping but none of its threads, and would wait for ever
+# a forked child has the pool's bookkeeping but none of its threads, and would wait for ever
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)

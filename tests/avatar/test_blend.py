@@ -71,17 +71,15 @@ def rendered_disc(centre: tuple[float, float], size: int = 256) -> tuple[np.ndar
 def test_a_faces_mask_is_about_its_hull_on_the_head():
     head, square = disc(512, 120, (256, 256)), np.float32([[200, 220], [300, 220], [300, 320], [200, 320]])
     mask = face_mask(head, square)
-    assert (
-        (mask[218:322, 198:302] == 255).all() and mask[:214].max() == 0 and mask[:, 306:].max() == 0
-    )  # 4 px more than the hull
+    # 4 px more than the hull
+    assert (mask[218:322, 198:302] == 255).all() and mask[:214].max() == 0 and mask[:, 306:].max() == 0
     both = face_mask(head, square, square + [0, 40])  # the frame's face and the one that goes there
     assert (both[218:355, 200:300] == 255).all() and both[:214].max() == 0
     beyond = face_mask(head, square + [120, 0])
     assert beyond.max() == 255 and beyond[cv2.dilate(head, np.ones((21, 21), np.uint8)) == 0].max() == 0
     cut = head.copy()
-    cut[300:, :] = np.clip(255 - 20 * np.arange(212), 0, 255)[:, None] * (
-        head[300:] > 0
-    )  # hair that is cut by a slope, the cheek beside it too
+    # hair that is cut by a slope, the cheek beside it too
+    cut[300:, :] = np.clip(255 - 20 * np.arange(212), 0, 255)[:, None] * (head[300:] > 0)
     assert (face_mask(cut, square)[218:310, 200:300] == 255).all() and set(
         np.unique(face_mask(cut, square[:2], square[2:] - [0, 5])[300:320, 220:280])
     ) <= {0, 255}
@@ -111,14 +109,12 @@ def test_a_composed_face_leaves_the_rest_of_the_head_as_it_is():
     changed = (out != frame).any(-1)
     assert changed[112:158, 102:148].all() and not changed[:100].any() and not changed[:, 160:].any()
     assert not changed[:y0].any() and not changed[:, :x0].any() and not changed[y1:].any() and not changed[:, x1:].any()
-    assert (
-        (compose(rgb, alpha, frame, head, plate) != frame).any(-1)[70:100, 120:130].all()
-    )  # where the whole head goes in
+    # where the whole head goes in
+    assert (compose(rgb, alpha, frame, head, plate) != frame).any(-1)[70:100, 120:130].all()
     hair = np.ones((256, 256), bool)
     hair[60:200, 60:200] = False
-    np.testing.assert_array_equal(
-        compose(rgb * ~hair[..., None], alpha * ~hair, frame, mask, plate), out
-    )  # what is rendered far from it does not matter
+    # what is rendered far from it does not matter
+    np.testing.assert_array_equal(compose(rgb * ~hair[..., None], alpha * ~hair, frame, mask, plate), out)
     assert blend_box(np.zeros((256, 256), np.uint8)) is None
 
 
@@ -191,9 +187,8 @@ def test_background_meets_a_brighter_frame_without_a_step():
     _, alpha, _, mask, plate = scene()
     frame = np.clip(plate.astype(int) + 30, 0, 255).astype(np.uint8)
     out = compose(np.zeros((*mask.shape, 3), np.float32), np.zeros_like(alpha), frame, mask, plate)
-    assert (
-        np.abs(out.astype(int) - frame).max() <= 1
-    )  # a constant offset is carried exactly; rounding takes at most one level
+    # a constant offset is carried exactly; rounding takes at most one level
+    assert np.abs(out.astype(int) - frame).max() <= 1
 
 
 def test_a_neck_beside_the_plates_wall_is_no_light_to_carry_on():
@@ -322,9 +317,8 @@ def test_plate_fills_what_was_never_seen_smoothly():
     frame = np.where(mask[..., None] > 0, 255, background).astype(np.uint8)
     plate = estimate_background([frame] * 3, [mask] * 3)
     hole = mask > 0
-    assert (
-        plate[hole].max() <= 185 and plate[hole].min() >= 55
-    )  # a blend of what surrounds it, none of the head's white
+    # a blend of what surrounds it, none of the head's white
+    assert plate[hole].max() <= 185 and plate[hole].min() >= 55
     assert np.abs(np.diff(plate.astype(int), axis=0)).max() <= 6  # no step at the hole's border
 
 

@@ -126,9 +126,8 @@ def test_blinks_come_at_the_rate_asked_for_with_log_normal_pauses(an_hour):
     assert np.mean(pauses) > 1.08 * np.median(pauses)  # skewed to the right, as people's are
     logs = np.log(pauses - 0.7)  # without the blink itself and the shortest gap
     skew = np.mean((logs - logs.mean()) ** 3) / logs.std() ** 3
-    assert (
-        abs(skew) < 0.4
-    )  # their logarithms are not: a normal sample of 1,080 has .07; the blinks' own lengths add a little
+    # their logarithms are not: a normal sample of 1,080 has .07; the blinks' own lengths add a little
+    assert abs(skew) < 0.4
 
 
 def test_blinks_last_as_people_s_and_close_faster_than_they_open(an_hour):
@@ -228,9 +227,8 @@ def test_action_numbers_are_the_models():
     per_degree = eyes_module.IRIS_GAIN * eyes_module.EYEBALL * np.pi / 180
     for way, axis, sign in ((0, 0, 1), (1, 0, -1), (2, 1, 1), (3, 1, -1)):
         for iris in eyes_module.IRISES:
-            assert sign * float(eyes.look_landmarks[way, iris[0], axis]) == pytest.approx(
-                per_degree, rel=0.15
-            )  # Down also draws back a little
+            # Down also draws back a little
+            assert sign * float(eyes.look_landmarks[way, iris[0], axis]) == pytest.approx(per_degree, rel=0.15)
     for eye in (0, 1):
         shut = eye_gap(head + eyes.shut_landmarks[eye])
         assert abs(float(shut[eye])) < 0.25 * float(eyes.open_gap[eye])
@@ -252,15 +250,12 @@ class Modelled:
 
 
 def test_tracked_blinks_are_found_and_slow_changes_are_not():
-    assert runs(tracked_blinks(track(200, {50: 0.1, 120: 0.5}))) == [
-        (49, 52),
-        (120, 121),
-    ]  # the second's flanks are within a dip's threshold
+    # the second's flanks are within a dip's threshold
+    assert runs(tracked_blinks(track(200, {50: 0.1, 120: 0.5}))) == [(49, 52), (120, 121)]
     squint = track(200)
     for eye in (0, 1):
-        squint.landmarks.add_(
-            0.24 * torch.linspace(0, 1, 200)[:, None, None] * actions()[eyes_module.BLINK[eye]]
-        )  # slowly to .7 of open
+        # slowly to .7 of open
+        squint.landmarks.add_(0.24 * torch.linspace(0, 1, 200)[:, None, None] * actions()[eyes_module.BLINK[eye]])
     assert not tracked_blinks(squint).any()
 
 
@@ -284,9 +279,8 @@ def test_a_wink_teaches_one_eye_only():
     driving.landmarks[60] += 0.75 * actions()[eyes_module.BLINK[0]] * 1.1
     driving.landmarks[60] += 0.75 * actions()[eyes_module.BLINK[1]] * 0.3
     eyes = Eyes.of(driving, Face(driving))
-    assert (
-        eyes.learned and float(eyes.shut_expression[1, eyes_module.BLINK[1]]) > 0.3
-    )  # the left eye's is the model's action, not an enlarged twitch
+    # the left eye's is the model's action, not an enlarged twitch
+    assert eyes.learned and float(eyes.shut_expression[1, eyes_module.BLINK[1]]) > 0.3
     for eye in (0, 1):
         assert abs(float(eye_gap(face() + eyes.shut_landmarks[eye])[eye])) < 0.25 * float(eyes.open_gap[eye])
 
@@ -321,14 +315,12 @@ def test_the_head_turns_about_the_neck():
     T = rotation_about(pivot, np.array([3.0, -2.0, 1.0]))
     torch.testing.assert_close(transform(T, pivot[None])[0], pivot, atol=1e-6, rtol=0)
     nose = torch.tensor([[0.0, 0.0, 0.5]])
-    assert (
-        transform(rotation_about(torch.zeros(3), np.array([5.0, 0, 0])), nose)[0, 0] > 0
-    )  # yaw: to the subject's left, +x
+    # yaw: to the subject's left, +x
+    assert transform(rotation_about(torch.zeros(3), np.array([5.0, 0, 0])), nose)[0, 0] > 0
     assert transform(rotation_about(torch.zeros(3), np.array([0, 5.0, 0])), nose)[0, 1] > 0  # pitch: up
     crown = torch.tensor([[0.0, 1.0, 0.0]])
-    assert (
-        transform(rotation_about(torch.zeros(3), np.array([0, 0, 5.0])), crown)[0, 0] > 0
-    )  # roll: towards the left shoulder
+    # roll: towards the left shoulder
+    assert transform(rotation_about(torch.zeros(3), np.array([0, 0, 5.0])), crown)[0, 0] > 0
 
 
 def test_no_outline_of_the_head_moves_farther_than_composition_knows():
@@ -369,9 +361,8 @@ def spoken():
 def test_a_track_without_blinks_is_given_some(spoken):
     avatar, with_blinks, without, _ = spoken
     assert not blinks_of(without, avatar)
-    assert (
-        2 <= len(blinks_of(with_blinks, avatar)) <= 9
-    )  # 5 are expected in 16 s; their number's deviation is about 1.2
+    # 5 are expected in 16 s; their number's deviation is about 1.2
+    assert 2 <= len(blinks_of(with_blinks, avatar)) <= 9
     assert torch.equal(with_blinks.T_camera_head, without.T_camera_head)  # the head is the track's
     quiet = ~(with_blinks.landmarks != without.landmarks).flatten(1).any(1)
     assert 0.8 < quiet.float().mean() < 0.97  # between blinks nothing is touched

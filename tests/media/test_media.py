@@ -106,9 +106,8 @@ def test_phone_rotation_is_applied(tmp_path, name):
 
 def test_4k_is_reduced_while_decoding(tmp_path):
     rng = np.random.default_rng(0)
-    image = np.kron(rng.integers(30, 220, (27, 48, 1)).repeat(3, 2), np.ones((80, 80, 1))).astype(
-        np.uint8
-    )  # 3840x2160, grey
+    # 3840x2160, grey
+    image = np.kron(rng.integers(30, 220, (27, 48, 1)).repeat(3, 2), np.ones((80, 80, 1))).astype(np.uint8)
     path = encode(tmp_path / "v.mp4", [image] * 2, [0, 0.04], options={"preset": "ultrafast"})
     got = next(read_video(path, max_size=960))
     assert got.shape == (540, 960, 3)
@@ -196,9 +195,8 @@ def test_written_video_keeps_pictures_and_sound_in_sync(tmp_path):
             video.write(grey(220 if i >= flash else 30))
     got = levels(tmp_path / "out.mp4")
     assert len(got) == 75 and np.argmax(got > 120) == flash
-    assert onset_s(read_audio(tmp_path / "out.mp4")) == pytest.approx(
-        flash / 25, abs=0.01
-    )  # a frame is 0.04 s; AAC smears onsets
+    # a frame is 0.04 s; AAC smears onsets
+    assert onset_s(read_audio(tmp_path / "out.mp4")) == pytest.approx(flash / 25, abs=0.01)
     info = probe(tmp_path / "out.mp4")
     assert (info.codec, info.pixel_format, info.fps) == ("h264", "yuv420p", 25.0)
 

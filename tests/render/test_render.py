@@ -196,9 +196,8 @@ def layers(opacities, colors, backend, background=(0.0, 0.0, 1.0)):
 def test_two_layers_blend_front_over_back(backend):
     """The second is nearer: a2 c2 + (1 - a2) a1 c1 + (1 - a1)(1 - a2) background."""
     out = layers([0.6, 0.5], [[1.0, 0, 0], [0, 1.0, 0]], backend)
-    torch.testing.assert_close(
-        out.rgb[3, 4].cpu().float(), torch.tensor([0.3, 0.5, 0.2]), atol=1e-3, rtol=0
-    )  # the sheets are not quite flat
+    # the sheets are not quite flat
+    torch.testing.assert_close(out.rgb[3, 4].cpu().float(), torch.tensor([0.3, 0.5, 0.2]), atol=1e-3, rtol=0)
     torch.testing.assert_close(out.alpha[3, 4].cpu().float(), torch.tensor(0.8), atol=1e-3, rtol=0)
 
 

@@ -94,9 +94,8 @@ def test_an_offset_does_not_matter(encoder):
     sound = _sound(2)
     offset = (sound + 0.3).astype(np.float32)
     assert speech_level(offset) == pytest.approx(speech_level(sound), rel=1e-3)
-    torch.testing.assert_close(
-        encoder.encode(offset), encoder.encode(sound), atol=5e-3, rtol=2e-3
-    )  # float32 holds .3 + x to 3e-8
+    # float32 holds .3 + x to 3e-8
+    torch.testing.assert_close(encoder.encode(offset), encoder.encode(sound), atol=5e-3, rtol=2e-3)
 
 
 def test_a_stream_is_late_by_no_more_than_it_says(encoder):

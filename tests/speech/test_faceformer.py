@@ -206,10 +206,8 @@ def test_a_stream_says_what_the_models_say(size):
     """
     pair, features = _closing_pair(), torch.randn(500, 12)
     for model in (pair.expression, pair.landmarks):
-        for (
-            name,
-            value,
-        ) in model.named_parameters():  # biases and gains begin as zeros and ones, which would hide what forgets them
+        # biases and gains begin as zeros and ones, which would hide what forgets them
+        for name, value in model.named_parameters():
             if "bias" in name or "norm" in name:
                 torch.nn.init.normal_(value, mean=float(value.detach().mean()), std=0.2)
         model.feature_mean.normal_()

@@ -70,9 +70,8 @@ def test_the_jacobian_is_the_finite_difference_of_the_residuals(model):
             objective.linearise(problem, replace(state, q=state.q + s * unit), frames).residual for s in (-1, 1)
         )
         numeric = ((high - low) / (2 * step)).reshape(3, -1)
-        np.testing.assert_allclose(
-            at.by_frame[:, :, d], numeric, atol=2e-3 * max(1, np.abs(numeric).max())
-        )  # float32 Jacobian
+        # float32 Jacobian
+        np.testing.assert_allclose(at.by_frame[:, :, d], numeric, atol=2e-3 * max(1, np.abs(numeric).max()))
     low, high = (
         objective.linearise(problem, replace(state, focal=state.focal * np.exp(s * step)), frames).residual
         for s in (-1, 1)
@@ -135,18 +134,16 @@ def test_under_other_poses_the_face_stays_where_it_is_seen_and_its_outline_goes_
     poses = truth.motion.T_camera_head.clone()
     poses[10:20, 0, 3] += 0.01
     poses[10:20, 2, 3] += 0.04  # half a per cent of the distance: of no consequence to the eye
-    shaken = points + 0.6 * np.random.default_rng(0).normal(
-        size=(30, 1, 3)
-    )  # what the landmark network adds and the first track had taken out
+    # what the landmark network adds and the first track had taken out
+    shaken = points + 0.6 * np.random.default_rng(0).normal(size=(30, 1, 3))
     track = refit_expressions(truth, poses, seen(shaken), model, range(24), FAST)
     torch.testing.assert_close(track.motion.T_camera_head, poses, atol=1e-5, rtol=0)
     camera = replace(track.camera, T_camera_head=poses, K=track.camera.K.expand(30, 3, 3))
     off = (camera.project(track.motion.landmarks)[0] - truth.landmarks_px).norm(dim=-1)
     assert off[:, LIPS].max() < 0.02  # float32 pixels
     aside = (track.motion.landmarks - truth.motion.landmarks)[10:20].norm(dim=-1).mean(0)
-    assert aside[LIPS].mean() == pytest.approx(
-        0.01, rel=0.15
-    )  # less half a per cent of its 15 mm from the axis; and not the 4 mm
+    # less half a per cent of its 15 mm from the axis; and not the 4 mm
+    assert aside[LIPS].mean() == pytest.approx(0.01, rel=0.15)
     assert aside[FACE_OVAL].mean() < 0.004  # the slip's prior and the smooth expressions keep some of it
     gap = lambda t: (t.motion.landmarks[:, 13] - t.motion.landmarks[:, 14]).norm(dim=1)
     assert torch.corrcoef(torch.stack([gap(track), gap(truth)]))[0, 1] > 0.999

@@ -39,9 +39,8 @@ def test_a_head_is_linear_in_identity_and_expression(model):
     identity, a, b = (torch.randn(n, generator=generator) for n in (80, 64, 64))
     rest = model.vertices(identity)
     both = model.vertices(identity, torch.stack([a, b, a + b]))
-    torch.testing.assert_close(
-        both[2] - rest, both[0] + both[1] - 2 * rest, atol=1e-5, rtol=0
-    )  # float32 sums of 64 terms
+    # float32 sums of 64 terms
+    torch.testing.assert_close(both[2] - rest, both[0] + both[1] - 2 * rest, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.vertices(torch.zeros(80)), model.mean)
 
 
@@ -134,7 +133,6 @@ def test_building_is_deterministic_and_a_damaged_cache_is_built_again(model, tmp
     finally:
         head._load.cache_clear()
     assert torch.equal(again.mean, model.mean) and torch.equal(again.triangles, model.triangles)
-    torch.testing.assert_close(
-        again.identity_basis, model.identity_basis, atol=1e-5, rtol=0
-    )  # threads may sum in another order
+    # threads may sum in another order
+    torch.testing.assert_close(again.identity_basis, model.identity_basis, atol=1e-5, rtol=0)
     assert stored.stat().st_size > 1e6

@@ -14,9 +14,8 @@ from hicode.tracking.head_model import HeadModel
 from hicode.tracking.landmark_drift import DriftConfig, correct_landmark_drift, solve_keyframes
 from hicode.tracking.rigid_pose import RigidPoints
 
-CONFIG = DriftConfig(
-    structure_frames=12, outline_mm=1e-6
-)  # the drawn head's landmarks lie anywhere: none is an outline
+# the drawn head's landmarks lie anywhere: none is an outline
+CONFIG = DriftConfig(structure_frames=12, outline_mm=1e-6)
 
 
 @pytest.fixture

@@ -135,15 +135,13 @@ def test_gradients_to_the_image_are_finite_differences(landmarker, frame):
 
 # ---- crops and regions ----
 def test_both_crops_agree(frame):
-    rois = np.array(
-        [[196.0, 155, 245, -0.15], [20.0, 250, 400, 0.7]]
-    )  # the second reaches outside: borders are repeated
+    # the second reaches outside: borders are repeated
+    rois = np.array([[196.0, 155, 245, -0.15], [20.0, 250, 400, 0.7]])
     crops = crop_faces(as_tensor(frame, frame), torch.from_numpy(rois), 192)
     for crop, roi in zip(crops, rois, strict=True):
         exact = crop.permute(1, 2, 0).numpy() * 255
-        assert (
-            np.abs(exact - crop_face(frame, roi, 192)).max() < 4.0
-        )  # OpenCV rounds to grey levels and, in some versions, to 1/32 px
+        # OpenCV rounds to grey levels and, in some versions, to 1/32 px
+        assert np.abs(exact - crop_face(frame, roi, 192)).max() < 4.0
 
 
 def test_regions_turn_and_grow_with_the_landmarks():

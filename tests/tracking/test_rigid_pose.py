@@ -155,9 +155,8 @@ def test_keyframes_are_spread_over_the_turns():
     keys = choose_keyframes(poses, np.arange(20), 5, 1.0)
     assert keys[0] == 0 and len(set(keys)) == 5 and keys.max() < 20
     still = np.broadcast_to(poses[:1], (20, 4, 4))
-    assert (
-        len(choose_keyframes(still, np.arange(20), 5, 1.0, least=3)) == 3
-    )  # two beside the first, however still the head: depth needs pairs
+    # two beside the first, however still the head: depth needs pairs
+    assert len(choose_keyframes(still, np.arange(20), 5, 1.0, least=3)) == 3
     assert choose_keyframes(still, np.arange(20), 5, 1.0).tolist() == [0]
 
 

@@ -137,15 +137,9 @@ class Concatenation(_Ablation):
 
 
 CONTROLS: dict[ControlName, type[nn.Module]] = {
-    "hfec": HFEC,
-    "literal": LiteralStyle,
-    "landmarks": LandmarksOnly,
-    "expression": ExpressionOnly,
-    "speech": SpeechOnly,
-    "addition": Addition,
-    "attention": AttentionBlocks,
-    "concatenation": Concatenation,
-}
+    "hfec": HFEC, "literal": LiteralStyle, "landmarks": LandmarksOnly, "expression": ExpressionOnly,
+    "speech": SpeechOnly, "addition": Addition, "attention": AttentionBlocks, "concatenation": Concatenation,
+}  # fmt: skip
 
 
 def create_control(config: DeformationConfig) -> nn.Module | None:

@@ -201,13 +201,9 @@ class Avatar:
         tensors |= {"driving_masks.data": self.driving_masks.data, "driving_masks.offsets": self.driving_masks.offsets}
         tensors |= {"mouth_expression": self.mouth_expression, "mouth_landmark_weight": self.mouth_landmark_weight}
         config = {
-            "width": self.camera.width,
-            "height": self.camera.height,
-            "fps": self.driving.fps,
-            "deformation": deformation_config,
-            "source": self.source,
-            "info": self.info,
-        }
+            "width": self.camera.width, "height": self.camera.height, "fps": self.driving.fps,
+            "deformation": deformation_config, "source": self.source, "info": self.info,
+        }  # fmt: skip
         for name in ("compositor", "film_grain", "speech"):
             part = getattr(self, name)
             if part is not None:
@@ -232,18 +228,11 @@ class Avatar:
 
 _FLOATS, _INDICES, _BYTES = (torch.float32, torch.float16), (torch.int32, torch.int64), (torch.uint8,)
 _DTYPES = {
-    "deformation.binding.vertices": _INDICES,
-    "deformation.binding.landmarks": _INDICES,
-    "deformation.anchors.index": _INDICES,
-    "driving_frames.data": _BYTES,
-    "driving_masks.data": _BYTES,
-    "film_grain.data": _BYTES,
-    "driving_frames.offsets": _INDICES,
-    "driving_masks.offsets": _INDICES,
-    "film_grain.offsets": _INDICES,
-    "background_plate": _BYTES,
-    "mouth_expression": (torch.bool,),
-}
+    "deformation.binding.vertices": _INDICES, "deformation.binding.landmarks": _INDICES,
+    "deformation.anchors.index": _INDICES, "driving_frames.data": _BYTES, "driving_masks.data": _BYTES,
+    "film_grain.data": _BYTES, "driving_frames.offsets": _INDICES, "driving_masks.offsets": _INDICES,
+    "film_grain.offsets": _INDICES, "background_plate": _BYTES, "mouth_expression": (torch.bool,),
+}  # fmt: skip
 
 
 def _check(avatar: Avatar, tensors: dict[str, Tensor]) -> None:

@@ -28,9 +28,8 @@ from hicode.avatar.film_grain import FilmGrainLayer
 
 # Lengths as fractions of the image's larger side (the comments give px at 512).
 REACH = 12 / 512  # of the dilated mask beyond the head: half for tracking error and hair, half for the feather
-HIDE = (
-    4 / 512
-)  # of the hidden region beyond the head; beyond it hair and neck stay the frame's, which a plate would smear
+# of the hidden region beyond the head; beyond it hair and neck stay the frame's, which a plate would smear
+HIDE = 4 / 512
 FEATHER = 6 / 512  # width of the rim in which the composite fades into the fill
 JAW_REACH = 6 / 512  # more reach downwards: the spoken jaw may open wider than the frame's. Not hidden
 PLATE_GUARD = 3 / 512  # pixels this near to a head mask are no background (soft hair, motion blur)
@@ -156,9 +155,8 @@ def _hair_cut(head_mask: UInt8[np.ndarray, "h w"], unit: float) -> np.ndarray:
     below = cv2.copyMakeBorder(head_mask, 0, down, 0, 0, cv2.BORDER_REPLICATE)[down:]
     fall = cv2.subtract(head_mask, below)  # saturates: 0 where it rises
     wide = cv2.copyMakeBorder(head_mask, 0, 0, aside, aside, cv2.BORDER_REPLICATE)
-    across = cv2.convertScaleAbs(
-        cv2.absdiff(wide[:, 2 * aside :], wide[:, : -2 * aside]), alpha=down / aside
-    )  # to twice the slope of `fall`
+    # to twice the slope of `fall`
+    across = cv2.convertScaleAbs(cv2.absdiff(wide[:, 2 * aside :], wide[:, : -2 * aside]), alpha=down / aside)
     per_px = down / unit
     return (head_mask <= 127) & (fall > 3 * per_px) & (fall < 24 * per_px) & (across < fall)
 

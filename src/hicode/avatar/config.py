@@ -16,19 +16,15 @@ class DeformationConfig:
     """The learned control: Eqs 9-12, a row of Table 2 (`hicode.avatar.ablations`), or none."""
     rig: bool = True
     """Whether Gaussians also ride on the 3DMM's mesh and on the landmarks (`hicode.avatar.rig`). Off: the paper."""
-    channels: int = 64
-    """c: channels of the features that attention and AdaIN work on."""
-    hidden: int = 64
-    """Width of the small MLPs."""
+    channels: int = 64  # c: channels of the features that attention and AdaIN work on.
+    hidden: int = 64  # Width of the small MLPs.
     position_frequencies: int = 5
     """Octaves of the sinusoidal embedding of Gaussian positions; the paper's base uses 10. Ten let neighbours 1 mm
     apart move independently, and lips of unseen frames lie 10 % farther off."""
     landmark_frequencies: int = 2
     """Octaves of the sinusoidal embedding of landmarks; the paper: 10. The finest of ten resolves .1 mm: noise."""
-    anchors: int = 4096
-    """Points on which the control is evaluated before interpolation. 0: every Gaussian (the paper)."""
-    speech_dim: int = 768
-    """Width of a frame's speech features; read by the control "speech" only."""
+    anchors: int = 4096  # Points on which the control is evaluated before interpolation. 0: every Gaussian (the paper).
+    speech_dim: int = 768  # Width of a frame's speech features; read by the control "speech" only.
     color_offset: bool = True
     """Whether the control also shifts colours (not in Eq. 7): a mouth darkens as it opens. Off: the paper."""
     attention: Literal["nearness", "learned"] = "nearness"
@@ -39,7 +35,6 @@ class DeformationConfig:
     expression_reach: float = 1.5
     """Soft clamp of each PCA coefficient of the expression, in deviations of the training clip. 0: none (the paper).
     A short clip shows few mixtures of the 64 parameters; beyond them an affine style extrapolates."""
-    max_offset: float = 0.1
-    """Δl per unit of network output, so that the output layer learns at the pace of the others."""
+    max_offset: float = 0.1  # Δl per unit of network output, so that the output layer learns at the pace of the others.
     position_gradient: bool = False
     """Whether the loss reaches canonical positions through their query too. On: the paper. Only without anchors."""

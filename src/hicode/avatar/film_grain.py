@@ -65,7 +65,7 @@ class FilmGrain:
         field = self._decoded[k]
         h, w = field.shape
         # From this frame's pixels to the field's.
-        there, _, _, _ = np.linalg.lstsq(
+        there, *_ = np.linalg.lstsq(
             np.c_[points, np.ones(len(points))], _steady(self.landmarks_px[k].numpy()), rcond=None
         )
         matrix = np.ascontiguousarray(there.T)

@@ -31,37 +31,22 @@ from hicode.motion import CHIN, Motion
 class IdleConfig:
     """How a face idles. Angles in degrees."""
 
-    blinks_per_min: float = 18.0
-    """between rest and conversation"""
-    blink_spread: float = 0.55
-    """standard deviation of the logarithm of the time between blinks"""
-    blink_gap_s: float = 0.5
-    """shortest time from the end of a blink to the next one"""
-    blink_s: tuple[float, float] = (0.16, 0.30)
-    """shortest and longest blink; their median lies in the middle"""
-    closed_s: float = 0.04
-    """of a blink, lids shut: one frame, so that none falls between two"""
-    tracked_blink_s: float = 4.0
-    """no blink is added within this time of one in the driving track"""
-    fixation_s: float = 1.2
-    """mean time between saccades, log-normal"""
-    fixation_spread: float = 0.7
-    """standard deviation of its logarithm"""
+    blinks_per_min: float = 18.0  # between rest and conversation
+    blink_spread: float = 0.55  # standard deviation of the logarithm of the time between blinks
+    blink_gap_s: float = 0.5  # shortest time from the end of a blink to the next one
+    blink_s: tuple[float, float] = (0.16, 0.30)  # shortest and longest blink; their median lies in the middle
+    closed_s: float = 0.04  # of a blink, lids shut: one frame, so that none falls between two
+    tracked_blink_s: float = 4.0  # no blink is added within this time of one in the driving track
+    fixation_s: float = 1.2  # mean time between saccades, log-normal
+    fixation_spread: float = 0.7  # standard deviation of its logarithm
     shortest_fixation_s: float = 0.2
-    gaze_deg: tuple[float, float] = (1.2, 0.6)
-    """standard deviation of fixations on the listener, sideways and upwards"""
-    glance_chance: float = 0.1
-    """share of the fixations that are a glance away"""
-    glance_deg: tuple[float, float] = (3.0, 5.0)
-    """how far away, sideways and a little downwards"""
-    glance_s: float = 0.9
-    """mean length of a glance"""
-    head_deg: tuple[float, float, float] = (2.0, 1.2, 0.8)
-    """farthest yaw, pitch and roll"""
-    head_band_hz: tuple[float, float] = (0.05, 0.8)
-    """frequencies of the head's movements; power falls as 1 / f^2"""
-    head_waves: int = 12
-    """sinusoids an axis, at random frequencies spread over the band"""
+    gaze_deg: tuple[float, float] = (1.2, 0.6)  # standard deviation of fixations on the listener, sideways and upwards
+    glance_chance: float = 0.1  # share of the fixations that are a glance away
+    glance_deg: tuple[float, float] = (3.0, 5.0)  # how far away, sideways and a little downwards
+    glance_s: float = 0.9  # mean length of a glance
+    head_deg: tuple[float, float, float] = (2.0, 1.2, 0.8)  # farthest yaw, pitch and roll
+    head_band_hz: tuple[float, float] = (0.05, 0.8)  # frequencies of the head's movements; power falls as 1 / f^2
+    head_waves: int = 12  # sinusoids an axis, at random frequencies spread over the band
 
 
 @dataclass(frozen=True, eq=False)

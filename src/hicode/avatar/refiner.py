@@ -19,8 +19,7 @@ from hicode.avatar.blend import INPUT_CHANNELS, STRIDE
 class CompositorConfig:
     """The generator's size."""
 
-    filters: int = 16
-    """channels at half resolution; they double at each of three further levels"""
+    filters: int = 16  # channels at half resolution; they double at each of three further levels
 
 
 class Compositor(nn.Module):

@@ -200,7 +200,7 @@ def read_speech(path: Path | str, rate_hz: int = SAMPLE_RATE_HZ) -> Float32[np.n
     samples = np.concatenate([np.zeros(0, np.float32), *pieces])
     if len(samples) < rate_hz // 25:
         raise InputError(
-            f"{path} holds {len(samples) / rate_hz:.3f} s of sound, less than one frame. Give a file with speech."
+            f"{path} holds {len(samples) / rate_hz:.3f} s of sound, less than one frame. Give some speech."
         )
     loudest_db = level_db(samples)
     if loudest_db < _SILENCE_DB:

@@ -254,9 +254,7 @@ def _picture_notes(
     others = len(_moving_pictures(container)) - 1
     if others:
         size = f"{stream.width}x{stream.height}"
-        notes.append(
-            f"{others + 1} picture tracks: number {_number(container.streams.video, stream)} is used ({size})."
-        )
+        notes.append(f"{others + 1} picture tracks: {_number(container.streams.video, stream)} is used ({size}).")
     layer = any(key.lower() == "alpha_mode" and value == "1" for key, value in stream.metadata.items())
     if layer or any(component.is_alpha for component in frame.format.components):
         notes.append("Transparency is dropped: what lies under it is seen.")

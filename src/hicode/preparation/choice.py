@@ -26,12 +26,9 @@ Grey = Callable[[int], UInt8[np.ndarray, "h w"]]
 class ChoiceConfig:
     """How much of a long video is chosen. A draft sees 1,800 frames, some of them twice."""
 
-    seconds: float = 24.0
-    """Seconds of the training part that the head learns from."""
-    run_s: float = 8.0
-    """Of them in one piece: it drives the avatar."""
-    blurred: float = 0.7
-    """A second whose face is less sharp than so many times the median comes last."""
+    seconds: float = 24.0  # Seconds of the training part that the head learns from.
+    run_s: float = 8.0  # Of them in one piece: it drives the avatar.
+    blurred: float = 0.7  # A second whose face is less sharp than so many times the median comes last.
 
 
 @dataclass(frozen=True)

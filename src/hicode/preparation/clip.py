@@ -83,9 +83,7 @@ class Clip:
         if not path.exists():
             raise FileFormatError(f"{path} does not exist. Make a clip first: hicode prepare VIDEO -o {path}")
         if not path.is_dir():
-            raise FileFormatError(
-                f"{path} is a file, not a clip folder. Make a clip first: hicode prepare VIDEO -o CLIP"
-            )
+            raise FileFormatError(f"{path} is a file, not a clip folder. Make one: hicode prepare VIDEO -o CLIP")
         if not (path / "clip.json").exists():
             raise FileFormatError(f"{path} is not a clip: it has no clip.json. Make one: hicode prepare VIDEO -o CLIP")
         config = read_json(path / "clip.json", SCHEMA, VERSION)
@@ -189,9 +187,7 @@ class Clip:
             return
         features = self.speech_features(encoder)
         if features is None:
-            raise InputError(
-                f"{self.path} has no sound, and this avatar is moved by speech features. Use a clip with sound."
-            )
+            raise InputError(f"{self.path} has no sound, and speech features move this avatar. Use a clip with sound.")
         self.track = replace(
             self.track, motion=replace(self.track.motion, speech=features.reshape(self.frame_count, -1))
         )

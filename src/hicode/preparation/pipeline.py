@@ -67,32 +67,20 @@ from hicode.trust.verify import synthetic_source
 class PrepareConfig:
     """How a video becomes a clip."""
 
-    size: int = 512
-    """Side of the square crop in px. A multiple of 16."""
-    start: float = 0.0
-    """Seconds to leave out at the beginning."""
-    duration: float | None = None
-    """Seconds to use; the whole video if not given."""
-    encoder: EncoderName = "embedded"
-    """Whose speech features are stored with the clip."""
-    encoder_weights: Path | None = None
-    """Local folder of the hubert encoder's weights."""
-    max_missing: float = 0.1
-    """Largest share of frames that may lack a face; they are interpolated."""
+    size: int = 512  # Side of the square crop in px. A multiple of 16.
+    start: float = 0.0  # Seconds to leave out at the beginning.
+    duration: float | None = None  # Seconds to use; the whole video if not given.
+    encoder: EncoderName = "embedded"  # Whose speech features are stored with the clip.
+    encoder_weights: Path | None = None  # Local folder of the hubert encoder's weights.
+    max_missing: float = 0.1  # Largest share of frames that may lack a face; they are interpolated.
     max_light: float = 1.6
     """Largest factor by which the face's brightness may change along the video: one colour a place is learned."""
-    min_seconds: float = 2.0
-    """Shortest video that is accepted."""
-    crop: CropConfig = CropConfig()
-    """Search for the face, and the square around it."""
-    track: TrackConfig = TrackConfig()
-    """Tracking of the head."""
-    choice: ChoiceConfig = field(default_factory=ChoiceConfig)
-    """What of a long video the head learns from."""
-    sound: SoundConfig = SoundConfig()
-    """What counts as silence."""
-    report: ReportConfig = ReportConfig()
-    """Limits of the capture report."""
+    min_seconds: float = 2.0  # Shortest video that is accepted.
+    crop: CropConfig = CropConfig()  # Search for the face, and the square around it.
+    track: TrackConfig = TrackConfig()  # Tracking of the head.
+    choice: ChoiceConfig = field(default_factory=ChoiceConfig)  # What of a long video the head learns from.
+    sound: SoundConfig = SoundConfig()  # What counts as silence.
+    report: ReportConfig = ReportConfig()  # Limits of the capture report.
 
 
 def prepare(

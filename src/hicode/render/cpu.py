@@ -826,9 +826,8 @@ class _Rasterize(torch.autograd.Function):
         keys = depths.view(np.uint32)  # the bits of a positive float grow with it
         touching, total, least, most = _count_pairs(boxes, keys, n, tiles_x, first_slot, tile_start)
         _check_room(total, n, width, height)
-        schedule = np.argsort(
-            -np.diff(tile_start), kind="stable"
-        )  # full tiles first, so that the threads finish together
+        # full tiles first, so that the threads finish together
+        schedule = np.argsort(-np.diff(tile_start), kind="stable")
         order = get("order", (touching,), np.uint64)
         order = _order_by_depth(boxes, keys, n, least, most, order, get("other_order", (touching,), np.uint64))
         pairs, masks = get("pairs", (total, 2), np.int32), get("masks", (total,), np.uint64)

@@ -26,9 +26,8 @@ def project(
     V = camera.T_camera_head[:3, :3]
     p = transform(camera.T_camera_head, gaussians.means)
     seen = p[:, 2] >= NEAR
-    x, y, z = torch.where(seen[:, None], p, torch.ones_like(p)).unbind(
-        -1
-    )  # gradients of what is not seen stay zero, not NaN
+    # gradients of what is not seen stay zero, not NaN
+    x, y, z = torch.where(seen[:, None], p, torch.ones_like(p)).unbind(-1)
     fx, fy, cx, cy = camera.K[0, 0], camera.K[1, 1], camera.K[0, 2], camera.K[1, 2]
     means2d = torch.stack([fx * x / z + cx, fy * y / z + cy], -1)
 
@@ -74,16 +73,14 @@ def blend(  # noqa: PLR0913 (the projection's parts)
     rows = torch.arange(height, dtype=means2d.dtype, device=means2d.device) + 0.5
     pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).reshape(-1, 1, 2)
     rgb, alpha = [], []
-    for some in pixels.split(
-        max(1, 2**22 // max(1, len(order)))
-    ):  # bounds the memory of one pass where no gradient is kept
+    # bounds the memory of one pass where no gradient is kept
+    for some in pixels.split(max(1, 2**22 // max(1, len(order)))):
         dx, dy = (some - means2d).unbind(-1)
         power = -0.5 * (inverse[:, 0] * dx * dx + inverse[:, 2] * dy * dy) - inverse[:, 1] * dx * dy
         a = (opacities * power.exp()).clamp_max(ALPHA_MAX)
         a = torch.where(a >= ALPHA_MIN, a, 0)
-        a = torch.where(
-            torch.cumprod(1 - a, 1) > TRANSMITTANCE_MIN, a, 0
-        )  # the pixel is finished from the first that fails
+        # the pixel is finished from the first that fails
+        a = torch.where(torch.cumprod(1 - a, 1) > TRANSMITTANCE_MIN, a, 0)
         T = torch.cat([a.new_ones(len(a), 1), torch.cumprod(1 - a, 1)], 1)
         in_front, left = T[:, :-1], T[:, -1]
         rgb.append((a * in_front) @ colors + left[:, None] * background)

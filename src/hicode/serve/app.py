@@ -61,21 +61,15 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     """Address to listen on. Others than 127.0.0.1 let other machines in: put a TLS proxy before it."""
-    port: int = 8025
-    """Port to listen on; 0: any that is free."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Names under which a proxy serves the page."""
-    max_sessions: int = 4
-    """Conversations that may be open at once."""
-    max_minutes: float = 60.0
-    """A conversation ends after so long; 0: never."""
-    max_mb: float = 4000.0
-    """A conversation whose renderer takes more memory ends (Linux); 0: never."""
+    port: int = 8025  # Port to listen on; 0: any that is free.
+    allowed_hosts: tuple[str, ...] = ()  # Names under which a proxy serves the page.
+    max_sessions: int = 4  # Conversations that may be open at once.
+    max_minutes: float = 60.0  # A conversation ends after so long; 0: never.
+    max_mb: float = 4000.0  # A conversation whose renderer takes more memory ends (Linux); 0: never.
     chat_url: str | None = None
     """An OpenAI-like chat service that answers, as http://localhost:11434/v1; its key: HICODE_CHAT_KEY. Default: the
     avatar says what it hears."""
-    chat_model: str = "default"
-    """Model of that service."""
+    chat_model: str = "default"  # Model of that service.
     language: str = "en"
     """Language that is typed and spoken at first: en, or one of `espeak-ng --voices` where espeak-ng is installed."""
     speech_url: str | None = None
@@ -85,8 +79,7 @@ class ServeConfig:
     """Of that service: the model of the voice, the voice's name, the model of hearing."""
     ice_servers: tuple[str, ...] = ()
     """STUN or TURN servers for other networks (stun:HOST, turn:HOST). None is asked unless named here."""
-    open_browser: bool = True
-    """Open the page in the browser."""
+    open_browser: bool = True  # Open the page in the browser.
 
 
 @dataclass

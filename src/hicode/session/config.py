@@ -18,20 +18,15 @@ class SpeakConfig:
 
     start: int | None = None
     """Driving frame to begin with. Default: the first; with --still, one with open eyes and a quiet head."""
-    rest: bool = True
-    """Rest the lips in silence."""
-    still: bool = False
-    """Hold one driving frame; blinks, gaze and small head movements are generated."""
-    blinks: bool = True
-    """Add blinks where the driving video has none for several seconds."""
-    seed: int = 0
-    """Of generated blinks, gaze and head movements."""
+    rest: bool = True  # Rest the lips in silence.
+    still: bool = False  # Hold one driving frame; blinks, gaze and small head movements are generated.
+    blinks: bool = True  # Add blinks where the driving video has none for several seconds.
+    seed: int = 0  # Of generated blinks, gaze and head movements.
     region: Region = "face"
     """Part of the rendered head that goes into the driving frame. With --still always the whole head."""
     encoder_weights: Path | None = None
     """Where the weights of the avatar's speech encoder lie, if they have moved (hubert only)."""
-    film_grain: bool = True
-    """Add the recording's own grain to the rendered head."""
+    film_grain: bool = True  # Add the recording's own grain to the rendered head.
     mark: Annotated[MarkConfig, tyro.conf.arg(name="")] = field(default_factory=MarkConfig)
     """Marks of the videos that `speak` writes. A session's frames carry none; `trust.marks.FrameMarker` adds them."""
     level: Annotated[float | None, tyro.conf.Suppress] = None
@@ -56,7 +51,5 @@ class SpeakConfig:
 class VideoConfig:
     """What kind of video `speak` writes."""
 
-    original_size: bool = False
-    """Paste the head back into the video that the avatar came from, at that video's size."""
-    source_video: Path | None = None
-    """Where that video is, if it has moved."""
+    original_size: bool = False  # Paste the head back into the video that the avatar came from, at that video's size.
+    source_video: Path | None = None  # Where that video is, if it has moved.

@@ -48,7 +48,7 @@ class OriginalVideo:
         if x0 < 0 or y0 < 0 or x0 + side > info.width or y0 + side > info.height:
             raise InputError(
                 f"{self.path} is {info.width}x{info.height}, too small for the avatar's crop at ({x0}, {y0}), "
-                f"{side} px wide: it is not the video that the avatar came from. Name that one with --source-video."
+                f"{side} px wide: the avatar came from another video. Name that one with --source-video."
             )
         self._avatar, self._folder = avatar, folder
         self._first = int(source.get("first_frame", 0))
@@ -89,9 +89,7 @@ class OriginalVideo:
         while self._next <= t:
             frame = next(self._frames, None)
             if frame is None:
-                raise InputError(
-                    f"{self.path} ends before driving frame {t}: it is not the video that the avatar came from."
-                )
+                raise InputError(f"{self.path} ends before driving frame {t}: the avatar came from another video.")
             if self._next >= 0:
                 self._latest_t, self._latest = self._next, frame
                 self._keep(frame)

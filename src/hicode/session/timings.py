@@ -11,19 +11,14 @@ from dataclasses import dataclass, fields
 class Timings:
     """CPU seconds of all frames so far, each of the thread that did the work: together more than the wall clock's."""
 
-    features: float = 0.0
-    """speech features"""
-    faceformers: float = 0.0
-    """speech to mouth motion, VAD gate"""
-    driving: float = 0.0
-    """decoding the driving frame and its mask"""
+    features: float = 0.0  # speech features
+    faceformers: float = 0.0  # speech to mouth motion, VAD gate
+    driving: float = 0.0  # decoding the driving frame and its mask
     deform: float = 0.0
     rasterise: float = 0.0
     composite: float = 0.0
-    encode: float = 0.0
-    """original size and video encoding"""
-    frames: int = 0
-    """rendered"""
+    encode: float = 0.0  # original size and video encoding
+    frames: int = 0  # rendered
 
     def __post_init__(self):
         self._lock = threading.Lock()

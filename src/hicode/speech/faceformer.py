@@ -36,30 +36,19 @@ from hicode.motion import EXPRESSION_DIM
 class FaceformerConfig:
     """The shape of one Faceformer; a file records it."""
 
-    feature_dim: int = 384
-    """d, of the speech encoder"""
-    outputs: int = EXPRESSION_DIM
-    """n"""
-    components: int = 32
-    """k, coefficients of the output basis"""
-    width: int = 64
-    """w; the feed-forward layer is twice as wide"""
+    feature_dim: int = 384  # d, of the speech encoder
+    outputs: int = EXPRESSION_DIM  # n
+    components: int = 32  # k, coefficients of the output basis
+    width: int = 64  # w; the feed-forward layer is twice as wide
     heads: int = 4
-    period: int = 25
-    """frames, of positions and of the attention bias: one second"""
-    window: int = 100
-    """frames that self-attention sees, its own included"""
-    look_ahead: int = 1
-    """frames of coming sound that a frame sees"""
-    look_back: int = 4
-    """frames of past sound that the convolution sees"""
-    style_components: int = 0
-    """principal faces that the identity frames are projected on; 0: no style input"""
+    period: int = 25  # frames, of positions and of the attention bias: one second
+    window: int = 100  # frames that self-attention sees, its own included
+    look_ahead: int = 1  # frames of coming sound that a frame sees
+    look_back: int = 4  # frames of past sound that the convolution sees
+    style_components: int = 0  # principal faces that the identity frames are projected on; 0: no style input
     dropout: float = 0.1
-    linear_share: float = 0.0
-    """weight of the linear prediction in the output; 0: there is none"""
-    linear_back: int = 3
-    """frames of past sound that the linear prediction sees"""
+    linear_share: float = 0.0  # weight of the linear prediction in the output; 0: there is none
+    linear_back: int = 3  # frames of past sound that the linear prediction sees
 
 
 class Faceformer(nn.Module):

@@ -32,12 +32,9 @@ class ClosureConfig:
     """When lips are closed. A file records it."""
 
     feature_dim: int
-    back: int
-    """frames of past sound that a frame's probability depends on"""
-    ahead: int
-    """frames of coming sound"""
-    probability: tuple[float, float] = (0.2, 0.5)
-    """no closure below the first, full closure from the second on"""
+    back: int  # frames of past sound that a frame's probability depends on
+    ahead: int  # frames of coming sound
+    probability: tuple[float, float] = (0.2, 0.5)  # no closure below the first, full closure from the second on
     gap_shares: tuple[float, float] | None = (0.4, 0.9)
     """of the usual gap: full closure where the Faceformers' gap is below the first, none above the second; None: any
     gap

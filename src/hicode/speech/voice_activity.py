@@ -97,22 +97,17 @@ class VoiceActivityStream:
 class VadConfig:
     """When the lips rest. Levels are a frame's RMS in dB against the speech level."""
 
-    closed_db: float = -34.0
-    """by loudness alone: at and below it the mouth rests"""
-    open_db: float = -24.0
-    """by loudness alone: at and above it speech has the mouth wholly"""
+    closed_db: float = -34.0  # by loudness alone: at and below it the mouth rests
+    open_db: float = -24.0  # by loudness alone: at and above it speech has the mouth wholly
     scored_closed_db: float = -46.0
     """with scores: only what is nearly inaudible is silence, so that soft parts of sentences keep their lips"""
     scored_open_db: float = -38.0
     closed_score: float = -3.0
     """A false rest looks worse than lips that stir in noise: closed only at a probability of 5 % or less"""
     open_score: float = -1.0
-    look_ahead: int = 3
-    """frames by which the mouth opens before the sound: lips move first"""
-    attack: int = 2
-    """frames from rest to speech"""
-    release: int = 6
-    """frames from speech to rest"""
+    look_ahead: int = 3  # frames by which the mouth opens before the sound: lips move first
+    attack: int = 2  # frames from rest to speech
+    release: int = 6  # frames from speech to rest
     hold: int = 4
     """frames of silence before the release begins, so that the closure of a p, b or m is not taken for one"""
 

@@ -98,9 +98,7 @@ def track_faces(
         raise InputError("The video has no frames. Give a video that plays.")
     tracks = [track for track in tracks if track.points]
     if not tracks:
-        raise InputError(
-            f"No face in {done} frames. Give a video in which a face is seen from the front, large and well lit."
-        )
+        raise InputError(f"No face in {done} frames. Give a video of a face from the front, large and well lit.")
     return _largest_face(tracks, done, config)
 
 

@@ -38,13 +38,9 @@ _SCHEMA, _MAP_SCHEMA = "hicode.head_model", "hicode.landmark_map"
 _MAP_FILE = Path(__file__).with_name("landmark_map.safetensors")
 
 _GROUP_OF_PART = {
-    "skin": "body",
-    "left_eye": "helper-l-eye",
-    "right_eye": "helper-r-eye",
-    "upper_teeth": "helper-upper-teeth",
-    "lower_teeth": "helper-lower-teeth",
-    "tongue": "helper-tongue",
-}
+    "skin": "body", "left_eye": "helper-l-eye", "right_eye": "helper-r-eye", "upper_teeth": "helper-upper-teeth",
+    "lower_teeth": "helper-lower-teeth", "tongue": "helper-tongue",
+}  # fmt: skip
 _COLLAR_Y, _SHOULDER_X = 5.75, 1.0  # dm: skin above the collar and between the shoulders belongs to the head
 
 # MakeHuman's units with the most energy outside the span of the 52 ARKit actions, in that order. "mouth-open" is left

@@ -57,21 +57,15 @@ Progress = Callable[[float], None]
 class AdaptConfig:
     """How a person's speech models are learned."""
 
-    fine_tune_from_s: float = 10.0
-    """seconds of speech; with less, only mean face and gain are adapted"""
+    fine_tune_from_s: float = 10.0  # seconds of speech; with less, only mean face and gain are adapted
     steps: int = 120
     learning_rate: float = 5e-4
-    alone_steps: int = 300
-    """without generic models"""
+    alone_steps: int = 300  # without generic models
     alone_learning_rate: float = 2e-3
-    alone_ridge: float = 200.0
-    """of the linear prediction"""
-    validation: float = 0.15
-    """share of the training part, at its end"""
-    gain_prior_s: float = 4.0
-    """seconds of speech that the usual gain weighs"""
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    """of the amount of motion"""
+    alone_ridge: float = 200.0  # of the linear prediction
+    validation: float = 0.15  # share of the training part, at its end
+    gain_prior_s: float = 4.0  # seconds of speech that the usual gain weighs
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)  # of the amount of motion
     seed: int = 0
 
 

@@ -62,24 +62,16 @@ class TrainConfig:
 
     preset: Preset = DEFAULT_PRESET
     """draft: a first result in minutes. standard: about twice as long. paper: the paper's method, many hours."""
-    seed: int = 0
-    """Of everything random."""
-    head: HeadConfig | None = None
-    """Training of the head, instead of the preset's. `seed` above replaces its seed."""
-    refiner: bool | None = None
-    """Train the refiner (Eqs 17-18). Default: only with the preset paper."""
+    seed: int = 0  # Of everything random.
+    head: HeadConfig | None = None  # Training of the head, instead of the preset's. `seed` above replaces its seed.
+    refiner: bool | None = None  # Train the refiner (Eqs 17-18). Default: only with the preset paper.
     refiner_training: RefinerTraining = field(default_factory=RefinerTraining)
     """Training of the refiner. `seed` above replaces its seed."""
-    device: Device = "auto"
-    """auto is the CPU; cuda needs gsplat."""
-    run: Path | None = None
-    """Folder of checkpoints and logs. Default: runs/NAME next to the avatar."""
-    speech_weights: Path | None = None
-    """Generic speech weights of `hicode pretrain`, instead of those that ship."""
-    consent: str | None = None
-    """Who says that the person agreed: a name or a statement. It is signed into the avatar."""
-    progress: Annotated[bool, tyro.conf.Suppress] = True
-    """Show progress on standard error."""
+    device: Device = "auto"  # auto is the CPU; cuda needs gsplat.
+    run: Path | None = None  # Folder of checkpoints and logs. Default: runs/NAME next to the avatar.
+    speech_weights: Path | None = None  # Generic speech weights of `hicode pretrain`, instead of those that ship.
+    consent: str | None = None  # Who says that the person agreed: a name or a statement. It is signed into the avatar.
+    progress: Annotated[bool, tyro.conf.Suppress] = True  # Show progress on standard error.
 
     def head_config(self) -> HeadConfig:
         """The head's configuration that is used: `head` or the preset's, with `seed`."""

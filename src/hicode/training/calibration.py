@@ -41,12 +41,9 @@ class CalibrationConfig:
 
     strength: tuple[float, float, float] = (0.5, 0.75, 0.75)
     """of opening, width and jaw. 0: as predicted; 1: the person's own distribution"""
-    prior_s: float = 1.5
-    """seconds of speech that the prior over people weighs"""
-    rendered_frames: int = 32
-    """to find how far the lips part for a command"""
-    most_raised: float = 0.06
-    """of the outer-eye distance: how much a command of the opening is raised at most"""
+    prior_s: float = 1.5  # seconds of speech that the prior over people weighs
+    rendered_frames: int = 32  # to find how far the lips part for a command
+    most_raised: float = 0.06  # of the outer-eye distance: how much a command of the opening is raised at most
     seed: int = 0
 
 

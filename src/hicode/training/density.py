@@ -20,22 +20,15 @@ from hicode.geometry import rotation_from_quat
 class DensityConfig:
     """When and how the number of Gaussians changes."""
 
-    every: int = 100
-    """Iterations between two rounds."""
-    start: int = 200
-    """First iteration that may change the cloud. Gradients of positions are unreliable before."""
+    every: int = 100  # Iterations between two rounds.
+    start: int = 200  # First iteration that may change the cloud. Gradients of positions are unreliable before.
     grad_threshold: float = 2e-4
     """Mean screen-space gradient (normalised device coordinates, as 3DGS) above which a Gaussian is cloned or split."""
-    split_scale: float = 0.01
-    """Fraction of the head's radius. Larger Gaussians are split, smaller ones cloned."""
-    prune_opacity: float = 0.005
-    """Gaussians of lower opacity are removed."""
-    prune_scale: float = 0.2
-    """Fraction of the head's radius. Larger Gaussians are removed."""
-    growth: float = 0.05
-    """Largest fraction of the cloud that a round adds."""
-    budget: int = 45_000
-    """Largest number of Gaussians. If places are short, the largest gradients get them."""
+    split_scale: float = 0.01  # Fraction of the head's radius. Larger Gaussians are split, smaller ones cloned.
+    prune_opacity: float = 0.005  # Gaussians of lower opacity are removed.
+    prune_scale: float = 0.2  # Fraction of the head's radius. Larger Gaussians are removed.
+    growth: float = 0.05  # Largest fraction of the cloud that a round adds.
+    budget: int = 45_000  # Largest number of Gaussians. If places are short, the largest gradients get them.
 
 
 @dataclass(frozen=True, eq=False)

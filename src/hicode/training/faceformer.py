@@ -94,21 +94,16 @@ class FaceformerTraining:
     """How a Faceformer is trained by descent."""
 
     steps: int = 300
-    batch: int = 16
-    """sequences"""
-    frames: int = 80
-    """of each sequence"""
+    batch: int = 16  # sequences
+    frames: int = 80  # of each sequence
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
-    velocity_weight: float = 1.0
-    """of differences of successive frames"""
+    velocity_weight: float = 1.0  # of differences of successive frames
     feature_noise: float = 1.0
     """in standard deviations, per feature, and half as much per sequence. Unseen speakers improve up to 1"""
     linear_ridge: float = 50.0
-    passes: int = 2
-    """times the model's own output is fed back before the pass that learns"""
-    style_dropout: float = 0.5
-    """share of sequences without the speaker's style"""
+    passes: int = 2  # times the model's own output is fed back before the pass that learns
+    style_dropout: float = 0.5  # share of sequences without the speaker's style
     seed: int = 0
 
 
@@ -138,8 +133,7 @@ class SpeechTask:
 class _Batch:
     features: Float[Tensor, "b s d"]
     target: Float[Tensor, "b t k"]
-    weight: Float[Tensor, "b t"]
-    """0 where an example ended before"""
+    weight: Float[Tensor, "b t"]  # 0 where an example ended before
     style: Float[Tensor, "b c"] | None
 
     @staticmethod

@@ -90,7 +90,7 @@ def depth_points(clip: Clip, frames: int, count: int, rng: np.random.Generator) 
         ys, xs = np.where((clip.head_mask(t) > 127) & np.isfinite(depth))
         if not candidates and len(ys) < LEAST_HEAD_PX:
             raise InputError(
-                f"Only {len(ys)} px of the first training frame (frame {t}) show the head. Trim the clip's start."
+                f"Only {len(ys)} px of the first training frame ({t}) show the head. Trim the clip's start."
             )
         pixels = torch.from_numpy(np.stack([xs + 0.5, ys + 0.5], 1).astype(np.float32))
         points = camera.unproject(pixels, torch.from_numpy(depth[ys, xs].astype(np.float32)))

@@ -36,21 +36,14 @@ class RefinerTraining:
 
     steps: int = 4_000
     crop_px: int = 128
-    batch: int = 3
-    """Crops per step, all of one training frame."""
-    mouth_share: float = 0.4
-    """Share of the crops on the lower half of the head. The others are on its border."""
-    recon: float = 10.0
-    """λ4: squared error."""
-    vgg: float = 0.1
-    """λ5: difference of VGG16 features."""
-    matching: float = 0.5
-    """Feature matching."""
+    batch: int = 3  # Crops per step, all of one training frame.
+    mouth_share: float = 0.4  # Share of the crops on the lower half of the head. The others are on its border.
+    recon: float = 10.0  # λ4: squared error.
+    vgg: float = 0.1  # λ5: difference of VGG16 features.
+    matching: float = 0.5  # Feature matching.
     adversarial: float = 0.02
-    adversarial_start: float = 0.3
-    """Fraction of the steps before the adversarial term."""
-    learning_rate: float = 1e-3
-    """Of both networks; decays by a cosine to 5 %."""
+    adversarial_start: float = 0.3  # Fraction of the steps before the adversarial term.
+    learning_rate: float = 1e-3  # Of both networks; decays by a cosine to 5 %.
     seed: int = 0
     generator: CompositorConfig = field(default_factory=CompositorConfig)
 

@@ -41,8 +41,7 @@ class Stage:
 class LearningRates:
     """Adam's initial step sizes. Means and network decay by a cosine to 2 %, the rest to 10 %."""
 
-    means: float = 6e-4
-    """dm per step."""
+    means: float = 6e-4  # dm per step.
     quats: float = 1e-3
     log_scales: float = 5e-3
     opacity_logits: float = 2e-2
@@ -62,14 +61,10 @@ class LearningRates:
 class HeadConfig:
     """Training of the Gaussians and their deformation (Eqs 7-8, 15-16)."""
 
-    initialise: int = 400
-    """Iterations of the first stage."""
-    deform: int = 600
-    """Iterations of the second stage."""
-    refine: int = 3_000
-    """Iterations of the third stage."""
-    gaussians: int = 30_000
-    """Initial number of Gaussians; density control may add more."""
+    initialise: int = 400  # Iterations of the first stage.
+    deform: int = 600  # Iterations of the second stage.
+    refine: int = 3_000  # Iterations of the third stage.
+    gaussians: int = 30_000  # Initial number of Gaussians; density control may add more.
     initialisation: Literal["depth", "random"] = "depth"
     """Points from depth maps, or random points of random colour in the head's bounding box (Table 2)."""
     init_frames: int = 5
@@ -77,24 +72,18 @@ class HeadConfig:
     long hair and large head rotations."""
     mouth_gaussians: int = 1_500
     """How many of the Gaussians start on teeth and tongue, which the initial frames may not show."""
-    initial_opacity: float = 0.5
-    """0.1 as in 3DGS costs short trainings many iterations."""
+    initial_opacity: float = 0.5  # 0.1 as in 3DGS costs short trainings many iterations.
     rates: LearningRates = field(default_factory=LearningRates)
     deformation: DeformationConfig = field(default_factory=DeformationConfig)
     density: DensityConfig = field(default_factory=DensityConfig)
     loss: LossWeights = field(default_factory=LossWeights)
-    vgg_layers: Depth = "cheap"
-    """relu1_2 and relu2_2, or (full) up to relu4_3."""
-    vgg_crop_px: int = 128
-    """Side of that crop."""
+    vgg_layers: Depth = "cheap"  # relu1_2 and relu2_2, or (full) up to relu4_3.
+    vgg_crop_px: int = 128  # Side of that crop.
     vgg_every: int = 2
     """One in so many iterations has a perceptual term, on one crop. The weight is not multiplied by it."""
-    vgg_start: float = 0.3
-    """Fraction of the iterations before the first perceptual term."""
-    wing_every: int = 10
-    """One in so many iterations has a Wing term. The weight is not multiplied by it."""
-    distortion_every: int = 8
-    """One in so many iterations has a depth distortion term. The weight is multiplied by it."""
+    vgg_start: float = 0.3  # Fraction of the iterations before the first perceptual term.
+    wing_every: int = 10  # One in so many iterations has a Wing term. The weight is not multiplied by it.
+    distortion_every: int = 8  # One in so many iterations has a depth distortion term. The weight is multiplied by it.
     seed: int = 0
     checkpoint_seconds: float = 60.0
     preload_bytes: int = 1_500_000_000

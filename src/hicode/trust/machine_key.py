@@ -111,7 +111,7 @@ def _checked(key: MachineKey, path: Path) -> MachineKey:
     except (ValueError, AssertionError):
         pass
     raise FileFormatError(
-        f"The signing key {path} is damaged or does not fit its certificate. Delete both: new ones are made."
+        f"The signing key {path} is damaged or not its certificate's. Delete both: new ones are made."
     )
 
 

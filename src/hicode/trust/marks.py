@@ -47,8 +47,7 @@ class MarkConfig:
 
     mark: Literal["full", "none"] = "full"
     """full: invisible mark in every frame, C2PA manifest, AIGC field. none: nothing of these; needs --reason."""
-    reason: str | None = None
-    """Why the video carries no mark. It is kept in the avatar's log."""
+    reason: str | None = None  # Why the video carries no mark. It is kept in the avatar's log.
     label: Label | None = None
     """A label that people can see: eu (AI GENERATED, again each minute) or cn (as GB 45438-2025 asks)."""
 

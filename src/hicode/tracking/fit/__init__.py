@@ -12,15 +12,6 @@ from hicode.tracking.fit.report import FitReport, fit_report
 from hicode.tracking.fit.solver import fit_track
 
 __all__ = [
-    "FitConfig",
-    "FitReport",
-    "Flow",
-    "FlowConfig",
-    "Observations",
-    "Person",
-    "fit_person",
-    "fit_report",
-    "fit_track",
-    "refit_expressions",
-    "track_flow",
-]
+    "FitConfig", "FitReport", "Flow", "FlowConfig", "Observations", "Person", "fit_person", "fit_report", "fit_track",
+    "refit_expressions", "track_flow",
+]  # fmt: skip

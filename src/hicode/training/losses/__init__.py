@@ -41,14 +41,10 @@ __all__ = [
 class LossWeights:
     """The weights of Eqs 15-16; the paper gives no values. A term of weight 0 costs no time."""
 
-    l1: float = 0.8
-    """Mean absolute error over the image; as 3DGS."""
-    ssim: float = 0.2
-    """1 - SSIM over the image; as 3DGS."""
-    mouth: float = 0.4
-    """Mean absolute error over the mouth box, as a multiple of `l1`."""
-    vgg: float = 0.03
-    """Difference of VGG16 features on a crop; sharpens."""
+    l1: float = 0.8  # Mean absolute error over the image; as 3DGS.
+    ssim: float = 0.2  # 1 - SSIM over the image; as 3DGS.
+    mouth: float = 0.4  # Mean absolute error over the mouth box, as a multiple of `l1`.
+    vgg: float = 0.03  # Difference of VGG16 features on a crop; sharpens.
     wing: float = 0.0
     """Wing loss of the 478 landmarks, px. Errors of 1 px give about 8, so 0.0005 is 0.004, next to an L1 of 0.02. Takes
     70 ms each time."""
