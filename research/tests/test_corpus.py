@@ -268,6 +268,7 @@ def test_a_second_build_makes_nothing(stage, corpus):
     assert again.taken == corpus[1].taken
 
 
+@pytest.mark.slow
 def test_other_settings_of_the_fit_make_motion_anew(stage, copy):
     again = made(stage, copy, config=replace(FAST, person_frames=14))
     assert stage.looks == [] and again.steps["fit"].made == 5
@@ -311,6 +312,7 @@ def test_a_new_clip_of_a_known_speaker_gets_their_head(stage, copy):
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_build_goes_on_where_it_was(stage, tmp_path):
     def stopping(path):
         if len(stage.looks) == 3:
@@ -401,6 +403,7 @@ def test_an_anchor_that_cannot_be_used_is_an_error(stage, copy):
         build(gone, copy, FAST, BuildParts(LogMelEncoder(), tracker=stage, progress=False))
 
 
+@pytest.mark.slow
 def test_a_sync_model_of_another_encoder_is_not_asked(alone, tmp_path):
     with pytest.raises(InputError, match="hears by embedded, not logmel"):
         made(alone, tmp_path / "c")

@@ -1,6 +1,7 @@
 """The tool that makes the landmark map: what it finds on landmarks whose truth is known."""
 
 import numpy as np
+import pytest
 from research.tools.landmark_map import person_offsets
 
 from helpers.speaking_head import true_track
@@ -8,6 +9,7 @@ from hicode.tracking.fit import FitConfig
 from hicode.tracking.head_model import HeadModel
 
 
+@pytest.mark.slow
 def test_a_constant_offset_of_a_landmark_is_found():
     model = HeadModel.load()
     _, points = true_track(model)

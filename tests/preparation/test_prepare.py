@@ -201,6 +201,7 @@ def test_where_the_clip_begins_is_told(prepared):
     assert clip.prepare_seconds > 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_after_its_last_step(prepared, tmp_path, monkeypatch):
     """Interrupted in the fit; the second run neither decodes nor looks for landmarks again: the same track."""
     clip, video, config = prepared

@@ -99,6 +99,7 @@ def test_picture_and_sound_carry_the_time_of_one_clock(tmp_path):
     run(story, tmp_path)
 
 
+@pytest.mark.slow
 def test_calls_that_are_dropped_leave_no_thread_file_or_process(tmp_path):
     def held() -> tuple[int, int, int]:
         gc.collect()

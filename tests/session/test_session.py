@@ -219,6 +219,7 @@ def test_sound_beyond_the_bound_is_refused_and_nothing_of_it_is_taken():
         assert len(frames) > 20 and len(frames + list(session.drain())) == 63
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_sound():
     """Three minutes against one, the sound made on the way. Faceformers are left out, for time."""
 

@@ -120,6 +120,7 @@ def test_triangles_face_outwards(model):
         assert torch.linalg.det(c).sum() > 0
 
 
+@pytest.mark.slow
 def test_building_is_deterministic_and_a_damaged_cache_is_built_again(model, tmp_path, monkeypatch):
     source = assets.folder("head_model")
     monkeypatch.setattr(assets, "cache_dir", lambda: tmp_path)

@@ -193,6 +193,7 @@ def test_the_shipped_pair_is_small_and_moves_the_mouth_with_a_voice():
 # --- from the clip alone ---
 
 
+@pytest.mark.slow
 def test_without_generic_models_speech_is_learned_from_the_clip_alone(generic, world):
     example, unseen = world("alone", 900, 5), world("alone", 200, 6)
     models, report = learn_speech_models(example, OTHER, generic, AdaptConfig(alone_steps=40))
