@@ -1,4 +1,4 @@
-"""The rows of Table 2: what each changes in the configuration of a head. Their controls: `hicode.avatar.ablations`."""
+"""The rows of Table 2: what each changes in the configuration of a head. Their controls: `controls`."""
 
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from research.reproduce.ablations import ABLATIONS
+from research.reproduce.controls import CONTROLS, CrossAttention
 
 from helpers.deformations import G, a_deformation, a_frame, a_head, a_motion
-from hicode.avatar.ablations import CONTROLS, CrossAttention
 from hicode.avatar.deformation import Deformation
 from hicode.avatar.rig import bind
 from hicode.errors import InputError
@@ -30,7 +30,7 @@ def an_ablation(name: str) -> Deformation:
     return deformation
 
 
-@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("control", ("hfec", *CONTROLS))
 def test_an_untrained_control_is_the_identity(control):
     attention = {"attention": "learned", "attention_reaches": ()} if control == "attention" else {}
     deformation = a_deformation(trained=False, rig=False, control=control, speech_dim=12, **attention)

@@ -13,7 +13,7 @@ class DeformationConfig:
     """How the canonical Gaussians move."""
 
     control: ControlName = "hfec"
-    """The learned control: Eqs 9-12, a row of Table 2 (`hicode.avatar.ablations`), or none."""
+    """The learned control: Eqs 9-12, a row of Table 2 (in a clone: `research.reproduce.controls`), or none."""
     rig: bool = True
     """Whether Gaussians also ride on the 3DMM's mesh and on the landmarks (`hicode.avatar.rig`). Off: the paper."""
     channels: int = 64  # c: channels of the features that attention and AdaIN work on.

@@ -1,9 +1,9 @@
 """Deformation of canonical Gaussians by facial motion (HiCoDe, Eqs 7-8).
 
 n Gaussians, m anchors. Everything is in the canonical head frame; the head pose is applied by the camera. A frame moves
-a Gaussian by the mesh rig (`rig.py`, ours) plus the offsets of the learned control (`hfec.py`, the paper's; Table 2's
-others in `ablations.py`). Either may be absent. The control is a smooth field over canonical space: it is evaluated on
-anchors and interpolated, or (`anchors=0`, the paper) evaluated on every Gaussian.
+a Gaussian by the mesh rig (`rig.py`, ours) plus the offsets of the learned control: the paper's (`hfec.py`), or another
+row's of Table 2 (`research/reproduce/controls.py` of a clone). Either may be absent. The control is a smooth field over
+canonical space: it is evaluated on anchors and interpolated, or (`anchors=0`, the paper) evaluated on every Gaussian.
 """
 
 from dataclasses import asdict
@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hicode.avatar.ablations import create_control
 from hicode.avatar.anchors import Anchors, choose_anchors
 from hicode.avatar.config import DeformationConfig
-from hicode.avatar.hfec import AnchorCache, LandmarkAttention, StaticAttention, nearness
+from hicode.avatar.hfec import HFEC, AnchorCache, LandmarkAttention, StaticAttention, nearness
 from hicode.avatar.rig import Binding, MeshRig
 from hicode.avatar.signals import Normalization
 from hicode.gaussians import Gaussians
 from hicode.motion import Motion, MotionFrame
+from hicode.runtime import find_research
 
 ROTATION_UNIT = 0.1  # sine of a common head rotation: the input of view-dependent colours is of order 1
 
@@ -35,6 +35,16 @@ class Offsets(NamedTuple):
     colors: Float[Tensor, "n 3"]
 
 
+def _create_control(config: DeformationConfig) -> nn.Module | None:
+    """The control of that name, a `Control`. Raises InputError for a row of Table 2 outside of a clone."""
+    if config.control in ("none", "hfec"):
+        return HFEC(config) if config.control == "hfec" else None
+    find_research()
+    from research.reproduce.controls import CONTROLS
+
+    return CONTROLS[config.control](config)
+
+
 class Deformation(nn.Module):
     """F_Δ of Eq. 7 for one person: rig, control, and what depends on the cloud (binding, anchors)."""
 
@@ -43,7 +53,7 @@ class Deformation(nn.Module):
         assert (rig is not None) == config.rig, "a rig is given if and only if the config has one"
         self.config = config
         self.normalization = normalization
-        self.control = create_control(config)
+        self.control = _create_control(config)
         parts = [] if self.control is None else self.control.modules()
         self._attends = any(isinstance(m, LandmarkAttention) for m in parts)
         self.rig = rig

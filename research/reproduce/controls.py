@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hicode.avatar.config import ControlName, DeformationConfig
-from hicode.avatar.hfec import HFEC, VECTOR_DIM, AnchorCache, LandmarkAttention, PointQuery, Style, adain, offset_mlp
+from hicode.avatar.hfec import VECTOR_DIM, AnchorCache, LandmarkAttention, PointQuery, Style, adain, offset_mlp
 from hicode.avatar.signals import Signals
 from hicode.errors import InputError
 from hicode.motion import N_LANDMARKS
@@ -137,11 +137,6 @@ class Concatenation(_Ablation):
 
 
 CONTROLS: dict[ControlName, type[nn.Module]] = {
-    "hfec": HFEC, "literal": LiteralStyle, "landmarks": LandmarksOnly, "expression": ExpressionOnly,
-    "speech": SpeechOnly, "addition": Addition, "attention": AttentionBlocks, "concatenation": Concatenation,
+    "literal": LiteralStyle, "landmarks": LandmarksOnly, "expression": ExpressionOnly, "speech": SpeechOnly,
+    "addition": Addition, "attention": AttentionBlocks, "concatenation": Concatenation,
 }  # fmt: skip
-
-
-def create_control(config: DeformationConfig) -> nn.Module | None:
-    """The control of that name, a `Control`; None for "none"."""
-    return None if config.control == "none" else CONTROLS[config.control](config)
