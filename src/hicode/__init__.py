@@ -38,8 +38,8 @@ _HOME = {
     "Motion": "hicode.motion",
     "FaceTrack": "hicode.motion",
 }
-# A star import must not hide the built-in `open`.
-__all__ = ["__version__", *(name for name in _HOME if name != "open")]
+# A star import must not hide the built-in `open`, and must not need a clone.
+__all__ = ["__version__", *(name for name in _HOME if name not in ("open", "compare_videos"))]
 
 
 def __getattr__(name: str):
