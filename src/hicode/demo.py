@@ -106,12 +106,8 @@ def demo(
         samples = read_speech(assets.path("demo_speech", "two_cities.wav"))
         write_audio(speech, excerpt(samples, DEMO_SPEECH_SECONDS), SAMPLE_RATE_HZ)
     spoken, page = out / "talking.mp4", out / "report.html"
-    make(
-        video,
-        speech,
-        spoken,
-        MakeConfig(out, PrepareConfig(start=DEMO_START_S, duration=seconds), TrainConfig("draft", device=device)),
-    )
+    stretch, training = PrepareConfig(start=DEMO_START_S, duration=seconds), TrainConfig("draft", device=device)
+    make(video, speech, spoken, MakeConfig(out, stretch, training))
     report = EvaluateConfig(json=out / "report.json", html=page, device=device)
     evaluate(out / "franck.draft.hicode", out / "franck.clip", report)
     print(f"\nThe talking video: {spoken}\nThe report:        {page}")

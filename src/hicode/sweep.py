@@ -89,7 +89,7 @@ def _on_ray(tasks: Sequence[Task], done, failed, config: SweepConfig) -> None:
     with _cluster(config) as ray:
         # Retries are for workers that die (killed, out of memory, machine lost). A HicodeError would come again.
         remote = ray.remote(num_cpus=config.cpus, max_retries=ATTEMPTS - 1, retry_exceptions=False)(_call)
-        waiting, running, ended = list(tasks), {}, {}
+        dead, waiting, running, ended = ray.exceptions, list(tasks), {}, {}
 
         def end(task: Task, why: str | None) -> None:
             ended[task.key] = why
@@ -112,15 +112,9 @@ def _on_ray(tasks: Sequence[Task], done, failed, config: SweepConfig) -> None:
                 task = running.pop(reference)
                 try:
                     why = ray.get(reference)
-                except (
-                    ray.exceptions.WorkerCrashedError,
-                    ray.exceptions.NodeDiedError,
-                    ray.exceptions.OutOfMemoryError,
-                ) as error:
-                    why = (
-                        f"its worker died {ATTEMPTS} times ({type(error).__name__}). Look for lack of memory, and run "
-                        "the command again."
-                    )
+                except (dead.WorkerCrashedError, dead.NodeDiedError, dead.OutOfMemoryError) as error:
+                    died = f"its worker died {ATTEMPTS} times ({type(error).__name__})"
+                    why = f"{died}. Look for lack of memory, and run the command again."
                 end(task, why)
 
 
