@@ -17,6 +17,7 @@ from hicode.avatar.blend import (
     dilate_mask,
     estimate_background,
     face_mask,
+    face_room,
     fill_smoothly,
     hidden_mask,
     plain_composite,
@@ -70,18 +71,18 @@ def rendered_disc(centre: tuple[float, float], size: int = 256) -> tuple[np.ndar
 
 def test_a_faces_mask_is_about_its_hull_on_the_head():
     head, square = disc(512, 120, (256, 256)), np.float32([[200, 220], [300, 220], [300, 320], [200, 320]])
-    mask = face_mask(head, square)
+    mask = face_mask(face_room(head), square)
     # 4 px more than the hull
     assert (mask[218:322, 198:302] == 255).all() and mask[:214].max() == 0 and mask[:, 306:].max() == 0
-    both = face_mask(head, square, square + [0, 40])  # the frame's face and the one that goes there
+    both = face_mask(face_room(head), square, square + [0, 40])  # the frame's face and the one that goes there
     assert (both[218:355, 200:300] == 255).all() and both[:214].max() == 0
-    beyond = face_mask(head, square + [120, 0])
+    beyond = face_mask(face_room(head), square + [120, 0])
     assert beyond.max() == 255 and beyond[cv2.dilate(head, np.ones((21, 21), np.uint8)) == 0].max() == 0
     cut = head.copy()
     # hair that is cut by a slope, the cheek beside it too
     cut[300:, :] = np.clip(255 - 20 * np.arange(212), 0, 255)[:, None] * (head[300:] > 0)
-    assert (face_mask(cut, square)[218:310, 200:300] == 255).all() and set(
-        np.unique(face_mask(cut, square[:2], square[2:] - [0, 5])[300:320, 220:280])
+    assert (face_mask(face_room(cut), square)[218:310, 200:300] == 255).all() and set(
+        np.unique(face_mask(face_room(cut), square[:2], square[2:] - [0, 5])[300:320, 220:280])
     ) <= {0, 255}
 
 
@@ -103,7 +104,7 @@ def test_a_composed_face_leaves_the_rest_of_the_head_as_it_is():
     frame, plate = rng.integers(0, 256, (2, 256, 256, 3), np.uint8)
     head, square = disc(256, 90, (128, 128)), np.float32([[100, 110], [150, 110], [150, 160], [100, 160]])
     rgb, alpha = rendered_disc((128, 128))
-    mask = face_mask(head, square)
+    mask = face_mask(face_room(head), square)
     out = compose(rgb, alpha, frame, mask, plate)
     x0, y0, x1, y1 = blend_box(mask)
     changed = (out != frame).any(-1)

@@ -87,10 +87,9 @@ class FakeAvatar(Avatar):
     def landmarks_px(self, motion: Motion, t: int) -> np.ndarray:
         return np.zeros((478, 2), np.float32)
 
-    def face_mask(
-        self, motion: Motion, t: int, head_mask: np.ndarray, frame_motion: Motion, frame_t: int
-    ) -> np.ndarray:
-        return np.where(np.arange(SIZE)[:, None] >= 24, head_mask, 0).astype(np.uint8)  # all but the top of the head
+    def face_mask(self, motion: Motion, t: int, room: np.ndarray, frame_motion: Motion, frame_t: int) -> np.ndarray:
+        room = room & (np.hypot(*np.mgrid[-30 : SIZE - 30, -32 : SIZE - 32]) < 14)
+        return np.where(room & (np.arange(SIZE)[:, None] >= 24), 255, 0).astype(np.uint8)  # all but the top of the head
 
     def rasterize(self, deformed: MotionFrame, pose: torch.Tensor, within: tuple | None = None) -> Rendering:
         self.shown.append((deformed, threading.get_ident()))

@@ -388,6 +388,16 @@ def test_gradients_may_come_in_any_memory_layout(size):
     assert torch.equal(ones, torch.autograd.grad(out.rgb, g.means, torch.ones_like(out.rgb))[0])
 
 
+@pytest.mark.parametrize("width, height", [(20, 14), (75, 97)])
+def test_wanted_pixels_are_the_same_bits_without_the_others(width, height):
+    g, camera = cloud(300, seed=5).map(torch.Tensor.float), head_camera(width, height)
+    wanted = np.random.default_rng(0).random((height, width)) < 0.02
+    wanted[: height // 2, : width // 2] = True
+    whole, part = (rasterize(g, camera, torch.ones(3), wanted=mask) for mask in (None, wanted))
+    assert torch.equal(whole.rgb[wanted], part.rgb[wanted]) and torch.equal(whole.alpha[wanted], part.alpha[wanted])
+    assert (part.alpha == 0).sum() > (whole.alpha == 0).sum()
+
+
 def test_rgb_is_planar_in_memory():
     assert render(cloud(5), head_camera(64, 32)).rgb.permute(2, 0, 1).is_contiguous()
 

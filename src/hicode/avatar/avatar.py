@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from hicode.avatar.blend import Box, blend_box, compose, face_mask
+from hicode.avatar.blend import BlendRegion, Box, blend_box, compose, face_mask, face_room
 from hicode.avatar.deformation import Deformation
 from hicode.avatar.fast import FrameDeformer
 from hicode.avatar.film_grain import FilmGrain
@@ -118,15 +118,22 @@ class Avatar:
         T_camera_head: Float[Tensor, "4 4"],
         background: Float[Tensor, "3"] | None = None,
         backend: Backend = "auto",
-        within: Box | None = None,
+        within: Box | BlendRegion | None = None,
     ) -> Rendering:
-        """Deformed Gaussians in a head pose, over a colour (default black); outside `within` (px) nothing is drawn."""
+        """Deformed Gaussians in a head pose, over a colour (default black); outside `within` (px) nothing is drawn.
+
+        Of a blend region, only what composition without a refiner reads.
+        """
         background = torch.zeros(3) if background is None else background
         camera = self.camera.with_pose(T_camera_head)
         if within is None:
             return rasterize(deformed, camera, background, backend=backend)
+        wanted = None
+        if isinstance(within, BlendRegion):
+            within, wanted = within.box, within.inside if self.compositor is None else None
         x0, y0, x1, y1 = within
-        part = rasterize(deformed, camera.cropped(x0, y0, x1 - x0, y1 - y0), background, backend=backend)
+        view = camera.cropped(x0, y0, x1 - x0, y1 - y0)
+        part = rasterize(deformed, view, background, backend=backend, wanted=wanted)
         rgb = part.rgb.new_zeros(camera.height, camera.width, 3)
         alpha = part.alpha.new_zeros(camera.height, camera.width)
         rgb[y0:y1, x0:x1], alpha[y0:y1, x0:x1] = part.rgb, part.alpha
@@ -147,21 +154,21 @@ class Avatar:
         return self.camera.with_pose(motion.T_camera_head[t]).project(motion.landmarks[t])[0].numpy()
 
     def face_mask(
-        self, motion: Motion, t: int, head_mask: UInt8[np.ndarray, "h w"], frame_motion: Motion, frame_t: int
+        self, motion: Motion, t: int, room: Bool[np.ndarray, "h w"], frame_motion: Motion, frame_t: int
     ) -> UInt8[np.ndarray, "h w"]:
-        """The part of a frame's head mask that two faces take up: that of frame t of a motion, and the frame's own
-        (frame `frame_t` of `frame_motion`)."""
-        return face_mask(head_mask, self.landmarks_px(motion, t), self.landmarks_px(frame_motion, frame_t))
+        """The part of a head mask (its `blend.face_room`) that two faces take up: that of frame t of a motion, and the
+        frame's own (frame `frame_t` of `frame_motion`)."""
+        return face_mask(room, self.landmarks_px(motion, t), self.landmarks_px(frame_motion, frame_t))
 
     def compose(
         self,
         rendering: Rendering,
         landmarks_px: Float[np.ndarray, "478 2"],
         frame: UInt8[np.ndarray, "h w 3"],
-        mask: UInt8[np.ndarray, "h w"],
+        mask: UInt8[np.ndarray, "h w"] | BlendRegion,
         index: int,
     ) -> UInt8[np.ndarray, "h w 3"]:
-        """A rendered head in a frame, within a head or face mask; `index` chooses its film grain."""
+        """A rendered head in a frame, within a head or face mask or its region; `index` chooses its film grain."""
         grain = None if self.film_grain is None else self.film_grain.layer(landmarks_px, index)
         if grain is not None:
             _sized(grain.field, self.background_plate.shape[:2])
@@ -179,7 +186,7 @@ class Avatar:
 
         With the frame's own motion `own` (same t), the face alone goes in; else the head.
         """
-        mask = head_mask if own is None else self.face_mask(motion, t, head_mask, own, t)
+        mask = head_mask if own is None else self.face_mask(motion, t, face_room(head_mask), own, t)
         within = None if own is None else blend_box(mask)
         rendering = self.rasterize(self.deform(motion[t]), motion.T_camera_head[t], within=within)
         return self.compose(rendering, self.landmarks_px(motion, t), frame, mask, t)

@@ -167,8 +167,12 @@ def plain_composite(
     frame: UInt8[np.ndarray, "h w 3"],
     plate: UInt8[np.ndarray, "h w 3"],
     region: BlendRegion,
+    whole: bool = True,
 ) -> PlainComposite:
-    """The alpha composite inside the region's box; `rgb` is rendered over black. The hidden region is not read."""
+    """The alpha composite inside the region's box; `rgb` is rendered over black. The hidden region is not read.
+
+    Not `whole`: inside the dilated mask alone, all that is shown without a refiner.
+    """
     window = region.window
     h, w = region.inside.shape
     frame, plate = frame[window], plate[window]
@@ -179,7 +183,19 @@ def plain_composite(
     _borders_halved(frame, plate, region.hidden, light, of_light, around, known)
     light, around = fill_smoothly(light, of_light), fill_smoothly(around, known)
     layers = np.empty((h, w, INPUT_CHANNELS), np.float32)
-    _lay(_numpy(rgb)[window], _numpy(alpha)[window], frame, plate, region.hidden, region.weight, light, around, layers)
+    pixels = np.ones_like(region.inside) if whole else region.inside
+    _lay(
+        _numpy(rgb)[window],
+        _numpy(alpha)[window],
+        frame,
+        plate,
+        pixels,
+        region.hidden,
+        region.weight,
+        light,
+        around,
+        layers,
+    )
     return PlainComposite(region, layers)
 
 
@@ -187,7 +203,7 @@ def compose(
     rgb: Float[Tensor, "h w 3"] | np.ndarray,
     alpha: Float[Tensor, "h w"] | np.ndarray,
     frame: UInt8[np.ndarray, "h w 3"],
-    head_mask: UInt8[np.ndarray, "h w"],
+    head_mask: UInt8[np.ndarray, "h w"] | BlendRegion,
     plate: UInt8[np.ndarray, "h w 3"],
     refiner: ResidualSource | None = None,
     grain: FilmGrainLayer | None = None,
@@ -196,12 +212,12 @@ def compose(
 
     Pixels outside the dilated mask are the frame's, bit for bit. Those of the hidden region are not read. Without a
     refiner, the plain composite with a feathered edge. An empty mask gives the frame back. Film grain is added times
-    alpha.
+    alpha. The mask may be given as its `blend_region`.
     """
-    region = blend_region(head_mask)
+    region = head_mask if isinstance(head_mask, BlendRegion) else blend_region(head_mask)
     out = frame.copy()
     if region is not None:
-        composite = plain_composite(rgb, alpha, frame, plate, region)
+        composite = plain_composite(rgb, alpha, frame, plate, region, whole=refiner is not None)
         residual = np.zeros((0, 0, 3), np.float32) if refiner is None else refiner.residual(composite.layers)
         field, scale, lips = np.zeros((0, 0), np.uint8), 0.0, np.ones(4, np.float32)
         if grain is not None:
@@ -211,10 +227,14 @@ def compose(
     return out
 
 
-def face_mask(head_mask: UInt8[np.ndarray, "h w"], *faces_px: Float[np.ndarray, "l 2"]) -> UInt8[np.ndarray, "h w"]:
-    """The head mask around the convex hull of faces' landmarks (px): the frame's and the rendered one's."""
-    # Without the head mask's soft edges: `_hair_cut` must not find a slope in this mask.
-    return np.where(_grown(head_mask, FACE_CUT) > 127, _face_hull(head_mask, np.concatenate(faces_px)), np.uint8(0))
+def face_room(head_mask: UInt8[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Where a face may be, by the head mask alone. Without its soft edges: `_hair_cut` must not find a slope."""
+    return _grown(head_mask, FACE_CUT) > 127
+
+
+def face_mask(room: Bool[np.ndarray, "h w"], *faces_px: Float[np.ndarray, "l 2"]) -> UInt8[np.ndarray, "h w"]:
+    """The head mask (its `face_room`) around the convex hull of faces' landmarks (px)."""
+    return np.where(room, _face_hull(room, np.concatenate(faces_px)), np.uint8(0))
 
 
 def with_whole_face(head_mask: UInt8[np.ndarray, "h w"], face_px: Float[np.ndarray, "l 2"]) -> UInt8[np.ndarray, "h w"]:
@@ -227,11 +247,21 @@ def _face_hull(image: np.ndarray, points: Float[np.ndarray, "l 2"]) -> UInt8[np.
     fraction = 4  # bits of a pixel that OpenCV reads
     hull, face = cv2.convexHull(points.astype(np.float32)), np.zeros(image.shape[:2], np.uint8)
     cv2.fillConvexPoly(face, np.round((hull - 0.5) * (1 << fraction)).astype(np.int32), 255, cv2.LINE_AA, fraction)
-    return _grown(face, FACE_REACH)
+    # Nothing reaches further than this: dilation of the rest would be of zeros.
+    reach = 2 + math.ceil(_px(FACE_REACH, face))
+    (x0, y0), (x1, y1) = np.floor(points.min(0)) - 2 * reach, np.ceil(points.max(0)) + 2 * reach
+    part = np.s_[max(0, int(y0)) : max(0, int(y1)), max(0, int(x0)) : max(0, int(x1))]
+    if face[part].size:
+        face[part] = _grown_by(face[part], _px(FACE_REACH, face))
+    return face
 
 
 def _grown(mask: np.ndarray, reach: float) -> np.ndarray:
-    side = 2 * round(_px(reach, mask)) + 1
+    return _grown_by(mask, _px(reach, mask))
+
+
+def _grown_by(mask: np.ndarray, reach_px: float) -> np.ndarray:
+    side = 2 * round(reach_px) + 1
     return cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
 
 
@@ -273,7 +303,7 @@ def _borders_halved(frame, plate, hidden, light, of_light, around, known):
 @numba.njit(cache=True, nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
 @no_type_check
 def _lay(  # noqa: PLR0913 (a kernel takes its arrays one by one)
-    rgb, alpha, frame, plate, hidden, weight, light, around, layers
+    rgb, alpha, frame, plate, pixels, hidden, weight, light, around, layers
 ):
     """Writes `PlainComposite.layers` in one pass. In the hidden region the fill is made of the plate and the two
     membranes, which are read bilinearly from half resolution."""
@@ -292,6 +322,8 @@ def _lay(  # noqa: PLR0913 (a kernel takes its arrays one by one)
             for c in range(4):
                 near_by[x, c] = most * around[near, x, c] + least * around[far, x, c]
         for x in range(w):
+            if not pixels[y, x]:
+                continue
             out = layers[y, x]
             for c in range(3):
                 out[c] = min(max(np.float32(rgb[y, x, c]), zero), one)

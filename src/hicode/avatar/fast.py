@@ -19,13 +19,14 @@ from torch import Tensor
 from hicode.avatar.deformation import Deformation
 from hicode.avatar.hfec import HFEC, StaticAttention, normalize_over_points
 from hicode.gaussians import Gaussians
-from hicode.motion import MotionFrame
-from hicode.render.simd import lane, load
+from hicode.motion import N_LANDMARKS, MotionFrame
+from hicode.render.simd import lane, load, store, vector
 from hicode.threads import run_on_threads, take
 
 BLOCK = 256  # anchors at a time: 256 x 478 scores are half a megabyte
 ROW = 16  # floats, one vector: location 3, quaternion 4, log-scale 3, colour 3, zeros
 CHUNK = 2048  # Gaussians that a thread moves at a time
+WEIGHT_MIN = 1e-5  # of static attention, whose rows sum to 1: two thirds of the weights are smaller
 SCORE_MAX = 40.0  # scores below it need no row maximum: e^±40 and its products fit float32
 _OPTIONS = {
     "cache": True,
@@ -54,6 +55,7 @@ class FrameDeformer:
         self._anchor_index, self._anchor_weight = self._vertex_index, self._vertex_weight = nothing
         self._landmark_index, self._landmark_weight = nothing
         self._control: HFEC | None = None
+        self._static: tuple[np.ndarray, ...] | None = None
         if isinstance(deformation.control, HFEC):
             self._control = deformation.control
             self._prepare(deformation.control)
@@ -73,6 +75,9 @@ class FrameDeformer:
         points = self._deformation.anchor_cache(self._gaussians.means)
         query = control.query(points)
         self._normal, self._attention = _array(normalize_over_points(query)), points.attention
+        if isinstance(points.attention, StaticAttention):
+            whole = query.shape[1] % (ROW * len(points.attention.weights)) == 0
+            self._static = _sparse(points.attention) if whole else None
         self._query = query * query.shape[1] ** -0.5
         self._query_norm = float(self._query.norm(dim=1).max())
         if anchors is None:
@@ -122,7 +127,13 @@ class FrameDeformer:
     def _moments(self, k: Float[Tensor, "478 c"] | None, v: Float[Tensor, "478 c"]) -> Float[Tensor, "m columns"]:
         """Numerators of E[v] and E[v²] (c columns each) and 16 columns of the softmax's denominator: a whole vector is
         faster than one number."""
-        m, values = len(self._query), torch.cat([v, v * v, torch.ones(len(v), 16)], 1)
+        m, c = self._query.shape
+        if self._static is not None:
+            moments = torch.empty(m, 2 * c + 16)
+            flat = v.contiguous().flatten().numpy()
+            run_on_threads(_attend_static, -(-m // BLOCK), *self._static, flat, moments.numpy())
+            return moments
+        values = torch.cat([v, v * v, torch.ones(len(v), 16)], 1)
         if isinstance(self._attention, StaticAttention):
             return torch.cat([*self._attention.moments(v), torch.ones(m, 16)], 1)
         assert k is not None, "learned attention has keys"
@@ -151,6 +162,16 @@ def _rows(table: Float[Tensor, "k w"]) -> Float32[np.ndarray, "k16"]:
     return rows.reshape(-1)
 
 
+def _sparse(attention: StaticAttention) -> tuple[np.ndarray, ...]:
+    """Attention without the weights that do not count: for each share and row where they begin, landmark, weight."""
+    kept = [w * (w >= WEIGHT_MIN) for w in attention.weights]
+    kept = torch.stack([w / w.sum(1, keepdim=True) for w in kept]).numpy()  # "s m 478"
+    share, row, landmark = np.nonzero(kept)
+    counts = np.bincount(share * kept.shape[1] + row, minlength=kept.shape[0] * kept.shape[1])
+    starts = np.r_[0, np.cumsum(counts)].astype(np.int64)
+    return starts, landmark.astype(np.int32), kept[share, row, landmark].astype(np.float32)
+
+
 def _starts(index: Tensor) -> Int32[np.ndarray, "n k"]:
     """Where the rows begin in the flat table."""
     return np.ascontiguousarray(index.numpy() * ROW, np.int32)
@@ -173,6 +194,31 @@ def _restyle(counter, moments, normal, styled, sums):
                 styled[i, j] = y
                 total[j] += np.float64(y)
                 square[j] += np.float64(y) * np.float64(y)
+        piece = take(counter)  # pyright: ignore[reportCallIssue]
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _attend_static(counter, starts, landmark, weight, values, moments):
+    """What `FrameDeformer._moments` returns, of static attention whose shares are whole vectors of channels."""
+    m, c = moments.shape[0], values.shape[0] // N_LANDMARKS
+    shares, pitch = (starts.shape[0] - 1) // m, moments.shape[1]
+    width, flat = c // shares, moments.reshape(-1)
+    piece = take(counter)  # pyright: ignore[reportCallIssue]
+    while piece * BLOCK < m:
+        for i in range(piece * BLOCK, min(m, (piece + 1) * BLOCK)):
+            for j in range(0, c, ROW):
+                row = (j // width) * m + i
+                first, second = vector(np.float32(0)), vector(np.float32(0))
+                for k in range(starts[row], starts[row + 1]):
+                    value = load(values, np.int64(landmark[k]) * c + j)
+                    part = value * weight[k]
+                    first += part
+                    second += part * value
+                store(flat, i * pitch + j, first)
+                store(flat, i * pitch + c + j, second)
+            for j in range(2 * c, pitch):
+                moments[i, j] = 1
         piece = take(counter)  # pyright: ignore[reportCallIssue]
 
 

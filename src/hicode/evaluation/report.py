@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hicode.audio import SAMPLES_PER_FRAME
 from hicode.avatar.avatar import Avatar
-from hicode.avatar.blend import Region, dilate_mask, hidden_mask
+from hicode.avatar.blend import Region, dilate_mask, face_room, hidden_mask
 from hicode.errors import InputError
 from hicode.evaluation.config import EvaluateConfig, Mode
 from hicode.evaluation.gallery import Gallery, evenly
@@ -236,7 +236,7 @@ class TestPart:
     def composed_mask(self, i: int, region: Region) -> UInt8[np.ndarray, "h w"]:
         """What of test frame i is composited under its own motion: the head's mask, or the face's part of it."""
         mask, motion = self.driving.mask(i), self.driving.motion
-        return mask if region == "head" else self.avatar.face_mask(motion, i, mask, motion, i)
+        return mask if region == "head" else self.avatar.face_mask(motion, i, face_room(mask), motion, i)
 
     @cached_property
     def mean_frame(self) -> UInt8[np.ndarray, "h w 3"]:

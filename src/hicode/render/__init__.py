@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hicode.camera import Camera
@@ -68,6 +68,7 @@ def rasterize(
     background: Float[Tensor, "3"],
     backend: Backend = "auto",
     stats: RasterStats | None = None,
+    wanted: Bool[np.ndarray, "h w"] | None = None,
 ) -> Rendering:
     """Render Gaussians from one camera over a constant background.
 
@@ -75,11 +76,14 @@ def rasterize(
     `camera.T_camera_head` and `background`. `camera.K` receives no gradient except from the reference.
 
     `auto` takes gsplat for CUDA tensors (if installed), the kernels for float32, the reference for other types.
+    Pixels that are not `wanted` may be left out by the kernels, which saves time; without gradients only.
     Raises InputError, naming the tensor, where an input holds NaN or infinity, and where the backend cannot run.
     """
     _check(gaussians, camera, background)
     chosen = _choose(gaussians, backend) if backend == "auto" else backend
-    rgb, alpha = _implementation(chosen)(gaussians, camera, background, stats)
+    part = () if wanted is None or chosen != "cpu" else (wanted,)
+    rgb, alpha = _implementation(chosen)(gaussians, camera, background, stats, *part)
+    assert not part or not rgb.requires_grad, "a part of the pixels has no gradients"
     return Rendering(rgb, alpha)
 
 

@@ -23,7 +23,7 @@ from typing import no_type_check
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt64
 from numba import njit
 from torch import Tensor
 
@@ -373,6 +373,7 @@ def _blend_tile(
     start,
     end,
     masks,
+    wanted,
     buffer,
     corner,
     background,
@@ -395,6 +396,9 @@ def _blend_tile(
         store(buffer, 64 * b + 48, vector(0.0))
         if any_lane(inside):
             alive |= _BIT << np.uint64(b)
+    alive &= wanted
+    if alive == _NONE:
+        end = start
     for p in range(start, end):
         prefetch(rows, ROW * np.int64(pairs[min(p + 16, end - 1), 0]))
         masks[p] = _touched_blocks(splats[pairs[p, 0]], tile_x, tile_y)
@@ -443,15 +447,16 @@ def _blend_tile(
 @njit(**_OPTIONS)
 @no_type_check
 def _blend(
-    counter, schedule, tiles_x, tile_start, splats, rows, pairs, masks, background, planes, width, height, pitch, plane
-):
+    counter, schedule, tiles_x, tile_start, splats, rows, pairs, masks, wanted, background, planes, width, height,
+    pitch, plane,
+):  # fmt: skip
     buffer, corner = np.empty(64 * BLOCKS, np.float32), np.empty(2 * BLOCKS, np.float32)
     j = take(counter)
     while j < schedule.shape[0]:
         t = schedule[j]
         _blend_tile(
-            t, tiles_x, splats, rows, pairs, tile_start[t], tile_start[t + 1], masks, buffer, corner, background,
-            planes, width, height, pitch, plane,
+            t, tiles_x, splats, rows, pairs, tile_start[t], tile_start[t + 1], masks, wanted[t], buffer, corner,
+            background, planes, width, height, pitch, plane,
         )  # fmt: skip
         j = take(counter)
 
@@ -781,7 +786,9 @@ def _any_layout(tensor: Tensor) -> np.ndarray:
 
 class _Rasterize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, means, log_scales, quats, logits, colors, T_camera_head, background, K, width, height, stats):
+    def forward(
+        ctx, means, log_scales, quats, logits, colors, T_camera_head, background, K, width, height, stats, wanted
+    ):
         n = means.shape[0]
         rows = -(-n // 16) * 16
         tiles_x, tiles_y = -(-width // TILE), -(-height // TILE)
@@ -836,7 +843,8 @@ class _Rasterize(torch.autograd.Function):
         planes = torch.empty(4, tiles_y * TILE, tiles_x * TILE)
         tiling = (schedule, tiles_x, tile_start, splats, splats.reshape(-1), pairs, masks)
         size = (width, height, pitch, plane)
-        run_on_threads(_blend, len(schedule), *tiling, _flat(background), _flat(planes), *size)
+        blocks = _wanted_blocks(wanted, tiles_x, tiles_y)
+        run_on_threads(_blend, len(schedule), *tiling, blocks, _flat(background), _flat(planes), *size)
 
         if stats is not None:
             stats.radii_px = radii[:n].clone()
@@ -885,7 +893,7 @@ class _Rasterize(torch.autograd.Function):
             d_pose[:3] = torch.from_numpy(pose_sums.sum(0, dtype=np.float64).reshape(12, 16).sum(1).reshape(3, 4))
         if ctx.needs_input_grad[6]:
             d_background = (rgb_grad * (1 - planes[3, :height, :width, None])).sum((0, 1))
-        return *out[:5], d_pose, d_background, None, None, None, None
+        return *out[:5], d_pose, d_background, None, None, None, None, None
 
 
 PAIR_BYTES = 80  # of a (Gaussian, tile) pair: 8 for the pair, 8 for its mask, 64 for its slot of gradients
@@ -903,8 +911,23 @@ def _check_room(pairs: int, n: int, width: int, height: int) -> None:
         )
 
 
+def _wanted_blocks(wanted: Bool[np.ndarray, "h w"] | None, tiles_x: int, tiles_y: int) -> UInt64[np.ndarray, "t"]:
+    """For each tile, the bits of its blocks that hold a wanted pixel."""
+    if wanted is None:
+        return np.full(tiles_x * tiles_y, _ALL)
+    whole = np.zeros((tiles_y * TILE, tiles_x * TILE), np.uint8)
+    whole[: wanted.shape[0], : wanted.shape[1]] = wanted
+    blocks = (whole.view(np.uint32).reshape(tiles_y, 8, 4, -1) != 0).any(2)  # four pixels a number
+    rows = np.packbits(blocks.reshape(tiles_y, 8, tiles_x, 8), axis=3, bitorder="little")[..., 0]
+    return np.ascontiguousarray(rows.transpose(0, 2, 1)).view("<u8").reshape(-1).astype(np.uint64)
+
+
 def rasterize_cpu(
-    gaussians: Gaussians, camera: Camera, background: Float[Tensor, "3"], stats=None
+    gaussians: Gaussians,
+    camera: Camera,
+    background: Float[Tensor, "3"],
+    stats=None,
+    wanted: Bool[np.ndarray, "h w"] | None = None,
 ) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w"]]:
     """(rgb, alpha) of `hicode.render.rasterize`. rgb is planar in memory: `rgb.permute(2, 0, 1)` is contiguous.
 
@@ -920,5 +943,5 @@ def rasterize_cpu(
     tensors = [gaussians.means, gaussians.log_scales, gaussians.quats, gaussians.opacity_logits, gaussians.colors]
     tensors += [camera.T_camera_head, background]
     tensors = [t.to(device="cpu", dtype=torch.float32).contiguous() for t in tensors]
-    rgb, alpha = _Rasterize.apply(*tensors, camera.K.detach().cpu(), camera.width, camera.height, stats)
+    rgb, alpha = _Rasterize.apply(*tensors, camera.K.detach().cpu(), camera.width, camera.height, stats, wanted)
     return rgb.to(device), alpha.to(device)

@@ -39,6 +39,8 @@ START_S = 120.0
 SILENT_S = 10.0
 """A renderer that sends nothing for so long is given up."""
 STOPPED = "The renderer has stopped. Begin another conversation."
+HASTE_S = 0.2
+"""After an interruption, pictures are shown as they come: without sound, they need not wait for their time."""
 SPARE = 0.9
 """Share of the measured speed that may be promised to speakers."""
 
@@ -187,6 +189,7 @@ class LiveSession:
         self._pacer: asyncio.Task | None = None
         self._memory: SharedMemory | None = None
         self._generation = 0
+        self._cleared_s = -math.inf  # the last interruption
         self._until_s = 0.0  # speech that was pushed lasts until then, about
         self._speaks = False
         self.error: str | None = None
@@ -262,6 +265,7 @@ class LiveSession:
     def clear(self) -> None:
         """Interrupt. What is on its way is neither heard nor shown: at most `LEAD` ticks hold the last picture."""
         self._generation += 1
+        self._cleared_s = time.monotonic()
         for k, tick in enumerate(self._queue):
             self._queue[k] = replace(tick, audio=SILENCE, speaking=False)
         self._until_s, self._speaks = 0.0, False
@@ -343,7 +347,9 @@ class LiveSession:
             tick, new = self._arrived.popleft()
             await asyncio.sleep(max(0.0, tick.due_s - time.monotonic()))
             stale = tick.generation < self._generation and tick.audio is not None
-            if new is not None and not stale:
+            if time.monotonic() < self._cleared_s + HASTE_S:
+                new = self._newest(None if stale else new)
+            if new is not None:
                 picture = new
             if picture is None:
                 continue
@@ -357,6 +363,13 @@ class LiveSession:
             counters.dropped += len(self._queue) == QUEUED_TICKS
             self._queue.append(LiveTick(tick.number, tick.due_s, picture, audio, speaking, new is None))
             self._wake.set()
+
+    def _newest(self, picture: np.ndarray | None) -> np.ndarray | None:
+        """The picture that has arrived last since the interruption; the given one where there is none."""
+        for tick, new in reversed(self._arrived):
+            if new is not None and tick.audio is None and tick.generation >= self._generation:
+                return new
+        return picture
 
     def _pacer_ended(self, pacer: asyncio.Task) -> None:
         """A pacer that meets an error of its own is the session's error: its listener must not wait for ever."""

@@ -13,6 +13,7 @@ import json
 import shutil
 import uuid
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -259,6 +260,7 @@ def labelled(frame: UInt8[np.ndarray, "h w 3"], label: Label) -> UInt8[np.ndarra
     return out
 
 
+@cache
 def _label_ink(label: Label, size: int) -> UInt8[np.ndarray, "h w"]:
     """The label's strokes, 255 on 0, with letters `size` px high."""
     stroke = max(round(size / 9), 1)
