@@ -24,7 +24,7 @@ from hicode.serve.recording import Recorder
 from hicode.serve.voice import EmbeddedVoice, Voice, checked_text
 
 MAX_SOUND_S = 120.0
-AHEAD_S = 6.0
+AHEAD_S = 3.0
 """Speech that waits to be said before the voice goes on: a long text at once would hold the event loop up."""
 
 

@@ -6,6 +6,7 @@ One pump hands a tick's picture and sound to both tracks at the same moment: bro
 import asyncio
 import contextlib
 import json
+from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -119,6 +120,7 @@ class Connection:
         self._tasks: list[asyncio.Task] = []
         self._channel: RTCDataChannel | None = None
         self._ended = False
+        self._rest: deque[av.AudioFrame] = deque()  # sound of the last tick that is not sent yet
         self._same = MOST_SAME  # ticks since a picture was sent
         self._peer.on("track", self._on_track)
         self._peer.on("datachannel", self._on_channel)
@@ -162,12 +164,20 @@ class Connection:
             picture = av.VideoFrame.from_ndarray(tick.picture, format="yuv420p")
             picture.pts, picture.time_base = tick.number * 3600, Fraction(1, 90_000)
             self._video.put(picture)
+        self._put_rest()
         for begin in range(0, TICK_SAMPLES, PACKET):
             samples = np.ascontiguousarray(tick.audio[None, begin : begin + PACKET])
             sound = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
             sound.sample_rate = VIDEO_SAMPLE_RATE_HZ
             sound.pts, sound.time_base = tick.number * TICK_SAMPLES + begin, Fraction(1, VIDEO_SAMPLE_RATE_HZ)
-            self._audio.put(sound)
+            self._rest.append(sound)
+        self._audio.put(self._rest.popleft())
+        asyncio.get_running_loop().call_later(PACKET / VIDEO_SAMPLE_RATE_HZ, self._put_rest)
+
+    def _put_rest(self) -> None:
+        """The tick's second packet, 20 ms after the first: the browser's buffer grows with what comes in bursts."""
+        while self._rest:
+            self._audio.put(self._rest.popleft())
 
     def _on_track(self, track: MediaStreamTrack) -> None:
         if track.kind == "audio":

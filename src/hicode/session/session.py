@@ -13,6 +13,7 @@ frames from the render pool, which all sessions of the process share. `close` ma
 
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
@@ -64,9 +65,6 @@ class _Sound:
     samples: np.ndarray
     output: np.ndarray
 
-
-PIECES_A_TICK = 2
-"""Pieces of sound that a reader with a clock listens to before it hands out a frame: one takes a third of a tick."""
 
 END = _Sound(np.zeros(0, np.float32), np.zeros(0, np.float32))  # of an utterance
 
@@ -133,8 +131,7 @@ class Session:
         self._renderer = FrameRenderer(avatar, driving, region, config.film_grain)
         self._idle_frames = IdleFrames(driving)
         self._pool = frame_pool()
-        self._threads = torch.get_num_threads()
-        self.ahead = 2 * self._threads
+        self.ahead = 2 * torch.get_num_threads()
         """Frames in rendering at once, or before they are asked for."""
         self._loudness = Loudness()
         self._source = self._new_source()
@@ -279,10 +276,12 @@ class Session:
     def _next(self, idle: bool, keep: int = 0, wait_s: float | None = None) -> Frame | None:
         if not self._reading.acquire(blocking=False):
             raise InputError("Two threads take frames of one session. Give each session one reader.")
+        until_s = math.inf if wait_s is None else time.monotonic() + wait_s
         try:
             while not self._closed:
                 self._catch_up()
-                self._listen(math.inf if wait_s is None else PIECES_A_TICK)
+                # With a clock, a third of the time at most goes into sound that is not needed yet.
+                self._listen(until_s if wait_s is None else until_s - 2 * wait_s / 3)
                 self._plan(clocked=wait_s is not None)
                 if idle:
                     self._prepare_idling()
@@ -293,7 +292,8 @@ class Session:
                 else:
                     return None
                 try:
-                    image = planned.image.result(None if self._image is None else wait_s)
+                    left_s = None if wait_s is None or self._image is None else max(0.0, until_s - time.monotonic())
+                    image = planned.image.result(left_s)
                     frame = self._hand_out(planned, image)
                 except (CancelledError, TimeoutError):
                     if self._closed or wait_s is None:
@@ -330,13 +330,12 @@ class Session:
         return MotionSource(self._speech, self._encoder, self._rest, self.config, self._activity, self._loudness)
 
     @torch.inference_mode()
-    def _listen(self, pieces: float) -> None:
-        """Sound to mouths, until there are enough to keep the pool busy, or so many pieces are heard."""
-        while len(self._mouths) + len(self._planned) <= self.ahead and pieces > 0:
+    def _listen(self, until_s: float) -> None:
+        """Sound to mouths, until there are enough to keep the pool busy; after that time, one piece more at most."""
+        while len(self._mouths) + len(self._planned) <= self.ahead:
             sound = self._take()
             if sound is None:
                 return
-            pieces -= 1
             self._between = False
             self._audio = np.concatenate([self._audio, sound.output])
             ended = sound is END
@@ -345,6 +344,8 @@ class Session:
                 self._mouths.append(_Spoken(mouth, self._frame_audio(), self._utterance))
             if ended:
                 self._begin_utterance()
+            if time.monotonic() > until_s:
+                return
 
     def _take(self) -> _Sound | None:
         """The next piece of sound from the queue."""
@@ -373,7 +374,7 @@ class Session:
             if base.idle is not None:
                 base.idle.cancel()
             begun = {*self._overdue, *(planned.image for planned in self._planned)}
-            in_time = sum(not image.done() for image in begun) <= self._threads
+            in_time = sum(not image.done() for image in begun) <= self.ahead // 2
             if in_time or not clocked or not self._planned:
                 planned = self._render(base, spoken)
             else:
