@@ -28,7 +28,7 @@ from hicode import __version__
 from hicode.assets import ASSETS
 from hicode.files import atomic_path, write_json
 
-TEST_EXTRAS, SHIPPED_EXTRAS = ("dev", "serve"), ("train", "serve", "hubert")
+TEST_EXTRAS, SHIPPED_EXTRAS = ("dev", "serve"), ("train", "serve", "hear", "hubert")
 
 
 def canonical(name: str) -> str:

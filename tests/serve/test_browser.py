@@ -16,6 +16,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from research.benchmarks.live import FLAGS
 
 from hicode.trust.watermark import detect
 
@@ -26,10 +27,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium"),
 ]
-FLAGS = [
-    "--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
-    "--autoplay-policy=no-user-gesture-required",
-]  # fmt: skip
 WAIT_MS = 60_000
 TEXT = "Hello. This is a sentence that takes some seconds to say, I think. " * 5
 
@@ -100,7 +97,7 @@ def link(server):
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield browser
         browser.close()
 

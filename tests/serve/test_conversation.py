@@ -99,6 +99,20 @@ def test_a_text_is_said_with_a_caption(tmp_path):
     assert told[2] == {"type": "caption", "who": "avatar", "text": "Hello there."}
 
 
+def test_a_long_text_is_voiced_as_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(Voice, "speak", lambda self, text: iter(3 * [np.zeros(5, np.int16)]))
+
+    async def story(conversation, session):
+        session.waiting_s = 100.0
+        conversation.receive({"type": "say", "text": "Much to say."})
+        await asyncio.sleep(0.3)
+        assert not session.did, "nothing is voiced while much waits"
+        session.waiting_s = 0.0
+
+    did, _ = talk(story, tmp_path)
+    assert did == [*3 * ["push 5 at 24000"], "end", "close"]
+
+
 def test_a_question_is_answered_by_sentences_and_remembered(tmp_path):
     asked = []
 

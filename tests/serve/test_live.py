@@ -14,6 +14,7 @@ from helpers.scripted_renderer import scripted_renderer
 from hicode.errors import InputError, ResourceError
 from hicode.serve import live
 from hicode.serve.live import LiveSession, Machine
+from hicode.serve.renderer import Tick
 from hicode.session.config import SpeakConfig
 from hicode.session.session import Session
 
@@ -142,6 +143,22 @@ def test_ticks_are_punctual_sound_is_whole_and_an_interruption_is_quiet_at_once(
         assert not any(tick.speaking or tick.audio.any() for tick in quiet)
         session.push(np.full(48_000, 1000, np.int16), 48_000)
         assert any(tick.speaking for tick in await take(session, 12))
+
+    run(story, scripted())
+
+
+def test_pictures_after_an_interruption_do_not_wait_for_their_time():
+    async def story(machine: Machine):
+        session = await LiveSession.open(machine, "any")
+        before, rest, talking = (np.full((96, 64), k, np.uint8) for k in range(3))
+        session._generation = 1
+        session._arrived.clear()
+        session._arrived.append((Tick(8, 0.0, 0, None, 0, False), before))
+        assert session._newest(None) is None, "of the time before it"
+        session._arrived.append((Tick(9, 0.0, 0, None, 1, False), rest))
+        session._arrived.append((Tick(10, 0.0, 0, b"", 1, False), talking))
+        assert session._newest(None) is rest, "the next words come in time with their sound"
+        session._arrived.clear()
 
     run(story, scripted())
 

@@ -6,20 +6,25 @@ import json
 import multiprocessing
 import os
 import threading
+from fractions import Fraction
 from typing import Any, cast
 
 import pytest
 
 pytest.importorskip("aiortc", reason="the extra serve is not installed")
 
+import av
 import numpy as np
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc.codecs.vpx import vp8_depayload
 
 from helpers.scripted_renderer import scripted_renderer
 from hicode.errors import InputError
 from hicode.serve.conversation import Conversation, Parts
-from hicode.serve.live import LiveSession, Machine
-from hicode.serve.webrtc import Connection, use_loopback_without_network
+from hicode.serve.live import SILENCE, LiveSession, LiveTick, Machine
+from hicode.serve.webrtc import MOST_SAME, Connection, FastVp8, use_loopback_without_network
+
+SILENT = Parts(lambda _: cast("Any", None), lambda _: cast("Any", None))
 
 
 class Tape:
@@ -44,7 +49,7 @@ class Caller:
 
     async def begin(self) -> None:
         session = self.session = await LiveSession.open(self.machine, "any")
-        conversation = Conversation(session, cast("Parts", None), self.folder)
+        conversation = Conversation(session, SILENT, self.folder)
         conversation.recorder = cast("Any", Tape())
         connection = Connection(conversation, (), self.ended.set)
         self.peer.on("track", lambda track: self.tracks.update({track.kind: track}))
@@ -123,13 +128,41 @@ def test_calls_that_are_dropped_leave_no_thread_file_or_process(tmp_path):
     run(story, tmp_path)
 
 
+def test_a_repeated_picture_is_sent_now_and_then_and_sound_in_even_packets(tmp_path):
+    async def story(machine):
+        connection = Connection(cast("Any", None), (), lambda: None)
+        pictures, sounds = [], []
+        connection._video.put, connection._audio.put = pictures.append, sounds.append
+        for number in range(1 + MOST_SAME):
+            connection._put(LiveTick(number, 0.0, np.zeros((96, 64), np.uint8), SILENCE, False, number > 0))
+        assert [frame.pts // 3600 for frame in pictures] == [0, MOST_SAME]
+        assert len(sounds) == 2 * MOST_SAME + 1
+        await asyncio.sleep(0.05)
+        assert [frame.pts for frame in sounds] == list(range(0, 2 * 960 * (MOST_SAME + 1), 960))
+        await connection._peer.close()
+
+    run(story, tmp_path)
+
+
+def test_the_encoder_gives_a_key_frame_when_asked_and_follows_the_rate():
+    encoder, keys = FastVp8(), []
+    for k in range(4):
+        frame = av.VideoFrame.from_ndarray(np.full((96, 64), 100 + k, np.uint8), format="yuv420p")
+        frame.pts, frame.time_base = 3600 * k, Fraction(1, 90_000)
+        encoder.target_bitrate = 500_000 if k < 3 else 1_000_000
+        packets, stamp = encoder.encode(frame, force_keyframe=k == 2)
+        assert stamp == 3600 * k
+        keys.append(not vp8_depayload(packets[0])[0] & 1)
+    assert keys == [True, False, True, True]
+
+
 @pytest.mark.parametrize(
     "sdp", [None, 3, "", "v=0", "v=0\r\n" + "x" * 300_000, "v=0\r\no=- 1 2 IN IP4 0.0.0.0\r\nm=\r\n"]
 )
 def test_what_is_no_offer_is_refused_and_nothing_stays(tmp_path, sdp):
     async def story(machine):
         session = await LiveSession.open(machine, "any")
-        conversation = Conversation(session, cast("Parts", None), tmp_path)
+        conversation = Conversation(session, SILENT, tmp_path)
         connection = Connection(conversation, (), lambda: None)
         with pytest.raises(InputError, match="offer"):
             await connection.answer(sdp)

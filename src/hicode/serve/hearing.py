@@ -40,7 +40,7 @@ class EmbeddedHearing:
 
     def __init__(self, language: str = "en"):
         if find_spec("faster_whisper") is None:
-            raise ResourceError("The embedded recogniser is not installed. Run: pip install 'hicode[serve]'")
+            raise ResourceError("The embedded recogniser is not installed. Run: pip install 'hicode[hear]'")
         from faster_whisper import WhisperModel  # pyright: ignore[reportMissingImports] - an extra
 
         language = language.split("-")[0]
