@@ -48,6 +48,7 @@ def shelf(tmp_path_factory):
     (folder / "headless.mp4").write_bytes(whole.read_bytes()[400:])
     face, gone = list(swaying(80, portrait(128))), np.full((128, 128, 3), 90, np.uint8)
     write_video(folder / "face.mp4", face[:60], speech_like(2.4))
+    write_video(folder / "still.mp4", face[:1] * 60, speech_like(2.4))
     write_video(folder / "face for a moment.mp4", face[:20] + [gone] * 60)
     write_video(folder / "face often.mp4", face[:55] + [gone] * 25)
     write_video(folder / "lamp off.mp4", face[:40] + [(0.4 * frame).astype(np.uint8) for frame in face[40:]])
@@ -100,6 +101,7 @@ CASES = {
     "no face": ("prepare {s}/no\\ face.mp4 -o {o}", "No face"),
     "a face for a moment": ("prepare {s}/face\\ for\\ a\\ moment.mp4 -o {o}", "A face in only"),
     "a face in too few frames": ("prepare {s}/face\\ often.mp4 -o {o} --size 128", "--max-missing"),
+    "a picture made a video": ("prepare {s}/still.mp4 -o {o} --size 128", "can be learned from"),
     "a lamp that goes off": ("prepare {s}/lamp\\ off.mp4 -o {o} --size 128", "--max-light 2."),
     # options
     "a factor below one": ("prepare {s}/face.mp4 -o {o} --max-light 0.5", "factor from 1 on"),

@@ -210,6 +210,7 @@ class _Preparation:
         check_light(faces.light, self.info.path, config.max_light)
         square = {"size": config.size, "crop": config.crop}
         crop = cache.run(Step("crop", 3, square, ("faces",), ("frames",)), Crop, lambda: self.write_frames(faces))
+        self._check_usable(crop)
         train = self._describe(crop)
         landmark = {"landmarks": track.landmarks, "max_missing": config.max_missing}
         step = Step("landmarks", 3, landmark, ("crop",), ("landmarks.safetensors",))
@@ -234,6 +235,17 @@ class _Preparation:
         )
         cache.state.update(report={"items": report.items, **report.figures}, complete=True)
         cache.save()
+
+    def _check_usable(self, crop: Crop) -> None:
+        """Raise InputError where less than a second has no defect, as of a picture that was made a video."""
+        defects = [Defect(**defect) for defect in crop.defects]
+        good = int(usable(crop.frame_count, defects).sum())
+        if good < FPS:
+            kinds = " or ".join(sorted({defect.kind for defect in defects}))
+            raise InputError(
+                f"Only {good} of {crop.frame_count} frames of {self.info.path} can be learned from: the others are "
+                f"{kinds}. Give a video in which the person moves."
+            )
 
     def _describe(self, crop: Crop) -> range:
         """Write the clip's frames, size and split into its state; the training part."""
