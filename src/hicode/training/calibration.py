@@ -39,7 +39,7 @@ CLOSED = 0.02  # of the outer-eye distance: lips nearer than that are closed
 class CalibrationConfig:
     """How the maps are fitted."""
 
-    strength: tuple[float, float, float] = (0.5, 0.75, 0.75)
+    strength: tuple[float, float, float] = (0.5, 0.85, 0.75)
     """of opening, width and jaw. 0: as predicted; 1: the person's own distribution"""
     prior_s: float = 1.5  # seconds of speech that the prior over people weighs
     rendered_frames: int = 32  # to find how far the lips part for a command
