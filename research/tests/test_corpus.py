@@ -163,7 +163,7 @@ def test_the_projects_own_manifest_reads():
     sources = find_sources([folder], folder.parent / "tools" / "speech_sources.toml")
     assert (
         sources.anchor == "grid-s1"
-        and len(sources.missing) == 12
+        and len(sources.missing) == 28
         and "no video matches hdtf/" in str(sources.missing[0])
     )
 

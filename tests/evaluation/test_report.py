@@ -112,14 +112,15 @@ class DrawnAvatar(FakeAvatar):
     info: dict = field(default_factory=dict)
     made: list = field(default_factory=list)  # (motion, whether the face alone was asked for) of each frame
 
-    def face_mask(self, motion, t, head_mask, frame_motion, frame_t):
-        return face_part(head_mask)
+    def face_mask(self, motion, t, room, frame_motion, frame_t):
+        return face_part(np.where(room, 255, 0))
 
     def rasterize(self, deformed, pose, within=None):
         return Motion(deformed.expression[None], deformed.landmarks[None], pose[None])
 
     def compose(self, rendering, landmarks_px, frame, mask, index):
-        self.made.append((rendering, not mask[:40].any()))
+        top = mask.box[1] + mask.inside.any(1).argmax()  # of what composition may change
+        self.made.append((rendering, top > 30))
         self.grains.append(self.film_grain)
         return self.fault(frame.copy(), index, rendering)
 

@@ -275,8 +275,8 @@ class LiveAvatar:
             lead_s = LEAD * TICK_S if frame.speaking else 0.0
             if not frame.speaking:
                 self._wait_until(due)
-                # Asked for after the end was given: an idle frame says that nothing of it is left.
-                if utterance is not None and utterance.given:
+                # Asked for after the end was given, with no sound left: the utterance is over.
+                if utterance is not None and utterance.given and not session.pending:
                     self._finish(utterance, generation)
             late = time.monotonic() > due + TICK_S
             image = None if late and last is not None else self._marker(frame.image)

@@ -60,6 +60,9 @@ def open_media(path: Path | str, part: tuple[int, int] | None = None) -> Iterato
     try:
         container = av.open(url, options=INPUT_OPTIONS)
     except (av.error.FFmpegError, ValueError) as error:
+        with path.open("rb") as file:
+            if file.read(3) == b"\xff\xd8\xff":  # FFmpeg takes JPEG for a sequence of files, which is not opened
+                raise InputError(f"{path} is a picture, not a video. Give a video of at least 2 seconds.") from error
         raise InputError(
             f"{path} is not a readable video or sound file ({getattr(error, 'strerror', None) or error}). It may be "
             "cut off or of another kind: copy it again, or export it as MP4 (a sound: as WAV)."

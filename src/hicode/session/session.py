@@ -210,6 +210,14 @@ class Session:
         """Sound that is queued and not yet turned into motion, s."""
         return self._waiting_samples / SAMPLE_RATE_HZ
 
+    @property
+    def pending(self) -> bool:
+        """Whether sound that was pushed still waits for its frames; for the reader. Between them, idle frames may come
+        where there was no time to listen.
+        """
+        planned = any(planned.spoken.utterance is not None for planned in self._planned)
+        return bool(self._queue or self._mouths or planned)
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Load and compile what the first sound would wait for."""

@@ -129,7 +129,8 @@ def train_steps(
         if state.deformation.anchors is not None:
             state.deformation.anchor_cache(state.params["means"])  # once, before two threads ask for it
         find = partial(gradients, state, frames, config, head_loss)
-        for found in side_by_side(find, range(first, first + 1 + both)):
+        pair = range(first, first + 1 + both)
+        for found in side_by_side(find, pair) if state.device.type == "cpu" else [find(k) for k in pair]:
             yield train_step(state, found, frames, config)
 
 
