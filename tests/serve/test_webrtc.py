@@ -22,7 +22,7 @@ from helpers.scripted_renderer import scripted_renderer
 from hicode.errors import InputError
 from hicode.serve.conversation import Conversation, Parts
 from hicode.serve.live import SILENCE, LiveSession, LiveTick, Machine
-from hicode.serve.webrtc import MOST_SAME, Connection, FastVp8, use_loopback_without_network
+from hicode.serve.webrtc import CONNECT_S, MOST_SAME, Connection, FastVp8, use_loopback_without_network
 
 SILENT = Parts(lambda _: cast("Any", None), lambda _: cast("Any", None))
 
@@ -63,7 +63,7 @@ class Caller:
 
     async def leave(self) -> None:
         await self.peer.close()
-        await asyncio.wait_for(self.ended.wait(), 15)
+        await asyncio.wait_for(self.ended.wait(), 2 * CONNECT_S)  # the first call is dropped before it connects
         while self.machine.sessions:
             await asyncio.sleep(0.05)
 
