@@ -109,7 +109,7 @@ def test_an_idle_frame_that_is_late_is_shown_the_next_time():
     avatar, driving, late = Gated(), [], 0
     with Session(avatar, SpeakConfig(blinks=False)) as session:
         for i in range(200):
-            avatar.gate.set() if i % 3 else avatar.gate.clear()
+            avatar.gate.set() if (i + 1) % 3 else avatar.gate.clear()  # the first picture is always waited for
             frame = session.frame_within(0.03)
             late += frame is not None and frame.late
             driving += [] if frame is None or frame.late else [frame.driving_frame]
