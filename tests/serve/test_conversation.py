@@ -228,3 +228,24 @@ def test_a_language_is_chosen_among_those_that_can_be_spoken(tmp_path):
         ("en", "English"),
         ("de", "German"),
     ]
+
+
+def test_a_text_is_said_to_its_end_by_one_voice(tmp_path):
+    class Speaker:
+        def __init__(self, language):
+            self.language, self.rate_hz = language, 24_000 if language == "en" else 22_050
+
+        def speak(self, text):
+            for _ in range(3):
+                yield np.zeros(10, np.int16)
+
+    async def story(conversation, session):
+        conversation._parts = Parts(Speaker, lambda _: Ear(), {"en": "English", "de": "German"})
+        session.push = lambda samples, rate_hz: (
+            session.did.append(f"push at {rate_hz}"),
+            conversation.receive({"type": "language", "language": "de"}),
+        )
+        conversation.receive({"type": "say", "text": "Hello there"})
+
+    did, _ = talk(story, tmp_path)
+    assert did[:4] == 3 * ["push at 24000"] + ["end"]

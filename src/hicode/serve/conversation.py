@@ -184,12 +184,13 @@ class Conversation:
     def _speak(self, text: str, turn: int) -> None:
         """On a thread: the voice's pieces, each pushed as it comes, and none made long before it is heard."""
         pieces: Iterator[np.ndarray] | None = None
+        language = self._language  # the page may choose another while this text is said
         while turn == self._turn:
             if self.session.waiting_s > AHEAD_S:
                 time.sleep(0.1)
                 continue
             with self._parts.voice_lock:
-                voice = self._parts.voice(self._language)
+                voice = self._parts.voice(language)
                 pieces = pieces or voice.speak(text)
                 samples = next(pieces, None)
             if samples is None:

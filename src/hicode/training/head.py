@@ -74,7 +74,8 @@ def train_head(
     """Train through all stages.
 
     `checkpoint` is written every `config.checkpoint_seconds`, when training is interrupted and at the end; if the file
-    exists, training continues from it. `stop_at` ends before an iteration. Raises TrainingError at a NaN.
+    exists, training continues from it. After an interruption between the two steps of a pair, the second's gradients
+    are found anew, from what the first left. `stop_at` ends before an iteration. Raises TrainingError at a NaN.
     """
     frames = TrainingFrames(clip, config.preload_bytes)
     state = HeadState.start(clip, model, config, device)
@@ -86,7 +87,9 @@ def train_head(
     try:
         for scalars in train_steps(state, frames, config, loss, end):
             log(state, scalars)
-            if checkpoint is not None and time.monotonic() - saved_s > config.checkpoint_seconds:
+            # Not between the two steps of a pair: the second one's gradients are not in the file.
+            due_s = saved_s + config.checkpoint_seconds
+            if checkpoint is not None and state.iteration % 2 == 0 and time.monotonic() > due_s:
                 state.save(checkpoint)
                 saved_s = time.monotonic()
     except KeyboardInterrupt:
